@@ -1,0 +1,53 @@
+# `make demo` and `make test` each work on a fresh clone: they first make the environment they need.
+# PYTHON names another interpreter, which gets an environment of its own: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
+BIN := $(VENV)/bin
+# Made last, so that an interrupted installation starts again, as does one for another Python.
+READY := $(VENV)/.ready-$(VERSION)
+
+# CUDA 13 needs the 580 driver and compute capability 7.5. Empty without a driver.
+CUDA = $(shell nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null \
+  | awk -F, 'NR == 1 && $$1 + 0 { print ($$1 + 0 >= 580 && $$2 + 0 >= 7.5) ? ",cuda13" : ",cuda12" }')
+
+.PHONY: help env demo test lint typecheck format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+env: $(READY)  ## make the environment, for CUDA where there is an NVIDIA driver
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is missing, does not run, or is older than Python 3.11." \
+	    "Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) cannot make virtual environments." \
+	    "On Debian and Ubuntu: sudo apt install python$(VERSION)-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV); this takes a minute or two."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev$(CUDA)]'
+	@touch $@
+
+demo: $(READY)  ## train a small LLaMA with GaLore and with AdamW
+	$(BIN)/python -m examples.flax_llama.demo
+
+test: $(READY)  ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## check format and style
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+typecheck: $(READY)  ## check types
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+format: $(READY)  ## format, and repair what can be repaired
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:  ## remove the environments, the caches and what was built
+	rm -rf .venv .venv-* .pytest_cache build dist
+	find . \( -name __pycache__ -o -name .ruff_cache \) -prune -exec rm -rf {} +

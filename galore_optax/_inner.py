@@ -1,0 +1,166 @@
+"""The inner transformation, run in the subspace, and the weight decay taken out of it.
+
+The inner transformation is opaque. It sees the low-rank gradient where a leaf is projected, so
+its moments have rank r, but weight decay belongs to the whole matrix. Whatever multiple of the
+parameters the inner update contains is therefore found by differentiation: with low-rank
+parameters p = 0 and tangents 1, one entry of the tangent of the update is the coefficient c in
+u(p) = u(0) + c p, and the caller adds c W to the update of the whole matrix.
+"""
+
+import enum
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax._matrix import LeafView, MatrixView
+
+
+class ParamsUse(enum.Enum):
+    """How the update of the projected leaves depends on their parameters."""
+
+    NONE = enum.auto()  # not at all
+    AFFINE = enum.auto()  # u(p) = u(0) + c p: weight decay
+    OTHER = enum.auto()  # anything else: trust ratios, parameter scales
+
+
+class LowRankUpdate(NamedTuple):
+    """What the inner transformation makes of the gradients, by leaf."""
+
+    updates: list[jax.Array]  # (*batch, r or m, r or n) where projected, else the leaf's shape
+    decay: list[jax.Array | None]  # c, (*batch, 1, 1) where there is decay, else None
+    state: Any  # the inner state
+
+
+class Inner:
+    """Runs an inner transformation on low-rank gradients.
+
+    Args:
+      transformation: any Optax transformation.
+
+    Raises:
+      TypeError: it is not an Optax transformation.
+    """
+
+    def __init__(self, transformation: optax.GradientTransformation):
+        if not callable(getattr(transformation, "init", None)) or not callable(
+            getattr(transformation, "update", None)
+        ):
+            raise TypeError(
+                "inner must be an Optax transformation such as optax.scale_by_adam(); got "
+                f"{transformation!r}. To give the rank, write galore(rank=128)."
+            )
+        if isinstance(transformation, optax.MultiSteps):
+            raise ValueError(_MULTI_STEPS)
+        self._transformation = optax.with_extra_args_support(transformation)
+        self._uses: dict[Any, ParamsUse] = {}
+
+    def init(self, low_rank_params: Any) -> Any:
+        """The inner state for parameters whose projected leaves have the shape of R."""
+        state = self._transformation.init(low_rank_params)
+        nodes = jax.tree.leaves(state, is_leaf=_is_multi_steps_state)
+        if any(map(_is_multi_steps_state, nodes)):
+            raise ValueError(_MULTI_STEPS)
+        return state
+
+    def update(
+        self,
+        low_rank: Sequence[jax.Array],
+        state: Any,
+        params: Sequence[jax.Array] | None,
+        treedef: Any,
+        views: Sequence[LeafView],
+        project: Callable[[int], jax.Array],
+        extra_args: dict[str, Any],
+    ) -> LowRankUpdate:
+        """One step of the inner transformation.
+
+        Args:
+          low_rank: the low-rank gradient R of projected leaves, the gradient of others.
+          state: the inner state.
+          params: the parameters, or None where the caller got none.
+          treedef: the structure of the gradients.
+          views: how each leaf is seen.
+          project: of a projected leaf's index its parameters, projected like its gradient.
+          extra_args: keyword arguments for the inner transformation.
+        """
+        gradients = treedef.unflatten(low_rank)
+        no_decay = [None] * len(views)
+        if params is None:
+            try:
+                updates, state = self._transformation.update(gradients, state, None, **extra_args)
+            except Exception as error:
+                raise ValueError(
+                    "the inner transformation of galore failed without params, which it may need: "
+                    f"call update(updates, state, params). It said: {error}"
+                ) from error
+            return LowRankUpdate(treedef.flatten_up_to(updates), no_decay, state)
+
+        projected = [i for i, view in enumerate(views) if isinstance(view, MatrixView)]
+
+        def run(projected_params):
+            leaves = [x.astype(g.dtype) for x, g in zip(params, low_rank, strict=True)]
+            for i, leaf in zip(projected, projected_params, strict=True):
+                leaves[i] = leaf
+            updates, new_state = self._transformation.update(
+                gradients, state, treedef.unflatten(leaves), **extra_args
+            )
+            updates = treedef.flatten_up_to(updates)
+            return [updates[i] for i in projected], (updates, new_state)
+
+        zeros = [jnp.zeros_like(low_rank[i]) for i in projected]
+        key = (treedef, tuple((x.shape, x.dtype) for x in low_rank))
+        if key not in self._uses:
+            self._uses[key] = _params_use(lambda p: run(p)[0], zeros)
+            if self._uses[key] is ParamsUse.OTHER:
+                warnings.warn(_NOT_AFFINE, UserWarning, stacklevel=4)
+        use = self._uses[key]
+        if use is not ParamsUse.AFFINE:
+            values = zeros if use is ParamsUse.NONE else [project(i) for i in projected]
+            _, (updates, new_state) = run(values)
+            return LowRankUpdate(updates, no_decay, new_state)
+
+        ones = [jnp.ones_like(x) for x in zeros]
+        _, tangents, (updates, new_state) = jax.jvp(run, (zeros,), (ones,), has_aux=True)
+        decay = list(no_decay)
+        for i, tangent in zip(projected, tangents, strict=True):
+            decay[i] = tangent[..., :1, :1]
+        return LowRankUpdate(updates, decay, new_state)
+
+
+def _params_use(
+    function: Callable[[list[jax.Array]], list[jax.Array]], params: list[jax.Array]
+) -> ParamsUse:
+    jaxpr = jax.make_jaxpr(function)(params).jaxpr
+    reached = set(map(id, jaxpr.invars))
+    for equation in jaxpr.eqns:
+        if any(id(variable) in reached for variable in equation.invars):
+            reached.update(map(id, equation.outvars))
+    if not any(id(variable) in reached for variable in jaxpr.outvars):
+        return ParamsUse.NONE
+    try:
+        # Transposition, which nothing but linear use of the parameters survives; traced only.
+        jax.eval_shape(lambda: jax.linear_transpose(function, params)(function(params)))
+    except Exception:  # JAX raises various types for what it cannot transpose
+        return ParamsUse.OTHER
+    return ParamsUse.AFFINE
+
+
+def _is_multi_steps_state(x: Any) -> bool:
+    return isinstance(x, optax.MultiStepsState)
+
+
+_MULTI_STEPS = (
+    "inner must not contain optax.MultiSteps: its accumulator would add up gradients projected by "
+    "different subspaces. Put it outside: optax.MultiSteps(galore(...), every_k_schedule=...)."
+)
+
+_NOT_AFFINE = (
+    "the inner transformation of galore uses the parameters in another way than weight decay "
+    "(optax.lamb, optax.lars and the parameter scale of optax.adafactor do), so it sees projected "
+    "parameters, and any weight decay in it acts in the subspace only. To decay whole matrices, "
+    "put optax.add_decayed_weights after galore."
+)

@@ -1,0 +1,304 @@
+"""What parameters and optimizer state cost, from shapes alone."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax._galore import GaloreState, Inspection, inspecting
+from galore_optax._matrix import LeafView, MatrixView, Unprojected, path_string
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafGroup:
+    """Leaves of one shape whose paths differ only in numbers. Sizes are bytes of all of them.
+
+    Attributes:
+      path: the common path, numbers replaced by ``*``.
+      shape: of one leaf.
+      leaves: how many there are.
+      rank: of their projectors, or None where they are not projected.
+      not_projected: why they are not projected, or None where they are.
+      parameters: bytes of the leaves themselves.
+      projectors: bytes of their projectors.
+      moments: bytes of all else that the optimizer keeps for them.
+      moments_without_galore: bytes the inner optimizer keeps for them without galore around it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    leaves: int
+    rank: int | None
+    not_projected: str | None
+    parameters: int
+    projectors: int
+    moments: int
+    moments_without_galore: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """What :func:`memory_report` found; ``print`` it for a table. Sizes are bytes.
+
+    Attributes:
+      groups: the leaves.
+      counters: step counters and other state that belongs to no leaf's numbers.
+      counters_without_galore: the same for the inner optimizer without galore around it.
+      dtype: the dtype that floating-point arrays were taken to have, None for their own.
+    """
+
+    groups: tuple[LeafGroup, ...]
+    counters: int
+    counters_without_galore: int
+    dtype: str | None
+
+    @property
+    def parameters(self) -> int:
+        """Bytes of the parameters."""
+        return sum(group.parameters for group in self.groups)
+
+    @property
+    def projectors(self) -> int:
+        """Bytes of the projectors."""
+        return sum(group.projectors for group in self.groups)
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the inner state."""
+        return sum(group.moments for group in self.groups)
+
+    @property
+    def moments_without_galore(self) -> int:
+        """Bytes of the inner state without galore around it."""
+        return sum(group.moments_without_galore for group in self.groups)
+
+    @property
+    def state(self) -> int:
+        """Bytes of the optimizer state: projectors, moments and counters."""
+        return self.projectors + self.moments + self.counters
+
+    @property
+    def state_without_galore(self) -> int:
+        """Bytes of the inner optimizer's state without galore around it."""
+        return self.moments_without_galore + self.counters_without_galore
+
+    @property
+    def total(self) -> int:
+        """Bytes of parameters and optimizer state."""
+        return self.parameters + self.state
+
+    @property
+    def total_without_galore(self) -> int:
+        """Bytes of parameters and of the inner optimizer's state without galore."""
+        return self.parameters + self.state_without_galore
+
+    def __str__(self) -> str:
+        unit, name = _unit(self.total_without_galore)
+
+        def size(count: int) -> str:
+            return f"{count / unit:,.3f}"
+
+        header = (
+            "leaves",
+            "shape",
+            "rank",
+            "parameters",
+            "projectors",
+            "moments",
+            "without galore",
+        )
+        rows = [
+            (
+                f"{group.path} ({group.leaves})" if group.leaves > 1 else group.path,
+                str(group.shape),
+                "-" if group.rank is None else str(group.rank),
+                size(group.parameters),
+                size(group.projectors),
+                size(group.moments),
+                size(group.moments_without_galore),
+            )
+            for group in self.groups
+        ]
+        sums = (self.parameters, self.projectors, self.moments, self.moments_without_galore)
+        lines = _table([header, *rows, ("sum", "", "", *map(size, sums))])
+        rule = "-" * max(map(len, lines))
+        counted = "arrays as they are" if self.dtype is None else f"arrays as if {self.dtype}"
+        lines = [
+            lines[0],
+            rule,
+            *lines[1:-1],
+            rule,
+            lines[-1],
+            "",
+            f"optimizer state      {size(self.state)} {name}; "
+            f"without galore {size(self.state_without_galore)} {name}",
+            f"with the parameters  {size(self.total)} {name}; "
+            f"without galore {size(self.total_without_galore)} {name}",
+            f"({name} = {unit:,} bytes; {counted}; counters included: {self.counters:,} bytes)",
+        ]
+        left = [group for group in self.groups if group.not_projected is not None]
+        if left:
+            lines += ["", "not projected:"]
+            lines += [f"  {group.path}: {group.not_projected}" for group in left]
+        return "\n".join(lines)
+
+
+def memory_report(
+    tx: optax.GradientTransformation, params: Any, dtype: jax.typing.DTypeLike | None = None
+) -> MemoryReport:
+    """Says what parameters and optimizer state cost, without allocating anything.
+
+    Args:
+      tx: any transformation; galore may be anywhere in it.
+      params: the parameters, or their ``jax.ShapeDtypeStruct``.
+      dtype: count every floating-point array as if it had this dtype, e.g. ``"bfloat16"`` to
+        compare with the published figures; by default arrays count as they are.
+
+    Returns:
+      A `MemoryReport`: a plain dataclass that prints as a table.
+
+    Examples:
+      >>> import galore_optax, jax, jax.numpy as jnp
+      >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
+      >>> report = galore_optax.memory_report(galore_optax.galore_adamw(1e-3, rank=1024), params)
+      >>> report.projectors, report.moments
+      (16777216, 33554432)
+      >>> report.state_without_galore
+      134217732
+    """
+    inspection = Inspection()
+    state = _Sizes.of(tx, params, dtype, inspection)
+    without = _Sizes.of(tx, params, dtype, Inspection(without_galore=True))
+    views = {view.path: view for view in inspection.views}
+
+    groups: dict[Any, list[int]] = {}
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        path = path_string(path)
+        rank, reason = _projection(views.get(path))
+        group = (re.sub(r"(?<![^/])\d+(?![^/])", "*", path), jnp.shape(leaf), rank, reason)
+        groups.setdefault(group, []).append(i)
+
+    def total(sizes: Sequence[int], members: list[int]) -> int:
+        return sum(sizes[i] for i in members)
+
+    parameters = [_bytes(leaf, dtype) for leaf in jax.tree.leaves(params)]
+    return MemoryReport(
+        groups=tuple(
+            LeafGroup(
+                path=path,
+                shape=shape,
+                leaves=len(members),
+                rank=rank,
+                not_projected=reason,
+                parameters=total(parameters, members),
+                projectors=total(state.projectors, members),
+                moments=total(state.moments, members),
+                moments_without_galore=total(without.moments, members),
+            )
+            for (path, shape, rank, reason), members in groups.items()
+        ),
+        counters=state.counters,
+        counters_without_galore=without.counters,
+        dtype=None if dtype is None else jnp.dtype(dtype).name,
+    )
+
+
+@dataclasses.dataclass
+class _Sizes:
+    """Bytes of a state, by leaf of the parameters."""
+
+    projectors: list[int]
+    moments: list[int]
+    counters: int = 0
+
+    @classmethod
+    def of(cls, tx: Any, params: Any, dtype: Any, inspection: Inspection) -> "_Sizes":
+        leaves, treedef = jax.tree.flatten(params)
+        sizes = cls([0] * len(leaves), [0] * len(leaves))
+        with inspecting(inspection):
+            # A function of its own, so that no earlier trace of tx.init is reused.
+            state = jax.eval_shape(lambda p: tx.init(p), params)
+            marked = _mark(state, "moments")
+
+            def add(item, leaf):
+                if isinstance(item, _Marked):
+                    if item.kind == "counters":
+                        sizes.counters += _bytes(item.array, dtype)
+                    else:
+                        getattr(sizes, item.kind)[leaf] += _bytes(item.array, dtype)
+
+            def add_other(item):
+                sizes.counters += _bytes(item.array, dtype)
+
+            optax.tree.map_params(
+                tx,
+                add,
+                marked,
+                treedef.unflatten(range(len(leaves))),
+                transform_non_params=add_other,
+                is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+            )
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Marked:
+    """An array of the state, and what it is there for."""
+
+    array: jax.ShapeDtypeStruct
+    kind: str
+
+
+def _mark(state: Any, kind: str) -> Any:
+    def mark(node):
+        if not isinstance(node, GaloreState):
+            return _Marked(node, kind)
+        subspace = node.subspace
+        return GaloreState(
+            step=_mark(node.step, "counters"),
+            subspace=subspace._replace(
+                left=_mark(subspace.left, "projectors"),
+                right=_mark(subspace.right, "projectors"),
+                refreshes=_mark(subspace.refreshes, "counters"),
+                due=_mark(subspace.due, "counters"),
+            ),
+            inner=_mark(node.inner, "moments"),
+        )
+
+    return jax.tree.map(mark, state, is_leaf=lambda x: isinstance(x, GaloreState))
+
+
+def _projection(view: LeafView | None) -> tuple[int | None, str | None]:
+    if isinstance(view, MatrixView):
+        return view.rank, None
+    if isinstance(view, Unprojected):
+        return None, view.reason
+    return None, "no galore sees it"
+
+
+def _bytes(array: Any, dtype: Any) -> int:
+    own = jnp.result_type(array)
+    counted = dtype if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
+    return math.prod(jnp.shape(array)) * jnp.dtype(counted).itemsize
+
+
+def _unit(size: int) -> tuple[int, str]:
+    return next(
+        (10**e, name) for e, name in ((9, "GB"), (6, "MB"), (3, "kB")) if size >= 10**e or e == 3
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,267 @@
+"""Presets: Optax's optimizers inside galore, with Optax's argument names and order."""
+
+from typing import Any
+
+import jax
+import optax
+
+from galore_optax._galore import galore
+from galore_optax._matrix import DEFAULT_EXCLUDE, ExcludeSpec, RankSpec
+from galore_optax._projectors import Projector
+
+Numeric = jax.typing.ArrayLike
+
+
+def galore_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | None = None,
+    *,
+    nesterov: bool = False,
+    rank: RankSpec = 128,
+    update_proj_gap: int | jax.Array | optax.Schedule = 200,
+    scale: Numeric = 0.25,
+    projector: str | Projector = "svd",
+    side: str = "short",
+    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
+    weight_dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW in the gradient's subspace: ``galore(optax.adamw(...), rank=rank, ...)``.
+
+    Optax's AdamW, not the reference's: decay acts on the weight before the step and epsilon is
+    added after bias correction, both second-order differences.
+
+    Args:
+      learning_rate: see ``optax.adamw``, as for all arguments up to ``nesterov``.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator, after bias correction.
+      eps_root: added under the root of the denominator.
+      mu_dtype: dtype of the first moment.
+      weight_decay: of whole matrices, times the learning rate, not scaled by ``scale``.
+      mask: the leaves to decay.
+      nesterov: whether to use Nesterov momentum.
+      rank: see `galore_optax.galore`, as for all arguments from here on.
+      update_proj_gap: steps between refreshes of the projectors.
+      scale: factor of the update of projected leaves.
+      projector: how the subspace is chosen.
+      side: which side of a matrix is projected.
+      exclude: leaves that are not projected.
+      weight_dimension_numbers: the axes that form each leaf's matrix.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import galore_optax, jax.numpy as jnp
+      >>> tx = galore_optax.galore_adamw(3e-4, weight_decay=0.1, rank=8)
+      >>> state = tx.init({"kernel": jnp.ones((64, 256))})
+
+    References:
+      Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024
+    """
+    return galore(
+        optax.adamw(
+            learning_rate,
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            weight_decay,
+            mask,
+            nesterov=nesterov,
+        ),
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        projector=projector,
+        side=side,
+        exclude=exclude,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+
+
+def galore_adafactor(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    min_dim_size_to_factor: int = 128,
+    decay_rate: Numeric = 0.8,
+    decay_offset: Numeric = 0,
+    multiply_by_parameter_scale: bool = True,
+    clipping_threshold: Numeric | None = 1.0,
+    momentum: Numeric | None = None,
+    dtype_momentum: Any = jax.numpy.float32,
+    weight_decay_rate: optax.ScalarOrSchedule | None = None,
+    eps: Numeric = 1e-30,
+    factored: bool = True,
+    weight_decay_mask: Any | None = None,
+    *,
+    rank: RankSpec = 128,
+    update_proj_gap: int | jax.Array | optax.Schedule = 200,
+    scale: Numeric = 0.25,
+    projector: str | Projector = "svd",
+    side: str = "short",
+    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
+    weight_dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adafactor in the gradient's subspace: ``galore(optax.adafactor(...), rank=rank, ...)``.
+
+    With ``multiply_by_parameter_scale``, Optax's default, the scale is the root mean square of
+    the projected matrix, and ``weight_decay_rate`` acts in the subspace; a warning says so once.
+
+    Args:
+      learning_rate: see ``optax.adafactor``, as for all arguments up to ``weight_decay_mask``.
+      min_dim_size_to_factor: R is factored where both its axes are at least this.
+      decay_rate: exponent of the second moment's decay schedule.
+      decay_offset: step at which that schedule starts.
+      multiply_by_parameter_scale: whether to scale updates by the parameters' root mean square.
+      clipping_threshold: of the update's root mean square.
+      momentum: decay rate of the first moment, or None for none.
+      dtype_momentum: dtype of the first moment.
+      weight_decay_rate: not multiplied by the learning rate, as in Optax.
+      eps: added to the squared gradient.
+      factored: whether to factor the second moment.
+      weight_decay_mask: the leaves to decay.
+      rank: see `galore_optax.galore`, as for all arguments from here on.
+      update_proj_gap: steps between refreshes of the projectors.
+      scale: factor of the update of projected leaves.
+      projector: how the subspace is chosen.
+      side: which side of a matrix is projected.
+      exclude: leaves that are not projected.
+      weight_dimension_numbers: the axes that form each leaf's matrix.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import galore_optax
+      >>> tx = galore_optax.galore_adafactor(1e-3, multiply_by_parameter_scale=False, rank=8)
+    """
+    return galore(
+        optax.adafactor(
+            learning_rate,
+            min_dim_size_to_factor,
+            decay_rate,
+            decay_offset,
+            multiply_by_parameter_scale,
+            clipping_threshold,
+            momentum,
+            dtype_momentum,
+            weight_decay_rate,
+            eps,
+            factored,
+            weight_decay_mask,
+        ),
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        projector=projector,
+        side=side,
+        exclude=exclude,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+
+
+def galore_lion(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.99,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: Any | None = None,
+    *,
+    rank: RankSpec = 128,
+    update_proj_gap: int | jax.Array | optax.Schedule = 200,
+    scale: Numeric = 0.25,
+    projector: str | Projector = "svd",
+    side: str = "short",
+    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
+    weight_dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lion in the gradient's subspace: ``galore(optax.lion(...), rank=rank, ...)``.
+
+    Args:
+      learning_rate: see ``optax.lion``, as for all arguments up to ``mask``.
+      b1: rate of the interpolation whose sign is the update.
+      b2: decay rate of the moment.
+      mu_dtype: dtype of the moment.
+      weight_decay: of whole matrices, times the learning rate, not scaled by ``scale``.
+      mask: the leaves to decay.
+      rank: see `galore_optax.galore`, as for all arguments from here on.
+      update_proj_gap: steps between refreshes of the projectors.
+      scale: factor of the update of projected leaves.
+      projector: how the subspace is chosen.
+      side: which side of a matrix is projected.
+      exclude: leaves that are not projected.
+      weight_dimension_numbers: the axes that form each leaf's matrix.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import galore_optax
+      >>> tx = galore_optax.galore_lion(1e-4, rank=8)
+    """
+    return galore(
+        optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask),
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        projector=projector,
+        side=side,
+        exclude=exclude,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+
+
+def galore_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Numeric | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: Any | None = None,
+    *,
+    rank: RankSpec = 128,
+    update_proj_gap: int | jax.Array | optax.Schedule = 200,
+    scale: Numeric = 0.25,
+    projector: str | Projector = "svd",
+    side: str = "short",
+    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
+    weight_dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD in the gradient's subspace: ``galore(optax.sgd(...), rank=rank, ...)``.
+
+    Args:
+      learning_rate: see ``optax.sgd``, as for all arguments up to ``accumulator_dtype``.
+      momentum: decay rate of the momentum, or None for none.
+      nesterov: whether to use Nesterov momentum.
+      accumulator_dtype: dtype of the momentum.
+      rank: see `galore_optax.galore`, as for all arguments from here on.
+      update_proj_gap: steps between refreshes of the projectors.
+      scale: factor of the update of projected leaves.
+      projector: how the subspace is chosen.
+      side: which side of a matrix is projected.
+      exclude: leaves that are not projected.
+      weight_dimension_numbers: the axes that form each leaf's matrix.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import galore_optax
+      >>> tx = galore_optax.galore_sgd(0.1, momentum=0.9, rank=8)
+    """
+    return galore(
+        optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        projector=projector,
+        side=side,
+        exclude=exclude,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

@@ -1,0 +1,62 @@
+"""When the subspace is chosen again, and that nothing else is paid for on other steps."""
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax._matrix import moment_dtype
+from galore_optax._projectors import Projector, orient
+from galore_optax._subspace import Subspace, is_absent
+
+
+def refresh(
+    matrices: jax.Array,
+    subspace: Subspace,
+    *,
+    step: jax.Array,
+    gap: jax.Array,
+    projector: Projector,
+    rank: int,
+) -> Subspace:
+    """Chooses again the subspaces that are due, and returns the others as they are.
+
+    All work is inside ``lax.cond`` with a scalar predicate. Matrices of a stack are done one
+    after the other, so that the workspace is that of one. A gradient that is zero or not finite
+    cannot choose a subspace: the old one stays, and stays due until a later gradient can.
+
+    Args:
+      matrices: (*batch, m, n), the gradient.
+      subspace: of one leaf.
+      step: (), int32, the number of updates before this one.
+      gap: (), int32, positive: steps from one refresh to the next. What is late does not shift
+        the later ones: with a constant gap T they are due at multiples of T.
+      projector: chooses the directions.
+      rank: r.
+    """
+    batch = subspace.due.shape
+
+    def one(matrix: jax.Array, old: Subspace) -> Subspace:
+        peak = jnp.max(jnp.abs(matrix))  # nan where the matrix has one
+        usable = (peak > 0) & (peak < jnp.inf)
+        return jax.lax.cond((step >= old.due) & usable, choose, lambda _, old: old, matrix, old)
+
+    def choose(matrix: jax.Array, old: Subspace) -> Subspace:
+        bases = projector(matrix.astype(moment_dtype(matrix.dtype)), rank)
+        left, right = (
+            was if is_absent(was) else orient(new, was, old.refreshes == 0).astype(was.dtype)
+            for new, was in zip(bases, (old.left, old.right), strict=True)
+        )
+        due = old.due + gap * (jax.lax.div(step - old.due, gap) + 1)
+        new = Subspace(left, right, old.refreshes + 1, due)
+        sound = jnp.isfinite(sum(jnp.sum(basis) for basis in jax.tree.leaves((left, right))))
+        return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
+
+    def all_of_leaf(matrices: jax.Array, old: Subspace) -> Subspace:
+        if not batch:
+            return one(matrices, old)
+        axes = len(batch)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), (matrices, old))
+        new = jax.lax.map(lambda arguments: one(*arguments), flat)
+        return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), new)
+
+    due = jnp.any(step >= subspace.due)
+    return jax.lax.cond(due, all_of_leaf, lambda _, old: old, matrices, subspace)

@@ -29,20 +29,16 @@ def chain(*transformations: optax.GradientTransformation) -> optax.GradientTrans
       ...     optax.adamw(3e-4, weight_decay=0.1),
       ... )
     """
-    bare = [i for i, t in enumerate(transformations) if isinstance(t, BareGalore)]
+    bare = [(i, t) for i, t in enumerate(transformations) if isinstance(t, BareGalore)]
     if len(bare) > 1:
         raise ValueError(
             f"chain takes one galore(...) without an inner transformation; got {len(bare)}, as "
-            f"arguments {', '.join(str(i) for i in bare)}. For different ranks pass a callable "
+            f"arguments {', '.join(str(i) for i, _ in bare)}. For different ranks pass a callable "
             "rank, or use optax.partition."
         )
-    if not bare or bare[0] == len(transformations) - 1:
+    if not bare or bare[0][0] == len(transformations) - 1:
         return optax.chain(*transformations)
-    position = bare[0]
-    outer, galore, rest = (
-        transformations[:position],
-        transformations[position],
-        transformations[position + 1 :],
-    )
-    inner = rest[0] if len(rest) == 1 else optax.chain(*rest)
-    return optax.chain(*outer, galore.with_inner(inner))
+    [(position, galore)] = bare
+    before, after = transformations[:position], transformations[position + 1 :]
+    inner = after[0] if len(after) == 1 else optax.chain(*after)
+    return optax.chain(*before, galore.with_inner(inner))

@@ -39,7 +39,7 @@ from galore_optax._subspace import (
 class GaloreState(NamedTuple):
     """State of :func:`galore`."""
 
-    step: jax.Array  # (), int32: the number of updates done.
+    step: Any  # (), int32: the number of updates done.
     subspace: Subspace  # of trees with the structure of the parameters.
     inner: Any  # the inner state; the moments of projected leaves have the shape of R.
 
@@ -151,13 +151,14 @@ def galore(
     _check_gap(update_proj_gap)
     _check_scale(scale)
 
-    def with_inner(transformation):
-        return _transformation(Inner(transformation), selection, choose, update_proj_gap, scale)
+    def with_inner(transformation, caution=None):
+        return _transformation(
+            Inner(transformation), selection, choose, update_proj_gap, scale, caution
+        )
 
     if inner is not None:
         return with_inner(inner)
-    init, update = with_inner(optax.identity())
-    bare = BareGalore(_warning_once(init, _BARE), update)
+    bare = BareGalore(*with_inner(optax.identity(), caution=_BARE))
     bare.with_inner = with_inner
     return bare
 
@@ -168,7 +169,9 @@ def _transformation(
     projector: _projectors.Projector,
     update_proj_gap: int | jax.Array | optax.Schedule,
     scale: float | jax.Array,
+    caution: str | None,
 ) -> optax.GradientTransformationExtraArgs:
+    """The transformation itself; its first ``init`` warns of ``caution``."""
     warned = False
 
     def init_fn(params: optax.Params) -> GaloreState:
@@ -183,6 +186,8 @@ def _transformation(
         elif not warned and views:
             warned = True
             selection.warn(views, stacklevel=2)
+            if caution is not None:
+                warnings.warn(caution, UserWarning, stacklevel=2)
 
         subspaces = [init_subspace(v) if isinstance(v, MatrixView) else Subspace() for v in views]
         leaves = jax.tree.leaves(params)
@@ -195,15 +200,16 @@ def _transformation(
 
     def update_fn(
         updates: optax.Updates,
-        state: GaloreState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, GaloreState]:
+    ) -> tuple[Any, GaloreState]:
         gradients, treedef = jax.tree.flatten(updates)
         gradients = [jnp.asarray(g) for g in gradients]
         views = selection.views(updates)
         subspaces = _subspaces_of_tree(treedef, views, state)
-        weights = None if params is None else _leaves_like(treedef, params, "params")
+        weights = [] if params is None else _leaves_like(treedef, params, "params")
+        weights = [jnp.asarray(w) for w in weights]
         gap = update_proj_gap(state.step) if callable(update_proj_gap) else update_proj_gap
         gap = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
 
@@ -221,24 +227,30 @@ def _transformation(
                 )
                 low_rank[i] = project(matrices, subspaces[i])
 
-        def projected_weights(i):
-            matrices = views[i].to_matrices(jnp.asarray(weights[i]))
+        def projected_weights(i: int, view: MatrixView) -> jax.Array:
+            matrices = view.to_matrices(weights[i])
             return project(matrices.astype(low_rank[i].dtype), subspaces[i])
 
         result = inner.update(
-            low_rank, state.inner, weights, treedef, views, projected_weights, extra_args
+            low_rank,
+            state.inner,
+            None if params is None else weights,
+            treedef,
+            views,
+            projected_weights,
+            extra_args,
         )
 
         new_updates = []
         for i, view in enumerate(views):
-            update = result.updates[i]
+            update, decay = result.updates[i], result.decay[i]
             if isinstance(view, MatrixView):
                 update = scale * project_back(update, subspaces[i], gradients[i].dtype)
-                if result.decay[i] is not None:
-                    update += result.decay[i] * view.to_matrices(jnp.asarray(weights[i]))
+                if decay is not None:
+                    update += decay * view.to_matrices(weights[i])
                 update = view.from_matrices(update)
-            like = gradients[i] if weights is None else weights[i]
-            new_updates.append(update.astype(jnp.result_type(like)))
+            like = gradients[i] if params is None else weights[i]
+            new_updates.append(update.astype(like.dtype))
 
         return treedef.unflatten(new_updates), GaloreState(
             step=optax.safe_increment(state.step),
@@ -324,19 +336,6 @@ def _leaves_like(treedef: Any, tree: Any, name: str) -> list[Any]:
             f"the gradients have another structure than {name}: {error}. Pass gradients of the "
             "parameters that the state was made for; optax.masked leaves out some of them."
         ) from error
-
-
-def _warning_once(init: Callable[[Any], Any], message: str) -> Callable[[Any], Any]:
-    warned = False
-
-    def warning_init(params):
-        nonlocal warned
-        if not warned and _INSPECTION.get() is None and jax.tree.leaves(params):
-            warned = True
-            warnings.warn(message, UserWarning, stacklevel=2)
-        return init(params)
-
-    return warning_init
 
 
 _BARE = (

@@ -73,7 +73,7 @@ class Inner:
         params: Sequence[jax.Array] | None,
         treedef: Any,
         views: Sequence[LeafView],
-        project: Callable[[int], jax.Array],
+        project: Callable[[int, MatrixView], jax.Array],
         extra_args: dict[str, Any],
     ) -> LowRankUpdate:
         """One step of the inner transformation.
@@ -84,11 +84,11 @@ class Inner:
           params: the parameters, or None where the caller got none.
           treedef: the structure of the gradients.
           views: how each leaf is seen.
-          project: of a projected leaf's index its parameters, projected like its gradient.
+          project: of a projected leaf its parameters, projected like its gradient.
           extra_args: keyword arguments for the inner transformation.
         """
         gradients = treedef.unflatten(low_rank)
-        no_decay = [None] * len(views)
+        decay: list[jax.Array | None] = [None] * len(views)
         if params is None:
             try:
                 updates, state = self._transformation.update(gradients, state, None, **extra_args)
@@ -97,12 +97,14 @@ class Inner:
                     "the inner transformation of galore failed without params, which it may need: "
                     f"call update(updates, state, params). It said: {error}"
                 ) from error
-            return LowRankUpdate(treedef.flatten_up_to(updates), no_decay, state)
+            return LowRankUpdate(treedef.flatten_up_to(updates), decay, state)
 
-        projected = [i for i, view in enumerate(views) if isinstance(view, MatrixView)]
+        projected = {i: view for i, view in enumerate(views) if isinstance(view, MatrixView)}
+
+        full_size = [x.astype(g.dtype) for x, g in zip(params, low_rank, strict=True)]
 
         def run(projected_params):
-            leaves = [x.astype(g.dtype) for x, g in zip(params, low_rank, strict=True)]
+            leaves = list(full_size)
             for i, leaf in zip(projected, projected_params, strict=True):
                 leaves[i] = leaf
             updates, new_state = self._transformation.update(
@@ -119,13 +121,16 @@ class Inner:
                 warnings.warn(_NOT_AFFINE, UserWarning, stacklevel=4)
         use = self._uses[key]
         if use is not ParamsUse.AFFINE:
-            values = zeros if use is ParamsUse.NONE else [project(i) for i in projected]
+            values = (
+                zeros
+                if use is ParamsUse.NONE
+                else [project(i, view) for i, view in projected.items()]
+            )
             _, (updates, new_state) = run(values)
-            return LowRankUpdate(updates, no_decay, new_state)
+            return LowRankUpdate(updates, decay, new_state)
 
         ones = [jnp.ones_like(x) for x in zeros]
         _, tangents, (updates, new_state) = jax.jvp(run, (zeros,), (ones,), has_aux=True)
-        decay = list(no_decay)
         for i, tangent in zip(projected, tangents, strict=True):
             decay[i] = tangent[..., :1, :1]
         return LowRankUpdate(updates, decay, new_state)

@@ -182,16 +182,21 @@ class Selection:
                 UserWarning,
                 stacklevel,
             )
-        own_pattern = isinstance(self.exclude, str | re.Pattern) and self.exclude != DEFAULT_EXCLUDE
-        if own_pattern and not any(re.search(self.exclude, v.path) for v in views):
+        exclude = self.exclude
+        if (
+            isinstance(exclude, str | re.Pattern)
+            and exclude != DEFAULT_EXCLUDE
+            and not any(re.search(exclude, v.path) for v in views)
+        ):
             warnings.warn(
-                f"exclude={self.exclude!r} matches none of the leaves "
+                f"exclude={exclude!r} matches none of the leaves "
                 f"{', '.join(v.path for v in views)}",
                 UserWarning,
                 stacklevel,
             )
-        if not any(isinstance(v, MatrixView) for v in views):
-            reasons = ", ".join(f"{v.path} {v.shape} ({v.reason})" for v in views)
+        full_size = [v for v in views if isinstance(v, Unprojected)]
+        if len(full_size) == len(views):
+            reasons = ", ".join(f"{v.path} {v.shape} ({v.reason})" for v in full_size)
             warnings.warn(
                 f"galore projects nothing: {reasons}. A smaller rank (it is {self.rank!r}), "
                 "another exclude or weight_dimension_numbers would change that.",
@@ -294,13 +299,14 @@ class Selection:
         return rank if isinstance(rank, numbers.Integral) else max(1, round(rank * short))
 
 
-def path_string(path: Sequence[Any]) -> str:
+def path_string(path: tuple[Any, ...]) -> str:
     """A leaf's path as text, the same with and without Flax's boxes.
 
     NNX variables and Linen's ``Partitioned`` show up as an attribute ``value`` at the end of the
     path where they are boxed (at init), and not where they have been unboxed (at update).
     """
-    boxed = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
+    last = path[-1] if path else None
+    boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
     return jax.tree_util.keystr(path[:-1] if boxed else path, simple=True, separator="/")
 
 
@@ -345,7 +351,7 @@ def _check_rank(rank: Any, name: str) -> None:
             f"{name} must be a Python number, since it sets shapes; got the array {rank}. Under "
             'optax.inject_hyperparams, pass static_args=("rank",).'
         )
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Real):
+    if isinstance(rank, bool) or not isinstance(rank, int | float | numbers.Integral):
         raise TypeError(
             f"{name} must be a positive int, a fraction of the short side in (0, 1), or a callable "
             f"of path and shape; got {rank!r}"

@@ -1,0 +1,1 @@
+"""Applications of `galore_optax`."""

@@ -1,0 +1,110 @@
+"""Trains a small LLaMA on six novels with GaLore and with AdamW, and compares the two.
+
+python -m examples.flax_llama.demo
+"""
+
+import dataclasses
+import math
+from datetime import datetime
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import galore_optax
+from examples.flax_llama import data
+from examples.flax_llama.config import Config, UsageError
+from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.sample import generate
+from examples.flax_llama.train import Result, check_out, train
+
+# The best of the sweeps in benchmarks/learning.py.
+GALORE = Config(optimizer="galore_adamw", lr=0.02, update_proj_gap=50, steps=300, batch=8, seq=128)
+ADAMW = dataclasses.replace(GALORE, optimizer="adamw", lr=0.02, matrix_lr_ratio=0.25)
+
+PROMPT = "It is a truth universally acknowledged, that"
+
+
+def comparison(corpus: data.Corpus, results: dict[str, Result]) -> Table:
+    """Held-out loss in three units, of the unigram baseline and of every run."""
+    table = Table("", "loss", "perplexity", "bits per byte", title="The held-out 5 % of each novel")
+    losses = {"unigram": data.unigram_loss(corpus)}
+    losses |= {name: result.valid[-1]["valid_loss"] for name, result in results.items()}
+    for name, loss in losses.items():
+        scores = corpus.scores(loss)
+        table.add_row(
+            name, f"{loss:.3f}", f"{scores['perplexity']:.1f}", f"{scores['bits_per_byte']:.3f}"
+        )
+    return table
+
+
+def plot(results: dict[str, Result], path: Path) -> None:
+    """Training loss, averaged over a few updates, and the held-out losses as points."""
+    figure, axes = plt.subplots(layout="constrained")
+    for name, result in results.items():
+        losses = np.array([record["loss"] for record in result.train])
+        width = min(10, len(losses))
+        smoothed = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        (line,) = axes.plot(np.arange(width, len(losses) + 1), smoothed, label=f"{name}, training")
+        axes.plot(
+            [record["step"] for record in result.valid],
+            [record["valid_loss"] for record in result.valid],
+            "o",
+            color=line.get_color(),
+            label=f"{name}, held out",
+        )
+    axes.set(
+        title="LLaMA 9m on six novels of Jane Austen",
+        xlabel="update",
+        ylabel="cross entropy (nats per token)",
+    )
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def demo(out: Path | None = None, steps: int = GALORE.steps) -> None:
+    """Trains a LLaMA on the built-in text with GaLore and with AdamW, and compares the two.
+
+    Args:
+      out: new directory for the runs and loss.png; one named after the time by default.
+      steps: updates of each run.
+    """
+    out = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    check_out(out)
+    console = Console()
+    galore, adamw = (
+        dataclasses.replace(
+            config, steps=steps, eval_every=math.ceil(steps / 4), out=out / config.optimizer
+        )
+        for config in (GALORE, ADAMW)
+    )
+    results = {}
+    for name, config in {"GaLore": galore, "AdamW": adamw}.items():
+        console.print(f"{name}: {steps} updates on {jax.devices()[0].device_kind}")
+        results[name] = train(config)
+
+    model, tokenizer = results["GaLore"].model, results["GaLore"].tokenizer
+    console.print(comparison(data.load_corpus(galore.tokenizer), results))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    print(galore_optax.memory_report(make_optimizer(galore), params))
+    print(f"\nGaLore's model continues:\n{generate(model, tokenizer, PROMPT)}\n")
+    plot(results, out / "loss.png")
+    print(f"Wrote {out / 'loss.png'}; sample on with")
+    print(f"python -m examples.flax_llama.sample --checkpoint {galore.out}")
+
+
+def main() -> None:
+    try:
+        tyro.cli(demo)
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

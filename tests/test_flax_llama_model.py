@@ -1,0 +1,148 @@
+"""The model against counts and forward passes computed another way."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import galore_optax
+from examples.flax_llama.config import PRESETS, LlamaConfig, UsageError
+from examples.flax_llama.model import Llama, dimension_numbers, next_token_losses, rope
+
+TINY = LlamaConfig(hidden=16, intermediate=40, layers=2, heads=2, vocab_size=256)
+
+
+def abstract(config):
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def random_forward(config):
+    """Forward pass and parameters, all of order one, norms included, so that every term counts."""
+    graphdef, shapes = abstract(config)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), shapes
+    )
+    return jax.jit(lambda batch: nnx.merge(graphdef, params)(batch)), params
+
+
+def tokens(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(TINY.vocab_size, size=shape))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_count_equals_the_closed_form(name):
+    _, shapes = abstract(PRESETS[name])
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == PRESETS[name].num_params
+
+
+def test_the_published_7b_has_the_published_number_of_parameters():
+    assert PRESETS["7b"].num_params == 6_738_415_616
+
+
+def test_paths_and_stacked_shapes():
+    flat = jax.tree.leaves_with_path(abstract(TINY)[1])
+    shapes = {"/".join(entry.key for entry in path): leaf.shape for path, leaf in flat}
+    attention = {f"blocks/attention/{n}/kernel": (2, 16, 16) for n in "qkvo"}
+    mlp = {f"blocks/mlp/{n}/kernel": (2, 16, 40) for n in ("gate", "up")}
+    norms = {f"blocks/{n}_norm/scale": (2, 16) for n in ("attention", "mlp")}
+    assert shapes == attention | mlp | norms | {
+        "blocks/mlp/down/kernel": (2, 40, 16),
+        "embed/embedding": (256, 16),
+        "norm/scale": (16,),
+        "head/kernel": (16, 256),
+    }
+
+
+def test_dimension_numbers_select_the_stacked_kernels_only():
+    selected = dimension_numbers(abstract(TINY)[1])
+    kernels = jax.tree.leaves(selected, is_leaf=lambda x: not isinstance(x, dict) and x is not None)
+    assert kernels == 7 * [galore_optax.DimensionNumbers(reduction_axis=1, output_axis=2)]
+    assert selected["embed"]["embedding"] is None
+    assert selected["head"]["kernel"] is None
+    assert selected["blocks"]["mlp_norm"]["scale"] is None
+
+
+def reference_logits(params, tokens_S, config):
+    """One sequence in float64: loops over layers and heads, rotary pairs as complex numbers."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    S, K = len(tokens_S), config.hidden // config.heads
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * scale
+
+    def rotate(x):
+        angle = np.arange(S)[:, None] / config.rope_theta ** (2 * np.arange(K // 2) / K)
+        z = (x[:, : K // 2] + 1j * x[:, K // 2 :]) * np.exp(1j * angle)
+        return np.concatenate([z.real, z.imag], axis=1)
+
+    x = params["embed"]["embedding"][tokens_S]
+    for i in range(config.layers):
+        block = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
+        weights = {name: leaf["kernel"] for name, leaf in block["attention"].items()}
+        y = norm(x, block["attention_norm"]["scale"])
+        heads = []
+        for h in range(config.heads):
+            columns = slice(h * K, (h + 1) * K)
+            q, k = (rotate(y @ weights[name][:, columns]) for name in "qk")
+            scores = np.where(np.tri(S, dtype=bool), q @ k.T / np.sqrt(K), -np.inf)
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ y @ weights["v"][:, columns])
+        x = x + np.concatenate(heads, axis=1) @ weights["o"]
+        gate, up, down = (block["mlp"][name]["kernel"] for name in ("gate", "up", "down"))
+        y = norm(x, block["mlp_norm"]["scale"])
+        x = x + (y @ gate / (1 + np.exp(-(y @ gate))) * (y @ up)) @ down
+    return norm(x, params["norm"]["scale"]) @ params["head"]["kernel"]
+
+
+def test_scanned_forward_equals_a_loop_in_numpy():
+    forward, params = random_forward(TINY)
+    batch = tokens((2, 9))
+    expected = np.stack([reference_logits(params, row, TINY) for row in np.asarray(batch)])
+    np.testing.assert_allclose(forward(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_changing_a_token_changes_no_earlier_logits():
+    forward, _ = random_forward(TINY)
+    before = tokens((1, 8))
+    for t in (0, 3, 7):
+        after = before.at[0, t].set((before[0, t] + 1) % TINY.vocab_size)
+        same = np.isclose(forward(before), forward(after), rtol=1e-6, atol=1e-6).all(axis=(0, 2))
+        assert same[:t].all()
+        assert not same[t]
+
+
+def test_rope_scores_depend_on_the_distance_alone():
+    rng = np.random.default_rng(0)
+    q, k = (np.broadcast_to(rng.standard_normal(16), (1, 12, 1, 16)) for _ in range(2))
+    q, k = (np.asarray(rope(jnp.asarray(x), 100.0))[0, :, 0] for x in (q, k))
+    scores = q @ k.T
+    np.testing.assert_allclose(scores[5, 2], scores[11, 8], rtol=1e-5)
+    assert abs(scores[5, 2] - scores[5, 3]) > 1e-3
+
+
+def test_loss_at_initialization_is_that_of_a_uniform_guess():
+    losses = next_token_losses(Llama(TINY, rngs=nnx.Rngs(0)), tokens((4, 65)))
+    assert losses.shape == (4, 64)
+    assert float(losses.mean()) == pytest.approx(math.log(TINY.vocab_size), abs=0.05)
+
+
+def test_bfloat16_activations_leave_parameters_and_losses_in_float32():
+    forward, params = random_forward(dataclasses.replace(TINY, dtype="bfloat16"))
+    exact, _ = random_forward(TINY)
+    batch = tokens((2, 9))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert forward(batch).dtype == jnp.bfloat16
+    assert next_token_losses(forward, batch).dtype == jnp.float32
+    np.testing.assert_allclose(forward(batch).astype(jnp.float32), exact(batch), atol=0.1)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(UsageError, match=r"hidden=24 .* heads=5"):
+        LlamaConfig(hidden=24, intermediate=40, layers=1, heads=5)

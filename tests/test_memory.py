@@ -1,0 +1,374 @@
+"""What the memory report says, against real arrays, a closed formula and published figures."""
+
+import re
+import time
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_optax
+from galore_optax import DimensionNumbers, memory_report
+
+VOCABULARY = 32000
+
+
+class Llama(NamedTuple):
+    """A published LLaMA configuration, and the rank it is trained with."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    rank: int
+
+
+LLAMAS = {
+    "9m": Llama(128, 352, 4, 32),
+    "20m": Llama(256, 688, 4, 64),
+    "60m": Llama(512, 1376, 8, 128),
+    "130m": Llama(768, 2048, 12, 256),
+    "350m": Llama(1024, 2736, 24, 256),
+    "1b": Llama(2048, 5461, 24, 512),
+    "7b": Llama(4096, 11008, 32, 1024),
+}
+
+
+def shapes_of(llama, dtype, stacked=False):
+    """The parameters' shapes: layers on their own, or stacked on a leading axis."""
+    h, i = llama.hidden, llama.intermediate
+    layer = {
+        "attention": {name: (h, h) for name in ("query", "key", "value", "out")},
+        "mlp": {"gate": (h, i), "up": (h, i), "down": (i, h)},
+        "attention_norm": {"scale": (h,)},
+        "mlp_norm": {"scale": (h,)},
+    }
+    if stacked:
+        layers = jax.tree.map(lambda s: (llama.layers, *s), layer, is_leaf=is_shape)
+    else:
+        layers = [layer] * llama.layers
+    tree = {
+        "embed": (VOCABULARY, h),
+        "layers": layers,
+        "norm": {"scale": (h,)},
+        "lm_head": (h, VOCABULARY),
+    }
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), tree, is_leaf=is_shape)
+
+
+def is_shape(x):
+    return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
+
+
+def adamw_for(llama, stacked=False):
+    return galore_optax.galore_adamw(
+        1e-3,
+        rank=llama.rank,
+        weight_dimension_numbers=DimensionNumbers(-2, -1) if stacked else None,
+    )
+
+
+def elements(llama):
+    """(projectors, two moments of all leaves, matrices) by the formula of the paper."""
+    h, i, layers, r = llama
+    matrices = 7 * layers
+    projectors = matrices * r * h  # the short side of all of them is h
+    full_size = 2 * VOCABULARY * h + (2 * layers + 1) * h
+    return projectors, 2 * (layers * (4 * r * h + 3 * r * i) + full_size), matrices
+
+
+def state_bytes(llama, element_bytes):
+    projectors, moments, matrices = elements(llama)
+    counters = 2 * 4 + matrices * 2 * 4  # galore's and Adam's steps; refreshes and due of each
+    return element_bytes * (projectors + moments) + counters
+
+
+def real_bytes(state):
+    return sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(state))
+
+
+def zeros_of(shapes):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["separate", "stacked"])
+@pytest.mark.parametrize("size", ["9m", "20m", "60m", "130m"])
+def test_report_is_the_bytes_of_the_real_state(size, stacked):
+    llama = LLAMAS[size]
+    params = zeros_of(shapes_of(llama, jnp.bfloat16, stacked))
+    tx = adamw_for(llama, stacked)
+    report = memory_report(tx, params)
+    assert report.state == real_bytes(tx.init(params))
+    assert report.parameters == real_bytes(params)
+    assert report.total == report.parameters + report.state
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["separate", "stacked"])
+@pytest.mark.parametrize("size", ["9m", "20m", "60m", "130m", "350m", "1b"])
+def test_report_is_the_closed_formula(size, stacked):
+    llama = LLAMAS[size]
+    report = memory_report(adamw_for(llama, stacked), shapes_of(llama, jnp.bfloat16, stacked))
+    projectors, moments, _ = elements(llama)
+    assert report.projectors == 4 * projectors
+    assert report.moments == 4 * moments
+    assert report.state == state_bytes(llama, element_bytes=4)
+
+
+@pytest.mark.parametrize(
+    ("size", "gigabytes"), [("60m", 0.164), ("130m", 0.343), ("350m", 0.653), ("1b", 2.085)]
+)
+def test_published_state_in_bfloat16(size, gigabytes):
+    llama = LLAMAS[size]
+    report = memory_report(adamw_for(llama), shapes_of(llama, jnp.float32), dtype="bfloat16")
+    assert round(report.state / 1e9, 3) == gigabytes
+    assert report.state == state_bytes(llama, element_bytes=2)
+    assert report.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("size", ["9m", "60m"])
+def test_without_galore_is_the_state_of_plain_adamw(size, dtype):
+    llama = LLAMAS[size]
+    params = zeros_of(shapes_of(llama, dtype))
+    expected = real_bytes(optax.adamw(1e-3).init(params))
+    report = memory_report(adamw_for(llama), params)
+    assert report.state_without_galore == expected
+    assert report.total_without_galore == expected + real_bytes(params)
+
+
+def small_params():
+    """Sizes that no two leaves share, so that a leaf counted for another shows."""
+    return {
+        "embed": {"embedding": jnp.ones((50, 7))},
+        "blocks": {"kernel": jnp.ones((3, 9, 14)), "bias": jnp.ones((3, 14))},
+        "dense": {"kernel": jnp.ones((13, 8)), "bias": jnp.ones(8)},
+        "small": jnp.ones((2, 21)),
+    }
+
+
+NUMBERS = DimensionNumbers(-2, -1)
+ARGUMENTS = {"rank": 4, "weight_dimension_numbers": NUMBERS}
+STATIC = ("rank", "weight_dimension_numbers", "exclude", "side", "projector")
+
+
+LABELS = {"embed": "sgd", "blocks": "galore", "dense": "galore", "small": "sgd"}
+
+
+def bare_galore():
+    return galore_optax.galore(**ARGUMENTS)
+
+
+def galore_adamw():
+    return galore_optax.galore_adamw(1e-3, **ARGUMENTS)
+
+
+WRAPPERS = {
+    "chain": lambda: galore_optax.chain(
+        optax.clip_by_global_norm(1.0), bare_galore(), optax.adamw(1e-3)
+    ),
+    "optax_chain": lambda: optax.chain(optax.trace(0.9), galore_adamw()),
+    "schedule": lambda: galore_optax.galore_adamw(optax.constant_schedule(1e-3), **ARGUMENTS),
+    "multi_steps": lambda: optax.MultiSteps(galore_adamw(), 4).gradient_transformation(),
+    "partition": lambda: optax.partition(
+        {"galore": galore_adamw(), "sgd": optax.sgd(0.1, momentum=0.9)}, LABELS
+    ),
+    "two_galores": lambda: optax.partition(
+        {"galore": galore_adamw(), "sgd": galore_optax.galore_sgd(0.1, 0.9, rank=1)}, LABELS
+    ),
+    "masked": lambda: optax.masked(
+        galore_adamw(), lambda params: {name: name != "dense" for name in params}
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(
+        galore_optax.galore_adamw, static_args=STATIC
+    )(1e-3, **ARGUMENTS),
+    "apply_if_finite": lambda: optax.apply_if_finite(galore_adamw(), 3),
+    "both_sides": lambda: galore_optax.galore_adamw(1e-3, side="both", **ARGUMENTS),
+    "long_side": lambda: galore_optax.galore_adamw(1e-3, side="long", **ARGUMENTS),
+    "lion": lambda: galore_optax.galore_lion(1e-3, **ARGUMENTS),
+    "sgd": lambda: galore_optax.galore_sgd(0.1, **ARGUMENTS),
+    "adafactor": lambda: galore_optax.galore_adafactor(
+        1e-3, min_dim_size_to_factor=4, momentum=0.9, **ARGUMENTS
+    ),
+    "moments_in_bfloat16": lambda: galore_optax.galore_adamw(
+        1e-3, mu_dtype=jnp.bfloat16, **ARGUMENTS
+    ),
+    "no_galore": lambda: optax.adamw(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_report_the_bytes_of_their_real_state(name):
+    params = small_params()
+    tx = WRAPPERS[name]()
+    report = memory_report(tx, params)
+    assert report.state == real_bytes(tx.init(params))
+    assert report.parameters == real_bytes(params)
+
+
+WITHOUT = {
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    "multi_steps": optax.MultiSteps(optax.adamw(1e-3), 4).gradient_transformation(),
+    "partition": optax.partition(
+        {"galore": optax.adamw(1e-3), "sgd": optax.sgd(0.1, momentum=0.9)}, LABELS
+    ),
+    "masked": optax.masked(
+        optax.adamw(1e-3), lambda params: {name: name != "dense" for name in params}
+    ),
+    "apply_if_finite": optax.apply_if_finite(optax.adamw(1e-3), 3),
+    "lion": optax.lion(1e-3),
+    "no_galore": optax.adamw(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_galore_keeps_the_wrappers(name):
+    params = small_params()
+    report = memory_report(WRAPPERS[name](), params)
+    assert report.state_without_galore == real_bytes(WITHOUT[name].init(params))
+
+
+def labels_by_path(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: LABELS[path[0].key] if path else "sgd", params
+    )
+
+
+def labels_by_name(params):
+    return {name: LABELS[name] for name in params}
+
+
+@pytest.mark.parametrize("labels", [LABELS, labels_by_path, labels_by_name])
+def test_partition_counts_each_leaf_in_its_part(labels):
+    parts = {"galore": galore_adamw(), "sgd": optax.sgd(0.1, momentum=0.9)}
+    report = memory_report(optax.partition(parts, labels), small_params())
+    groups = {group.path: group for group in report.groups}
+    assert groups["dense/kernel"].projectors == 4 * 8 * 4
+    assert groups["dense/kernel"].moments == 4 * 2 * 13 * 4
+    assert groups["embed/embedding"].moments == 4 * 50 * 7
+    assert "no galore" in groups["embed/embedding"].not_projected
+
+
+def test_groups_have_the_bytes_of_their_leaves():
+    groups = {group.path: group for group in memory_report(galore_adamw(), small_params()).groups}
+    blocks, dense = groups["blocks/kernel"], groups["dense/kernel"]
+    assert (blocks.rank, blocks.parameters) == (4, 4 * 3 * 9 * 14)
+    assert (blocks.projectors, blocks.moments) == (4 * 3 * 9 * 4, 4 * 2 * 3 * 4 * 14)
+    assert blocks.moments_without_galore == 4 * 2 * 3 * 9 * 14
+    assert (dense.projectors, dense.moments) == (4 * 8 * 4, 4 * 2 * 13 * 4)
+    assert (groups["small"].projectors, groups["small"].moments) == (0, 4 * 2 * 2 * 21)
+
+
+def test_leaves_that_differ_in_numbers_are_one_group():
+    llama = LLAMAS["9m"]
+    report = memory_report(adamw_for(llama), shapes_of(llama, jnp.float32))
+    (group,) = [group for group in report.groups if group.path == "layers/*/mlp/gate"]
+    h, i, layers, r = llama
+    assert (group.leaves, group.shape, group.rank) == (layers, (h, i), r)
+    assert (group.projectors, group.moments) == (4 * layers * r * h, 4 * layers * 2 * r * i)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("embed/embedding", "excluded"),
+        ("dense/bias", "fewer than two axes"),
+        ("blocks/bias", "excluded"),
+        ("small", "short side 2 <= rank 4"),
+    ],
+)
+def test_leaves_at_full_size_are_named_with_the_reason(path, reason):
+    report = memory_report(galore_adamw(), small_params())
+    (group,) = [group for group in report.groups if group.path == path]
+    assert (group.rank, group.not_projected, group.projectors) == (None, reason, 0)
+    assert re.search(rf"{path}\b.*{re.escape(reason)}", str(report))
+
+
+def test_leaves_of_ambiguous_axes_are_named_with_the_reason():
+    report = memory_report(galore_optax.galore_adamw(1e-3, rank=4), small_params())
+    (group,) = [group for group in report.groups if group.path == "blocks/kernel"]
+    assert "no dimension numbers" in group.not_projected
+
+
+def test_leaves_that_no_galore_sees_are_named_with_the_reason():
+    groups = memory_report(WRAPPERS["masked"](), small_params()).groups
+    reasons = {group.path: group.not_projected for group in groups}
+    assert reasons["blocks/kernel"] is None
+    assert "no galore" in reasons["dense/kernel"]
+
+
+def shows(text, size):
+    """Whether some number in a text, in some unit, is a size in bytes to the digits shown."""
+    for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text):
+        value = float(number.replace(",", ""))
+        rounding = 0.5 * 10.0 ** -len(number.partition(".")[2]) + 1e-9
+        if len(number.replace(",", "").replace(".", "").lstrip("0")) < 2:
+            continue
+        for unit in (1, 10**3, 10**6, 10**9, 2**10, 2**20, 2**30):
+            if abs(value - size / unit) <= rounding:
+                return True
+    return False
+
+
+TOTALS = (
+    "parameters",
+    "projectors",
+    "moments",
+    "state",
+    "state_without_galore",
+    "total",
+    "total_without_galore",
+)
+
+
+@pytest.mark.parametrize("total", TOTALS)
+@pytest.mark.parametrize("size", ["60m", "1b"])
+def test_printed_report_contains_the_totals(size, total):
+    llama = LLAMAS[size]
+    report = memory_report(adamw_for(llama), shapes_of(llama, jnp.float32))
+    assert shows(str(report), getattr(report, total))
+
+
+def test_seven_billion_parameters_are_reported_in_seconds_from_shapes_alone():
+    llama = LLAMAS["7b"]
+    shapes = shapes_of(llama, jnp.bfloat16)
+    arrays = len(jax.live_arrays())
+    start = time.process_time()
+    report = memory_report(adamw_for(llama), shapes)
+    assert time.process_time() - start < 5
+    assert len(jax.live_arrays()) == arrays
+    assert report.state == state_bytes(llama, element_bytes=4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: galore_optax.galore(optax.sgd(0.1), rank=100),
+        lambda: galore_optax.galore(optax.sgd(0.1), rank=4),
+        lambda: galore_optax.galore(optax.sgd(0.1), rank=4, exclude="nowhere"),
+        lambda: galore_optax.galore(rank=4),
+        lambda: galore_optax.galore(optax.lamb(0.1), rank=4),
+    ],
+    ids=["projects_nothing", "ambiguous", "unused_pattern", "no_inner", "not_affine"],
+)
+def test_report_does_not_warn(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory_report(make(), small_params())
+
+
+def test_warnings_come_after_a_report_too():
+    tx = galore_optax.galore(optax.sgd(0.1), rank=100)
+    params = {"kernel": np.ones((8, 12), np.float32)}
+    memory_report(tx, params)
+    with pytest.warns(UserWarning, match="projects nothing"):
+        tx.init(params)
+
+
+def test_report_does_not_change_the_state_of_later_inits():
+    tx, params = galore_adamw(), small_params()
+    before = jax.tree.map(jnp.shape, tx.init(params))
+    memory_report(tx, params)
+    assert jax.tree.map(jnp.shape, tx.init(params)) == before

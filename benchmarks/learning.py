@@ -2,10 +2,12 @@
 
     python -m benchmarks.learning --out benchmarks/results/learning
 
-Trains the demo's LLaMA once for each setting, all with the same seed and the same tokens. AdamW's
-learning rate is swept together with the ratio of the matrices' learning rate to the rest's,
-since GaLore's `scale` is such a ratio; GaLore's together with `scale`. The best of each are then
-run again from two more seeds. Settings that are in the JSON file already are not run again.
+Trains the demo's LLaMA once for each setting, all with the same seed and the same tokens. Two
+settings of each optimizer are swept by factors of two: AdamW's learning rate and the ratio of the
+matrices' learning rate to the rest's, since GaLore's `scale` is such a ratio; GaLore's learning
+rate and `scale`. The sweep goes to the best neighbour until none is better, so that the best
+setting is better than all four around it. It is then run again from two more seeds. Settings
+that are in the JSON file already are not run again.
 """
 
 import argparse
@@ -21,9 +23,10 @@ from benchmarks.machine import machine
 from examples.flax_llama.demo import GALORE
 from examples.flax_llama.train import train
 
-SWEEPS = {
-    "adamw": {"lr": (0.005, 0.01, 0.02, 0.04), "matrix_lr_ratio": (0.125, 0.25, 0.5)},
-    "galore_adamw": {"lr": (0.01, 0.02, 0.04, 0.08), "scale": (0.125, 0.25, 0.5)},
+# Where each sweep starts, and what it varies.
+STARTS = {
+    "adamw": {"lr": 0.02, "matrix_lr_ratio": 0.0625},
+    "galore_adamw": {"lr": 0.02, "scale": 0.25},
 }
 MORE_SEEDS = (1, 2)
 DEMO = dataclasses.replace(GALORE, eval_every=GALORE.steps, quiet=True)
@@ -31,13 +34,10 @@ DEMO = dataclasses.replace(GALORE, eval_every=GALORE.steps, quiet=True)
 Run = dict[str, Any]
 
 
-def settings() -> list[Run]:
-    """Every setting of the sweeps."""
-    return [
-        {"optimizer": optimizer, "seed": 0, **dict(zip(grid, values, strict=True))}
-        for optimizer, grid in SWEEPS.items()
-        for values in itertools.product(*grid.values())
-    ]
+def neighbourhood(setting: Run) -> list[Run]:
+    """The setting, and those with one value halved or doubled."""
+    changes = itertools.product(STARTS[setting["optimizer"]], (0.5, 2.0))
+    return [setting, *({**setting, name: setting[name] * factor} for name, factor in changes)]
 
 
 def run(setting: Run) -> Run:
@@ -52,34 +52,24 @@ def run(setting: Run) -> Run:
 
 
 def best(runs: list[Run], optimizer: str) -> Run:
-    """The setting of lowest validation loss, seed 0."""
+    """The swept setting of lowest validation loss."""
     candidates = [r for r in runs if r["optimizer"] == optimizer and r["seed"] == 0]
-    return min(candidates, key=lambda r: r["valid_loss"])
-
-
-def at_edge(chosen: Run) -> list[str]:
-    """The swept arguments whose best value is the first or last of the grid."""
-    grid = SWEEPS[chosen["optimizer"]]
-    return [name for name, values in grid.items() if chosen[name] in (values[0], values[-1])]
+    chosen = min(candidates, key=lambda r: r["valid_loss"])
+    return {name: chosen[name] for name in ("optimizer", "seed", *STARTS[optimizer])}
 
 
 def summary(runs: list[Run]) -> Run:
     """The best settings, their losses over seeds, and the ratio of these."""
     result: Run = {}
-    for optimizer, grid in SWEEPS.items():
+    for optimizer in STARTS:
         chosen = best(runs, optimizer)
-        same = [
-            r
-            for r in runs
-            if r["optimizer"] == optimizer and all(r[name] == chosen[name] for name in grid)
-        ]
-        losses = [r["valid_loss"] for r in sorted(same, key=lambda r: r["seed"])]
+        seeds = [{**chosen, "seed": seed} for seed in (0, *MORE_SEEDS)]
+        losses = [r["valid_loss"] for s in seeds for r in runs if s.items() <= r.items()]
         result[optimizer] = {
-            **{name: chosen[name] for name in grid},
+            **{name: chosen[name] for name in STARTS[optimizer]},
             "losses_by_seed": losses,
             "mean_loss": statistics.mean(losses),
             "standard_error": statistics.stdev(losses) / len(losses) ** 0.5,
-            "at_edge_of_sweep": at_edge(chosen),
         }
     result["ratio"] = result["galore_adamw"]["mean_loss"] / result["adamw"]["mean_loss"]
     return result
@@ -92,20 +82,18 @@ def plot(runs: list[Run], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(SWEEPS), figsize=(9, 4), sharey=True, layout="constrained")
-    for panel, (optimizer, grid) in zip(panels, SWEEPS.items(), strict=True):
-        (other,) = set(grid) - {"lr"}
-        for value in grid[other]:
-            line = sorted(
-                (r["lr"], r["valid_loss"])
-                for r in runs
-                if r["optimizer"] == optimizer and r["seed"] == 0 and r[other] == value
-            )
+    figure, panels = plt.subplots(1, len(STARTS), figsize=(9, 4), sharey=True, layout="constrained")
+    for panel, (optimizer, swept) in zip(panels, STARTS.items(), strict=True):
+        (other,) = set(swept) - {"lr"}
+        mine = [r for r in runs if r["optimizer"] == optimizer and r["seed"] == 0]
+        for value in sorted({r[other] for r in mine}):
+            line = sorted((r["lr"], r["valid_loss"]) for r in mine if r[other] == value)
             panel.plot(*zip(*line, strict=True), marker="o", label=f"{other} {value:g}")
-        chosen = best(runs, optimizer)
+        chosen = min(mine, key=lambda r: r["valid_loss"])
         panel.plot(chosen["lr"], chosen["valid_loss"], "k*", markersize=14, label="best")
+        rates = sorted({r["lr"] for r in mine})
         panel.set(xscale="log", xlabel="peak learning rate", title=optimizer)
-        panel.set_xticks(grid["lr"], [f"{x:g}" for x in grid["lr"]])
+        panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend()
@@ -125,18 +113,21 @@ def main() -> None:
     demo = {name: getattr(DEMO, name) for name in shared}
 
     def ensure(todo: list[Run]) -> None:
-        for i, setting in enumerate(todo):
-            if any(setting.items() <= r.items() for r in runs):
-                continue
-            runs.append(run(setting))
-            print(f"{i + 1}/{len(todo)}", runs[-1], flush=True)
-            record = {"benchmark": "learning", "machine": machine(), "demo": demo, "runs": runs}
-            path.write_text(json.dumps(record, indent=1) + "\n")
+        for setting in todo:
+            if not any(setting.items() <= r.items() for r in runs):
+                runs.append(run(setting))
+                print(runs[-1], flush=True)
+                record = {"benchmark": "learning", "machine": machine(), "demo": demo, "runs": runs}
+                path.write_text(json.dumps(record, indent=1) + "\n")
 
-    ensure(settings())
-    for optimizer, grid in SWEEPS.items():
-        chosen = {k: best(runs, optimizer)[k] for k in ("optimizer", *grid)}
-        ensure([{**chosen, "seed": seed} for seed in MORE_SEEDS])
+    for optimizer, start in STARTS.items():
+        here: Run = {}
+        there = {"optimizer": optimizer, "seed": 0, **start}
+        while here != there:
+            here = there
+            ensure(neighbourhood(here))
+            there = best(runs, optimizer)
+        ensure([{**here, "seed": seed} for seed in MORE_SEEDS])
     record = json.loads(path.read_text()) | {"summary": summary(runs)}
     path.write_text(json.dumps(record, indent=1) + "\n")
     plot(runs, args.out.with_suffix(".png"))

@@ -23,6 +23,7 @@ from galore_optax._matrix import (
     RankSpec,
     Selection,
     moment_dtype,
+    structure,
 )
 from galore_optax._refresh import refresh
 from galore_optax._subspace import (
@@ -176,7 +177,6 @@ def _transformation(
 
     def init_fn(params: optax.Params) -> GaloreState:
         nonlocal warned
-        treedef = jax.tree.structure(params)
         views = selection.views(params)
         inspection = _INSPECTION.get()
         if inspection is not None:
@@ -194,8 +194,8 @@ def _transformation(
         low_rank = [_low_rank_stand_in(v, x) for v, x in zip(views, leaves, strict=True)]
         return GaloreState(
             step=jnp.zeros([], jnp.int32),
-            subspace=_tree_of_subspaces(treedef, subspaces),
-            inner=inner.init(treedef.unflatten(low_rank)),
+            subspace=_tree_of_subspaces(_subspace_structure(params, views), subspaces),
+            inner=inner.init(_inner_structure(params, views).unflatten(low_rank)),
         )
 
     def update_fn(
@@ -207,7 +207,8 @@ def _transformation(
         gradients, treedef = jax.tree.flatten(updates)
         gradients = [jnp.asarray(g) for g in gradients]
         views = selection.views(updates)
-        subspaces = _subspaces_of_tree(treedef, views, state)
+        subspace_treedef = _subspace_structure(updates, views)
+        subspaces = _subspaces_of_tree(subspace_treedef, views, state)
         weights = [] if params is None else _leaves_like(treedef, params, "params")
         weights = [jnp.asarray(w) for w in weights]
         gap = update_proj_gap(state.step) if callable(update_proj_gap) else update_proj_gap
@@ -235,7 +236,7 @@ def _transformation(
             low_rank,
             state.inner,
             None if params is None else weights,
-            treedef,
+            _inner_structure(updates, views),
             views,
             projected_weights,
             extra_args,
@@ -254,7 +255,7 @@ def _transformation(
 
         return treedef.unflatten(new_updates), GaloreState(
             step=optax.safe_increment(state.step),
-            subspace=_tree_of_subspaces(treedef, subspaces),
+            subspace=_tree_of_subspaces(subspace_treedef, subspaces),
             inner=result.state,
         )
 
@@ -296,6 +297,14 @@ def _low_rank_stand_in(view: LeafView, leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
     return jnp.asarray(leaf).astype(dtype)
+
+
+def _subspace_structure(tree: Any, views: Sequence[LeafView]) -> Any:
+    return structure(tree, [True] * len(views))
+
+
+def _inner_structure(tree: Any, views: Sequence[LeafView]) -> Any:
+    return structure(tree, [isinstance(view, MatrixView) for view in views])
 
 
 def _tree_of_subspaces(treedef: Any, subspaces: Sequence[Subspace]) -> Subspace:

@@ -82,7 +82,7 @@ class Inner:
           low_rank: the low-rank gradient R of projected leaves, the gradient of others.
           state: the inner state.
           params: the parameters, or None where the caller got none.
-          treedef: the structure of the gradients.
+          treedef: the structure of what the inner transformation sees.
           views: how each leaf is seen.
           project: of a projected leaf its parameters, projected like its gradient.
           extra_args: keyword arguments for the inner transformation.

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import operator
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 DEFAULT_EXCLUDE = (
-    r"(?i)(^|/)([^/]*embed[^/]*|wte|wpe|(lm_|output_|mlm_)?head|logits[^/]*|(scale|bias)$)"
+    r"(?i)(^|/)(([^/]*embed[^/]*|wte|wpe|(lm_|output_|mlm_)?head|logits[^/]*)(/|$)|(scale|bias)$)"
 )
 """The leaves that are left at full size by default, as a regular expression on their path.
 
@@ -266,6 +267,11 @@ class Selection:
         try:
             reduction = _axes(dimension_numbers.reduction_axis, len(shape))
             output = _axes(dimension_numbers.output_axis, len(shape))
+        except TypeError:
+            raise TypeError(
+                f"weight_dimension_numbers of {path!r}: axes must be ints or sequences of ints; "
+                f"got {dimension_numbers}"
+            ) from None
         except IndexError as error:
             if shared:
                 return unprojected("fewer axes than its subtree's dimension numbers")
@@ -300,14 +306,35 @@ class Selection:
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """A leaf's path as text, the same with and without Flax's boxes.
+    """A leaf's path as text, the same in a box of Flax and out of it.
 
     NNX variables and Linen's ``Partitioned`` show up as an attribute ``value`` at the end of the
-    path where they are boxed (at init), and not where they have been unboxed (at update).
+    path where leaves are boxed (at init), and not where they have been unboxed (at update).
     """
-    last = path[-1] if path else None
-    boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
-    return jax.tree_util.keystr(path[:-1] if boxed else path, simple=True, separator="/")
+    return jax.tree_util.keystr(
+        path[:-1] if path[-1:] == _BOXED else path, simple=True, separator="/"
+    )
+
+
+def structure(tree: Any, unbox: Sequence[bool]) -> Any:
+    """The structure of ``tree`` with some of its leaves taken out of Flax's boxes.
+
+    A box carries the sharding of the parameter, which need not fit state of another shape.
+
+    Args:
+      tree: any tree.
+      unbox: for each leaf whether to take it out of its box, if it has one.
+    """
+    boxes, treedef = jax.tree.flatten(tree, is_leaf=_is_box)
+    chosen = zip(boxes, unbox, strict=True)
+    return jax.tree.structure(treedef.unflatten([0 if out else box for box, out in chosen]))
+
+
+_BOXED = (jax.tree_util.GetAttrKey("value"),)
+
+
+def _is_box(x: Any) -> bool:
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(x)] == [_BOXED]
 
 
 _AMBIGUOUS = "more than two axes and no dimension numbers"
@@ -328,6 +355,8 @@ def _broadcast_prefix(
         shared = not jax.tree_util.treedef_is_leaf(structure)
         pairs.extend([(leaf, shared)] * structure.num_leaves)
 
+    if not jax.tree.leaves(tree):  # nothing to tell, or the placeholder of optax.tree.map_params
+        return pairs
     try:
         jax.tree.map(spread, prefix, tree, is_leaf=is_leaf)
     except ValueError as error:
@@ -338,7 +367,7 @@ def _broadcast_prefix(
 
 
 def _axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(operator.index(a) for a in ((axes,) if isinstance(axes, int) else axes))
     for axis in axes:
         if not -ndim <= axis < ndim:
             raise IndexError(f"there is no axis {axis}")

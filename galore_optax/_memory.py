@@ -175,6 +175,7 @@ def memory_report(
     state = _Sizes.of(tx, params, dtype, inspection)
     without = _Sizes.of(tx, params, dtype, Inspection(without_galore=True))
     views = {view.path: view for view in inspection.views}
+    parameters = [_bytes(leaf, dtype) for leaf in jax.tree.leaves(params)]
 
     groups: dict[Any, list[int]] = {}
     for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
@@ -186,7 +187,6 @@ def memory_report(
     def total(sizes: Sequence[int], members: list[int]) -> int:
         return sum(sizes[i] for i in members)
 
-    parameters = [_bytes(leaf, dtype) for leaf in jax.tree.leaves(params)]
     return MemoryReport(
         groups=tuple(
             LeafGroup(
@@ -218,32 +218,36 @@ class _Sizes:
 
     @classmethod
     def of(cls, tx: Any, params: Any, dtype: Any, inspection: Inspection) -> "_Sizes":
-        leaves, treedef = jax.tree.flatten(params)
-        sizes = cls([0] * len(leaves), [0] * len(leaves))
         with inspecting(inspection):
             # A function of its own, so that no earlier trace of tx.init is reused.
             state = jax.eval_shape(lambda p: tx.init(p), params)
-            marked = _mark(state, "moments")
-
-            def add(item, leaf):
-                if isinstance(item, _Marked):
-                    if item.kind == "counters":
-                        sizes.counters += _bytes(item.array, dtype)
-                    else:
-                        getattr(sizes, item.kind)[leaf] += _bytes(item.array, dtype)
-
-            def add_other(item):
+        paths = [_components(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        owners = {path: i for i, path in enumerate(paths)}
+        sizes = cls([0] * len(paths), [0] * len(paths))
+        for path, item in jax.tree_util.tree_leaves_with_path(_mark(state, "moments")):
+            owner = _owner(_components(path), owners)
+            if item.kind == "counters" or owner is None or _is_counter(item.array):
                 sizes.counters += _bytes(item.array, dtype)
-
-            optax.tree.map_params(
-                tx,
-                add,
-                marked,
-                treedef.unflatten(range(len(leaves))),
-                transform_non_params=add_other,
-                is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-            )
+            else:
+                getattr(sizes, item.kind)[owner] += _bytes(item.array, dtype)
         return sizes
+
+
+def _components(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(path_string(path).split("/")) if path else ()
+
+
+def _owner(path: tuple[str, ...], owners: dict[tuple[str, ...], int]) -> int | None:
+    """The leaf whose path is the longest part of a path in the state, which has trees like it."""
+    for length in range(len(path), -1, -1):
+        for start in range(len(path) - length, -1, -1):
+            if path[start : start + length] in owners:
+                return owners[path[start : start + length]]
+    return None
+
+
+def _is_counter(array: jax.ShapeDtypeStruct) -> bool:
+    return array.shape == () and not jnp.issubdtype(array.dtype, jnp.floating)
 
 
 @dataclasses.dataclass(frozen=True)

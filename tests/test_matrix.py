@@ -141,7 +141,7 @@ def test_moments_of_bfloat16_leaves_at_full_size_are_computed_in_float32():
     tx = galore_optax.galore(optax.scale_by_adam(b2=0.999), rank=RANK)
     params = {"kernel": jnp.ones((8, 12), jnp.bfloat16), "bias": jnp.ones(100, jnp.bfloat16)}
     gradients = {**params, "bias": jnp.linspace(0.1, 3.0, 100, dtype=jnp.bfloat16)}
-    _, state = tx.update(gradients, tx.init(params), params)
+    _, state = jax.jit(tx.update)(gradients, tx.init(params), params)
     expected = 0.001 * np.asarray(gradients["bias"], np.float64) ** 2
     np.testing.assert_allclose(optax.tree.get(state, "nu")["bias"], expected, rtol=1e-5)
 
@@ -267,7 +267,7 @@ def test_axes_are_merged_in_the_order_given(order):
     tx = galore_optax.galore(
         optax.identity(), rank=RANK, weight_dimension_numbers=DimensionNumbers(order, 2)
     )
-    _, state = tx.update(gradient, tx.init(gradient))
+    _, state = jax.jit(tx.update)(gradient, tx.init(gradient))
     u, _, _ = np.linalg.svd(gradient.transpose(*order, 2).reshape(12, 20), full_matrices=False)
     left = np.asarray(state.subspace.left)
     np.testing.assert_allclose(left @ left.T, u[:, :RANK] @ u[:, :RANK].T, atol=1e-5)

@@ -14,7 +14,7 @@ from galore_optax._matrix import Selection
 from galore_optax._subspace import Subspace, project, project_back
 
 SHAPES = [(9, 14), (14, 9), (11, 11)]
-RANKS = [1, 4, 8]
+RANKS = [1, 5]
 SIDES = ["short", "long", "left", "right", "both"]
 
 
@@ -26,16 +26,16 @@ def one_update(tx, gradient, state=None):
     """The update of a single matrix and the state after it."""
     params = {"kernel": jnp.zeros_like(gradient)}
     state = tx.init(params) if state is None else state
-    updates, state = tx.update({"kernel": gradient}, state, params)
+    updates, state = jax.jit(tx.update)({"kernel": gradient}, state, params)
     return updates["kernel"], state
 
 
-def subspace_of(shape, side, rank, dtype=np.float32, seed=0):
+def subspace_of(shape, side, rank):
     """Random orthonormal bases for a stack of matrices."""
     *batch, m, n = shape
     numbers = galore_optax.DimensionNumbers(-2, -1)
-    (view,) = Selection(rank, side, None, numbers).views(np.zeros(shape, dtype))
-    rng = np.random.default_rng(seed)
+    (view,) = Selection(rank, side, None, numbers).views(np.zeros(shape, np.float32))
+    rng = np.random.default_rng(0)
 
     def basis(size, present):
         columns = np.linalg.qr(rng.normal(size=(*batch, size, rank)))[0]
@@ -56,7 +56,7 @@ def test_svd_has_the_shapes_and_dtype_of_two_bases(shape, rank):
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_svd_is_orthonormal(shape, rank):
-    for basis in galore_optax.svd(jnp.asarray(matrix_of(shape)), rank):
+    for basis in map(np.asarray, galore_optax.svd(jnp.asarray(matrix_of(shape)), rank)):
         np.testing.assert_allclose(basis.T @ basis, np.eye(rank), atol=1e-5)
 
 
@@ -74,12 +74,12 @@ def test_svd_leaves_the_smallest_possible_residual(shape, rank):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_svd_orders_directions_by_singular_value(shape):
     g = matrix_of(shape)
-    left, right = galore_optax.svd(jnp.asarray(g), 4)
+    left, right = map(np.asarray, galore_optax.svd(jnp.asarray(g), 4))
     values = np.linalg.svd(g.astype(np.float64), compute_uv=False)[:4]
     np.testing.assert_allclose(np.abs(np.diag(left.T @ g @ right)), values, rtol=1e-5)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_first_refresh_makes_the_largest_entry_positive(side):
     gradient = jnp.asarray(matrix_of((9, 14)))
     _, state = one_update(galore_optax.galore(optax.identity(), rank=8, side=side), gradient)
@@ -93,13 +93,12 @@ def test_first_refresh_makes_the_largest_entry_positive(side):
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_later_refreshes_keep_the_direction_of_each_vector(side):
     tx = galore_optax.galore(optax.identity(), rank=6, side=side, update_proj_gap=1)
-    update = jax.jit(lambda gradient, state: one_update(tx, gradient, state)[1])
     gradient = matrix_of((8, 12))
-    state = update(jnp.asarray(gradient), tx.init({"kernel": jnp.zeros((8, 12))}))
+    _, state = one_update(tx, jnp.asarray(gradient))
     for seed in range(1, 6):
         old = jax.tree.leaves((state.subspace.left, state.subspace.right))
         gradient = gradient + 0.5 * matrix_of((8, 12), seed)
-        state = update(jnp.asarray(gradient), state)
+        _, state = one_update(tx, jnp.asarray(gradient), state)
         new = jax.tree.leaves((state.subspace.left, state.subspace.right))
         for p_new, p_old in zip(new, old, strict=True):
             assert np.all(np.diag(p_new.T @ p_old) >= 0)
@@ -118,11 +117,10 @@ def test_signs_chosen_by_the_projector_do_not_matter():
         tx = galore_optax.galore(
             optax.identity(), rank=5, side="both", update_proj_gap=1, projector=projector
         )
-        update = jax.jit(lambda gradient, state, tx=tx: one_update(tx, gradient, state)[1])
-        state = tx.init({"kernel": gradients[0]})
+        state = None
         bases.append([])
         for gradient in gradients:
-            state = update(gradient, state)
+            _, state = one_update(tx, gradient, state)
             bases[-1].append(state.subspace[:2])
     chex.assert_trees_all_close(bases[0], bases[1], atol=1e-6)
 
@@ -130,12 +128,11 @@ def test_signs_chosen_by_the_projector_do_not_matter():
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9), (3, 9, 14), (2, 3, 14, 9)])
 def test_project_and_project_back_are_adjoint(shape, side):
-    rng = np.random.default_rng(1)
     subspace = subspace_of(shape, side, rank=4)
-    g = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    low_rank = project(g, subspace)
-    u = jnp.asarray(rng.normal(size=low_rank.shape), jnp.float32)
-    back = project_back(u, subspace, jnp.float32)
+    g = matrix_of(shape, seed=1)
+    low_rank = np.asarray(project(jnp.asarray(g), subspace))
+    u = matrix_of(low_rank.shape, seed=2)
+    back = np.asarray(project_back(jnp.asarray(u), subspace, jnp.float32))
     chex.assert_shape(back, shape)
     axes = (-2, -1)  # an inner product for each matrix of a stack, none may leak into another
     np.testing.assert_allclose(

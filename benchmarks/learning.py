@@ -109,8 +109,11 @@ def main() -> None:
     path = args.out.with_suffix(".json")
     known = json.loads(path.read_text()) if path.exists() else {"runs": []}
     runs: list[Run] = known["runs"]
-    shared = ("preset", "tokenizer", "steps", "batch", "seq", "update_proj_gap", "weight_decay")
-    demo = {name: getattr(DEMO, name) for name in shared}
+    swept = {name for start in STARTS.values() for name in start}
+    ours = {"optimizer", "seed", "out", "quiet", *swept}
+    demo = {k: v for k, v in dataclasses.asdict(DEMO).items() if k not in ours}
+    if known.get("demo", demo) != demo:
+        raise SystemExit(f"{path} is of another demo, {known['demo']}: name another file.")
 
     def ensure(todo: list[Run]) -> None:
         for setting in todo:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from galore_optax import _projectors
@@ -89,8 +90,10 @@ def galore(
         ``galore()`` in :func:`galore_optax.chain`, which makes what follows the inner
         transformation. Weight decay ahead of a momentum inside it
         (``optax.add_decayed_weights`` then ``optax.trace``), ``optax.novograd`` and
-        ``optax.contrib.schedule_free`` mix the parameters into their state, which cannot be
-        seen from outside: decay after ``galore`` instead, and put schedule-free around it.
+        ``optax.contrib.schedule_free`` mix the parameters into their state, and what mixes the
+        entries of an update after its decay (``optax.centralize``) mixes the decay too: neither
+        can be seen from outside. Decay after ``galore`` then, and put schedule-free around it.
+        Masks and labels inside are best callables: R has another shape, and no Flax box.
       rank: r; an int, a fraction of the matrix' short side in (0, 1), or a callable of path and
         shape that returns either. Matrices whose short side does not exceed it stay full size.
       update_proj_gap: T, in steps; an int, a schedule of the step, or an array (traced under
@@ -104,13 +107,16 @@ def galore(
         (the columns n, the output axis), ``"both"`` (R = P^T G Q is (r, r)).
       exclude: the leaves not to project: a regular expression searched in the path (``"/"``
         between components), a callable of path and shape, a tree of bools with the structure
-        of the parameters or a prefix of it, or None to exclude nothing. By default embeddings,
-        output heads, scales and biases: `galore_optax.DEFAULT_EXCLUDE`.
+        of the parameters or a prefix of it, or None to exclude nothing. Unlike in
+        ``optax.masked``, True means excluded. By default embeddings, output heads, scales and
+        biases: `galore_optax.DEFAULT_EXCLUDE`.
       weight_dimension_numbers: which axes form the matrix, as in ``optax.contrib.muon``:
         `DimensionNumbers` for all leaves, a tree of them with the structure of the parameters
-        or a prefix of it (None: not projected), or a callable from parameters to such a tree.
-        Axes not named are batch axes, and each matrix of a batch has its own projector. By
-        default 2-D leaves are (reduction, output), and leaves of more axes are not projected.
+        or a prefix of it (None: not projected), or a callable from parameters (or gradients)
+        to such a tree. Numbers given for several leaves at once leave alone those with too few
+        axes. Axes not named are batch axes, and each matrix of a batch has its own projector.
+        By default 2-D leaves are (reduction, output), as Flax has them, and leaves of more axes
+        are not projected.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is a `GaloreState`. ``init`` also
@@ -152,15 +158,15 @@ def galore(
     _check_gap(update_proj_gap)
     _check_scale(scale)
 
-    def with_inner(transformation, caution=None):
+    def make(transformation, caution=None):
         return _transformation(
             Inner(transformation), selection, choose, update_proj_gap, scale, caution
         )
 
     if inner is not None:
-        return with_inner(inner)
-    bare = BareGalore(*with_inner(optax.identity(), caution=_BARE))
-    bare.with_inner = with_inner
+        return make(inner)
+    bare = BareGalore(*make(optax.identity(), caution=_BARE))
+    bare.with_inner = make
     return bare
 
 
@@ -182,21 +188,24 @@ def _transformation(
         if inspection is not None:
             inspection.views.extend(views)
             if inspection.without_galore:
+                # A GaloreState all the same, so that the inner state is found where it always is.
                 return GaloreState(ABSENT, Subspace(), inner.init(params))
-        elif not warned and views:
-            warned = True
-            selection.warn(views, stacklevel=2)
-            if caution is not None:
-                warnings.warn(caution, UserWarning, stacklevel=2)
-
         subspaces = [init_subspace(v) if isinstance(v, MatrixView) else Subspace() for v in views]
         leaves = jax.tree.leaves(params)
         low_rank = [_low_rank_stand_in(v, x) for v, x in zip(views, leaves, strict=True)]
-        return GaloreState(
+        low_rank = _inner_structure(params, views).unflatten(low_rank)
+        state = GaloreState(
             step=jnp.zeros([], jnp.int32),
             subspace=_tree_of_subspaces(_subspace_structure(params, views), subspaces),
-            inner=inner.init(_inner_structure(params, views).unflatten(low_rank)),
+            inner=inner.init(low_rank),
         )
+        if inspection is None and not warned and views:
+            warned = True
+            selection.warn(views, stacklevel=2)
+            inner.warn(low_rank, state.inner, views, stacklevel=2)
+            if caution is not None:
+                warnings.warn(caution, UserWarning, stacklevel=2)
+        return state
 
     def update_fn(
         updates: optax.Updates,
@@ -211,7 +220,14 @@ def _transformation(
         subspaces = _subspaces_of_tree(subspace_treedef, views, state)
         weights = [] if params is None else _leaves_like(treedef, params, "params")
         weights = [jnp.asarray(w) for w in weights]
+        for view, weight in zip(views, weights, strict=False):
+            if weight.shape != view.shape:
+                raise ValueError(
+                    f"params and gradients must have the same shapes; {view.path!r} has shape "
+                    f"{weight.shape} in params and {view.shape} in the gradients"
+                )
         gap = update_proj_gap(state.step) if callable(update_proj_gap) else update_proj_gap
+        gap = min(gap, _NEVER) if isinstance(gap, numbers.Integral) else gap
         gap = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
 
         low_rank = [g.astype(moment_dtype(g.dtype)) for g in gradients]
@@ -347,17 +363,22 @@ def _leaves_like(treedef: Any, tree: Any, name: str) -> list[Any]:
         ) from error
 
 
+_NEVER = 2**31 - 1
+
 _BARE = (
     "galore() has no inner transformation here, so what follows it in optax.chain keeps moments "
     "of full size: it trains on the low-rank gradient but saves no memory, and Adam cancels its "
-    "scale. Write galore_optax.chain instead of optax.chain, or galore(optax.adamw(...), ...)."
+    "scale. Write galore_optax.chain instead of optax.chain, with galore(...) itself as one of "
+    "its arguments, or galore(optax.adamw(...), ...), which other wrappers may go around."
 )
 
 
 def _check_gap(gap: Any) -> None:
-    if callable(gap) or isinstance(gap, jax.Array):
+    if callable(gap):
         return
-    if isinstance(gap, bool) or not isinstance(gap, numbers.Integral):
+    if isinstance(gap, jax.Array | np.ndarray):
+        gap = _value_if_known(gap, at_runtime=1)
+    elif isinstance(gap, bool) or not isinstance(gap, numbers.Integral):
         raise TypeError(
             f"update_proj_gap must be a positive int, a schedule or an array; got {gap!r}"
         )
@@ -366,9 +387,17 @@ def _check_gap(gap: Any) -> None:
 
 
 def _check_scale(scale: Any) -> None:
-    if isinstance(scale, jax.Array):
-        return
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+    if isinstance(scale, jax.Array | np.ndarray):
+        scale = _value_if_known(scale, at_runtime=0.0)
+    elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a finite number or an array; got {scale!r}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite; got {scale!r}")
+
+
+def _value_if_known(array: Any, at_runtime: float) -> float:
+    """The number in an array, or ``at_runtime`` where tracing hides it."""
+    try:
+        return float(array)
+    except jax.errors.ConcretizationTypeError:
+        return at_runtime

@@ -57,6 +57,7 @@ class Inner:
             raise ValueError(_MULTI_STEPS)
         self._transformation = optax.with_extra_args_support(transformation)
         self._uses: dict[Any, ParamsUse] = {}
+        self._checked: set[Any] = set()
 
     def init(self, low_rank_params: Any) -> Any:
         """The inner state for parameters whose projected leaves have the shape of R."""
@@ -65,6 +66,30 @@ class Inner:
         if any(map(_is_multi_steps_state, nodes)):
             raise ValueError(_MULTI_STEPS)
         return state
+
+    def warn(
+        self, low_rank_params: Any, state: Any, views: Sequence[LeafView], stacklevel: int
+    ) -> None:
+        """Warns where weight decay cannot be taken out of the inner transformation.
+
+        Args:
+          low_rank_params: as for :meth:`init`.
+          state: the inner state.
+          views: how each leaf is seen.
+          stacklevel: of the caller.
+        """
+        treedef = jax.tree.structure(low_rank_params)
+
+        def classify(leaves, state):
+            run = self._runner(leaves, state, leaves, treedef, views, {})
+            self._use(run, leaves, treedef, views)
+
+        try:
+            jax.eval_shape(classify, jax.tree.leaves(low_rank_params), state)
+        except Exception:  # such as for want of extra arguments; update says what is wrong
+            return
+        if ParamsUse.OTHER in self._uses.values():
+            warnings.warn(_NOT_AFFINE, UserWarning, stacklevel + 1)
 
     def update(
         self,
@@ -86,10 +111,18 @@ class Inner:
           views: how each leaf is seen.
           project: of a projected leaf its parameters, projected like its gradient.
           extra_args: keyword arguments for the inner transformation.
+
+        Returns:
+          The updates of all leaves, and the decay that the caller has to add.
+
+        Raises:
+          ValueError: the state is not one of this transformation for these leaves, or the
+            transformation needs the parameters and there are none.
         """
-        gradients = treedef.unflatten(low_rank)
+        self._check_state(low_rank, state, treedef)
         decay: list[jax.Array | None] = [None] * len(views)
         if params is None:
+            gradients = treedef.unflatten(low_rank)
             try:
                 updates, state = self._transformation.update(gradients, state, None, **extra_args)
             except Exception as error:
@@ -100,32 +133,12 @@ class Inner:
             return LowRankUpdate(treedef.flatten_up_to(updates), decay, state)
 
         projected = {i: view for i, view in enumerate(views) if isinstance(view, MatrixView)}
-
-        full_size = [x.astype(g.dtype) for x, g in zip(params, low_rank, strict=True)]
-
-        def run(projected_params):
-            leaves = list(full_size)
-            for i, leaf in zip(projected, projected_params, strict=True):
-                leaves[i] = leaf
-            updates, new_state = self._transformation.update(
-                gradients, state, treedef.unflatten(leaves), **extra_args
-            )
-            updates = treedef.flatten_up_to(updates)
-            return [updates[i] for i in projected], (updates, new_state)
-
+        run = self._runner(low_rank, state, params, treedef, views, extra_args)
         zeros = [jnp.zeros_like(low_rank[i]) for i in projected]
-        key = (treedef, tuple((x.shape, x.dtype) for x in low_rank))
-        if key not in self._uses:
-            self._uses[key] = _params_use(lambda p: run(p)[0], zeros)
-            if self._uses[key] is ParamsUse.OTHER:
-                warnings.warn(_NOT_AFFINE, UserWarning, stacklevel=4)
-        use = self._uses[key]
+        use = self._use(run, low_rank, treedef, views)
         if use is not ParamsUse.AFFINE:
-            values = (
-                zeros
-                if use is ParamsUse.NONE
-                else [project(i, view) for i, view in projected.items()]
-            )
+            other = use is ParamsUse.OTHER
+            values = [project(i, view) for i, view in projected.items()] if other else zeros
             _, (updates, new_state) = run(values)
             return LowRankUpdate(updates, decay, new_state)
 
@@ -134,6 +147,54 @@ class Inner:
         for i, tangent in zip(projected, tangents, strict=True):
             decay[i] = tangent[..., :1, :1]
         return LowRankUpdate(updates, decay, new_state)
+
+    def _runner(self, low_rank, state, params, treedef, views, extra_args) -> Any:
+        """The inner update as a function of the parameters of the projected leaves."""
+        projected = [i for i, view in enumerate(views) if isinstance(view, MatrixView)]
+        full_size = [x.astype(g.dtype) for x, g in zip(params, low_rank, strict=True)]
+
+        def run(projected_params):
+            leaves = list(full_size)
+            for i, leaf in zip(projected, projected_params, strict=True):
+                leaves[i] = leaf
+            updates, new_state = self._transformation.update(
+                treedef.unflatten(low_rank), state, treedef.unflatten(leaves), **extra_args
+            )
+            updates = treedef.flatten_up_to(updates)
+            return [updates[i] for i in projected], (updates, new_state)
+
+        return run
+
+    def _use(self, run, low_rank, treedef, views) -> ParamsUse:
+        key = _shapes(low_rank, treedef)
+        if key not in self._uses:
+            pairs = zip(low_rank, views, strict=True)
+            zeros = [jnp.zeros_like(g) for g, view in pairs if isinstance(view, MatrixView)]
+            self._uses[key] = _params_use(lambda params: run(params)[0], zeros)
+        return self._uses[key]
+
+    def _check_state(self, low_rank: Sequence[jax.Array], state: Any, treedef: Any) -> None:
+        key = _shapes(low_rank, treedef)
+        if key in self._checked:
+            return
+        expected = jax.eval_shape(self._transformation.init, treedef.unflatten(low_rank))
+        same_structure = jax.tree.structure(state) == jax.tree.structure(expected)
+        if not same_structure or any(
+            jnp.shape(found) != wanted.shape
+            for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+        ):
+            raise ValueError(
+                "the state belongs to another configuration: its inner state is not what the inner "
+                "transformation of galore makes for these leaves. Use the transformation the state "
+                "was made with, or make a new state with init. It has "
+                f"{jax.tree.map(jnp.shape, state)}, and should have "
+                f"{jax.tree.map(jnp.shape, expected)}"
+            )
+        self._checked.add(key)
+
+
+def _shapes(leaves: Sequence[jax.Array], treedef: Any) -> Any:
+    return treedef, tuple((x.shape, x.dtype) for x in leaves)
 
 
 def _params_use(

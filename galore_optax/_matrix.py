@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 DEFAULT_EXCLUDE = (
     r"(?i)(^|/)(([^/]*embed[^/]*|wte|wpe|(lm_|output_|mlm_)?head|logits[^/]*)(/|$)|(scale|bias)$)"
@@ -25,7 +26,8 @@ Embeddings and output heads: a path component that contains ``embed``, is ``wte`
 SIDES = ("short", "long", "left", "right", "both")
 
 RankSpec = int | float | Callable[[str, tuple[int, ...]], int | float]
-ExcludeSpec = str | re.Pattern[str] | Callable[[str, tuple[int, ...]], bool] | Any | None
+# A regular expression, a callable of path and shape, a tree of bools, or None.
+ExcludeSpec = Any
 
 
 class DimensionNumbers(NamedTuple):
@@ -162,9 +164,11 @@ class Selection:
           TypeError: a leaf is not of a real floating-point dtype.
           ValueError: dimension numbers, exclusions or ranks that do not fit a leaf.
         """
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        leaves = leaves_with_paths(tree)
+        if not leaves:  # nothing to look at, or the placeholder of optax.tree.map_params
+            return []
         return [
-            self._view(path_string(path), leaf, excluded, *numbers_of_leaf)
+            self._view(path, leaf, excluded, *numbers_of_leaf)
             for (path, leaf), excluded, numbers_of_leaf in zip(
                 leaves, self._excluded(tree), self._dimension_numbers(tree), strict=True
             )
@@ -206,19 +210,16 @@ class Selection:
             )
 
     def _excluded(self, tree: Any) -> list[bool]:
-        paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        leaves = leaves_with_paths(tree)
         exclude = self.exclude
         if exclude is None:
-            return [False] * len(paths)
+            return [False] * len(leaves)
         if isinstance(exclude, str | re.Pattern):
-            return [re.search(exclude, path) is not None for path in paths]
+            return [re.search(exclude, path) is not None for path, _ in leaves]
         if callable(exclude):
-            return [
-                bool(exclude(path, jnp.shape(leaf)))
-                for path, leaf in zip(paths, jax.tree.leaves(tree), strict=True)
-            ]
+            return [bool(exclude(path, jnp.shape(leaf))) for path, leaf in leaves]
         mask = [flag for flag, _ in _broadcast_prefix(exclude, tree, "exclude")]
-        wrong = [flag for flag in mask if not isinstance(flag, bool)]
+        wrong = [flag for flag in mask if not isinstance(flag, bool | np.bool)]
         if wrong:
             raise TypeError(
                 "exclude must be a regular expression, a callable of path and shape, None, or a "
@@ -245,9 +246,10 @@ class Selection:
         self, path: str, leaf: Any, excluded: bool, dimension_numbers: Any, shared: bool
     ) -> LeafView:
         shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
             raise TypeError(
-                f"galore needs real floating-point leaves; {path or 'the leaf'} has dtype {dtype}. "
+                "galore needs real floating-point leaves of 16 bits or more; "
+                f"{path or 'the leaf'} has dtype {dtype}. "
                 "Keep it away from galore with optax.masked or optax.partition."
             )
 
@@ -302,18 +304,21 @@ class Selection:
         if callable(rank):
             rank = rank(path, shape)
             _check_rank(rank, f"rank({path!r}, {shape})")
-        return rank if isinstance(rank, numbers.Integral) else max(1, round(rank * short))
+        return int(rank) if isinstance(rank, numbers.Integral) else max(1, round(rank * short))
 
 
-def path_string(path: tuple[Any, ...]) -> str:
-    """A leaf's path as text, the same in a box of Flax and out of it.
+def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree and their paths, components joined by "/".
 
-    NNX variables and Linen's ``Partitioned`` show up as an attribute ``value`` at the end of the
-    path where leaves are boxed (at init), and not where they have been unboxed (at update).
+    A path is the same whether or not the leaf is in a box of Flax: an NNX variable, or Linen's
+    ``Partitioned``. Leaves are boxed at init and unboxed at update.
     """
-    return jax.tree_util.keystr(
-        path[:-1] if path[-1:] == _BOXED else path, simple=True, separator="/"
-    )
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, boxed in found
+        for leaf in jax.tree.leaves(boxed)
+    ]
 
 
 def structure(tree: Any, unbox: Sequence[bool]) -> Any:
@@ -330,11 +335,10 @@ def structure(tree: Any, unbox: Sequence[bool]) -> Any:
     return jax.tree.structure(treedef.unflatten([0 if out else box for box, out in chosen]))
 
 
-_BOXED = (jax.tree_util.GetAttrKey("value"),)
-
-
 def _is_box(x: Any) -> bool:
-    return [path for path, _ in jax.tree_util.tree_leaves_with_path(x)] == [_BOXED]
+    """Whether this is an ``nnx.Variable`` or an ``AxisMetadata`` of Linen, around one array."""
+    is_flax = hasattr(x, "get_metadata") or hasattr(x, "replace_boxed")
+    return is_flax and len(jax.tree.leaves(x)) == 1
 
 
 _AMBIGUOUS = "more than two axes and no dimension numbers"
@@ -355,8 +359,6 @@ def _broadcast_prefix(
         shared = not jax.tree_util.treedef_is_leaf(structure)
         pairs.extend([(leaf, shared)] * structure.num_leaves)
 
-    if not jax.tree.leaves(tree):  # nothing to tell, or the placeholder of optax.tree.map_params
-        return pairs
     try:
         jax.tree.map(spread, prefix, tree, is_leaf=is_leaf)
     except ValueError as error:
@@ -380,7 +382,7 @@ def _check_rank(rank: Any, name: str) -> None:
             f"{name} must be a Python number, since it sets shapes; got the array {rank}. Under "
             'optax.inject_hyperparams, pass static_args=("rank",).'
         )
-    if isinstance(rank, bool) or not isinstance(rank, int | float | numbers.Integral):
+    if isinstance(rank, bool | np.bool) or not isinstance(rank, numbers.Real):
         raise TypeError(
             f"{name} must be a positive int, a fraction of the short side in (0, 1), or a callable "
             f"of path and shape; got {rank!r}"
@@ -388,7 +390,7 @@ def _check_rank(rank: Any, name: str) -> None:
     if isinstance(rank, numbers.Integral):
         if rank < 1:
             raise ValueError(f"{name} must be positive; got {rank}")
-    elif not 0 < rank < 1:
+    elif not 0 < float(rank) < 1:
         raise ValueError(
             f"{name} must be an int, or a fraction of the short side in (0, 1); got {rank!r}"
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax._galore import GaloreState, Inspection, inspecting
-from galore_optax._matrix import LeafView, MatrixView, Unprojected, path_string
+from galore_optax._matrix import LeafView, MatrixView, Unprojected, leaves_with_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +178,7 @@ def memory_report(
     parameters = [_bytes(leaf, dtype) for leaf in jax.tree.leaves(params)]
 
     groups: dict[Any, list[int]] = {}
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
-        path = path_string(path)
+    for i, (path, leaf) in enumerate(leaves_with_paths(params)):
         rank, reason = _projection(views.get(path))
         group = (re.sub(r"(?<![^/])\d+(?![^/])", "*", path), jnp.shape(leaf), rank, reason)
         groups.setdefault(group, []).append(i)
@@ -221,20 +220,22 @@ class _Sizes:
         with inspecting(inspection):
             # A function of its own, so that no earlier trace of tx.init is reused.
             state = jax.eval_shape(lambda p: tx.init(p), params)
-        paths = [_components(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        owners = {path: i for i, path in enumerate(paths)}
-        sizes = cls([0] * len(paths), [0] * len(paths))
-        for path, item in jax.tree_util.tree_leaves_with_path(_mark(state, "moments")):
+        leaves = leaves_with_paths(params)
+        owners = {_components(path): i for i, (path, _) in enumerate(leaves)}
+        sizes = cls([0] * len(leaves), [0] * len(leaves))
+        for path, item in leaves_with_paths(_mark(state, "moments")):
             owner = _owner(_components(path), owners)
-            if item.kind == "counters" or owner is None or _is_counter(item.array):
+            # Scalars of a matrix are counters and hyperparameters that share part of its path.
+            scalar = owner is not None and not item.array.shape and jnp.shape(leaves[owner][1])
+            if item.kind == "counters" or owner is None or scalar or _is_counter(item.array):
                 sizes.counters += _bytes(item.array, dtype)
             else:
                 getattr(sizes, item.kind)[owner] += _bytes(item.array, dtype)
         return sizes
 
 
-def _components(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(path_string(path).split("/")) if path else ()
+def _components(path: str) -> tuple[str, ...]:
+    return tuple(path.split("/")) if path else ()
 
 
 def _owner(path: tuple[str, ...], owners: dict[tuple[str, ...], int]) -> int | None:

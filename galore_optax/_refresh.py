@@ -7,6 +7,8 @@ from galore_optax._matrix import moment_dtype
 from galore_optax._projectors import Projector, orient
 from galore_optax._subspace import Subspace, is_absent
 
+_NEVER = 2**31 - 1  # the last step that an int32 can count
+
 
 def refresh(
     matrices: jax.Array,
@@ -31,6 +33,12 @@ def refresh(
         the later ones: with a constant gap T they are due at multiples of T.
       projector: chooses the directions.
       rank: r.
+
+    Returns:
+      The subspace to use from this step on.
+
+    Raises:
+      ValueError: the projector returns bases of other shapes than (m, r) and (n, r).
     """
     batch = subspace.due.shape
 
@@ -41,11 +49,18 @@ def refresh(
 
     def choose(matrix: jax.Array, old: Subspace) -> Subspace:
         bases = projector(matrix.astype(moment_dtype(matrix.dtype)), rank)
+        expected = tuple((rows, rank) for rows in matrix.shape)
+        if tuple(map(jnp.shape, bases)) != expected:
+            raise ValueError(
+                f"projector must return bases of shapes {expected} for a matrix of shape "
+                f"{matrix.shape} and rank {rank}; got {tuple(map(jnp.shape, bases))}"
+            )
         left, right = (
             was if is_absent(was) else orient(new, was, old.refreshes == 0).astype(was.dtype)
             for new, was in zip(bases, (old.left, old.right), strict=True)
         )
         due = old.due + gap * (jax.lax.div(step - old.due, gap) + 1)
+        due = jnp.where(gap > _NEVER - step, _NEVER, due)  # instead of an overflow
         new = Subspace(left, right, old.refreshes + 1, due)
         sound = jnp.isfinite(sum(jnp.sum(basis) for basis in jax.tree.leaves((left, right))))
         return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)

@@ -259,6 +259,7 @@ def test_gradients_that_are_not_real_floating_point(dtype):
     assert_says(caught, jnp.dtype(dtype).name)
 
 
+@pytest.mark.filterwarnings("ignore:the inner transformation of galore uses the parameters")
 @pytest.mark.parametrize(
     "inner", [optax.adamw(0.1, weight_decay=0.1), optax.lamb(0.1)], ids=["adamw", "lamb"]
 )
@@ -267,6 +268,39 @@ def test_missing_params_where_the_inner_transformation_needs_them(inner):
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match=re.escape("update(updates, state, params)")):
         jax.eval_shape(tx.update, PARAMS, state)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "used_by"),
+    [
+        (optax.adam(0.1), optax.sgd(0.1, momentum=0.9)),
+        (optax.sgd(0.1), optax.adam(0.1)),
+        (optax.adam(0.1), optax.lion(0.1)),
+    ],
+    ids=["adam-sgd", "sgd-adam", "adam-lion"],
+)
+def test_state_of_another_inner_transformation(made_by, used_by):
+    state = galore_optax.galore(made_by, rank=4).init(PARAMS)
+    tx = galore_optax.galore(used_by, rank=4)
+    with pytest.raises(ValueError, match="belongs to another configuration: its inner state"):
+        jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+
+
+def test_params_of_other_shapes_than_the_gradients():
+    tx = galore_optax.galore(INNER, rank=4)
+    transposed = jax.tree.map(jnp.transpose, PARAMS)
+    with pytest.raises(ValueError, match="params and gradients must have the same shapes; 'layer/"):
+        jax.eval_shape(tx.update, PARAMS, tx.init(PARAMS), transposed)
+
+
+def test_projector_that_returns_other_shapes():
+    def transposed(matrix, rank):
+        left, right = galore_optax.svd(matrix, rank)
+        return left.T, right.T
+
+    tx = galore_optax.galore(INNER, rank=4, projector=transposed)
+    with pytest.raises(ValueError, match="projector must return bases of shapes"):
+        jax.eval_shape(tx.update, PARAMS, tx.init(PARAMS), PARAMS)
 
 
 def state_of(**arguments):

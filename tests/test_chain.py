@@ -38,17 +38,16 @@ def train(tx, gradients=GRADIENTS):
     """The parameters after each step, and the last state."""
 
     @jax.jit
-    def run(params):
-        def step(carry, gradient):
-            params, state = carry
-            updates, state = tx.update(gradient, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params
+    def step(params, state, gradient):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
 
-        (_, state), trajectory = jax.lax.scan(step, (params, tx.init(params)), gradients)
-        return trajectory, state
-
-    return run(normal(0))
+    params = normal(0)
+    state, trajectory = tx.init(params), []
+    for t in range(STEPS):
+        params, state = step(params, state, {name: g[t] for name, g in gradients.items()})
+        trajectory.append(params)
+    return {name: np.stack([params[name] for params in trajectory]) for name in SHAPES}, state
 
 
 def assert_same(trajectory, expected, atol=1e-6):
@@ -218,15 +217,16 @@ def test_optax_chain_trains_with_moments_of_full_size():
         return optax.tree.norm(optax.tree.sub(params, target), squared=True)
 
     @jax.jit
-    def run(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            return (optax.apply_updates(params, updates), state), loss(params)
+    def step(params, state):
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
 
-        return jax.lax.scan(step, (params, tx.init(params)), length=100)
-
-    (_, state), losses = run(normal(0))
+    params = normal(0)
+    state, losses = tx.init(params), []
+    for _ in range(100):
+        params, state, value = step(params, state)
+        losses.append(value)
     assert losses[-1] < 0.1 * losses[0]
     assert optax.tree.get(state, "mu")["kernel"].shape == (4, 6)
 

@@ -110,7 +110,7 @@ CASES = {
         [-decaying_rate(step) * DECAY * (1 + step**2) for step in range(3)],
         ALL,
     ),
-    "mask of callable": (
+    "mask_callable": (
         optax.adamw,
         (RATE,),
         {"mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params)},
@@ -256,7 +256,6 @@ def test_warning_about_projected_parameters_comes_once(name):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         state = tx.init(params)
-        assert not caught
         for _ in range(3):  # traced anew each time
             jax.eval_shape(lambda s: tx.update(gradients, s, params), state)
         tx.init(params)

@@ -109,8 +109,10 @@ def test_shapes_and_dtypes_of_the_state_at_init(dtype, side):
         chex.assert_trees_all_equal_shapes_and_dtypes(state, expected_state(side, dtype))
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize(
+    ("dtype", "side"),
+    [*((jnp.float32, side) for side in SIDES), (jnp.bfloat16, "short"), (jnp.float64, "short")],
+)
 def test_shapes_and_dtypes_after_an_update(dtype, side):
     tx = adamw_of_tree(side)
     with jax.enable_x64(dtype == jnp.float64):

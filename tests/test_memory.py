@@ -94,8 +94,10 @@ def zeros_of(shapes):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["separate", "stacked"])
-@pytest.mark.parametrize("size", ["9m", "20m", "60m", "130m"])
+@pytest.mark.parametrize(
+    ("size", "stacked"),
+    [("9m", False), ("20m", False), ("60m", False), ("130m", False), ("9m", True), ("60m", True)],
+)
 def test_report_is_the_bytes_of_the_real_state(size, stacked):
     llama = LLAMAS[size]
     params = zeros_of(shapes_of(llama, jnp.bfloat16, stacked))
@@ -190,7 +192,11 @@ WRAPPERS = {
     "lion": lambda: galore_optax.galore_lion(1e-3, **ARGUMENTS),
     "sgd": lambda: galore_optax.galore_sgd(0.1, **ARGUMENTS),
     "adafactor": lambda: galore_optax.galore_adafactor(
-        1e-3, min_dim_size_to_factor=4, momentum=0.9, **ARGUMENTS
+        1e-3,
+        min_dim_size_to_factor=4,
+        multiply_by_parameter_scale=False,
+        momentum=0.9,
+        **ARGUMENTS,
     ),
     "moments_in_bfloat16": lambda: galore_optax.galore_adamw(
         1e-3, mu_dtype=jnp.bfloat16, **ARGUMENTS
@@ -249,6 +255,15 @@ def test_partition_counts_each_leaf_in_its_part(labels):
     assert groups["dense/kernel"].moments == 4 * 2 * 13 * 4
     assert groups["embed/embedding"].moments == 4 * 50 * 7
     assert "no galore" in groups["embed/embedding"].not_projected
+
+
+@pytest.mark.parametrize("name", ["chain", "optax_chain", "inject_hyperparams"])
+def test_positions_in_a_list_are_not_taken_for_positions_in_the_state(name):
+    leaves = {"a": jnp.ones((13, 8)), "b": jnp.ones((9, 14)), "c": jnp.ones(5)}
+    tx = optax.chain(optax.clip(1.0), WRAPPERS[name]())
+    of_tree, of_list = (memory_report(tx, p) for p in (leaves, list(leaves.values())))
+    assert [group.moments for group in of_list.groups] == [g.moments for g in of_tree.groups]
+    assert of_list.counters == of_tree.counters
 
 
 def test_groups_have_the_bytes_of_their_leaves():
@@ -324,7 +339,7 @@ TOTALS = (
 
 
 @pytest.mark.parametrize("total", TOTALS)
-@pytest.mark.parametrize("size", ["60m", "1b"])
+@pytest.mark.parametrize("size", ["9m", "60m"])
 def test_printed_report_contains_the_totals(size, total):
     llama = LLAMAS[size]
     report = memory_report(adamw_for(llama), shapes_of(llama, jnp.float32))
@@ -338,7 +353,7 @@ def test_seven_billion_parameters_are_reported_in_seconds_from_shapes_alone():
     start = time.process_time()
     report = memory_report(adamw_for(llama), shapes)
     assert time.process_time() - start < 5
-    assert len(jax.live_arrays()) == arrays
+    assert len(jax.live_arrays()) <= arrays  # the collector may have come by
     assert report.state == state_bytes(llama, element_bytes=4)
 
 

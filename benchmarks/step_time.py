@@ -6,8 +6,9 @@ Ordinary means that no projector is refreshed; the refresh of all matrices on th
 reported on its own. The optimizers take turns, step by step, so that a drift of the machine's
 speed hits all alike, and ratios are medians over pairs of neighbouring steps. Galore projects the
 same leaves at the same rank on the same side in both implementations: `optax.contrib.galore`
-always takes the long side, so `side="long"` is compared with it, and the published `short` side
-is listed beside. Weight decay is on everywhere.
+always takes the long side, so `side="long"` is compared with it (of a square matrix one takes the
+rows, the other the columns, which is the same work), and the published `short` side is listed
+beside. Weight decay is on everywhere.
 """
 
 import argparse
@@ -56,14 +57,10 @@ def optimizers(params: Any, rank: int) -> dict[str, optax.GradientTransformation
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
-    def numbers(kind, path, leaf):
-        # A square matrix has no long side: optax.contrib projects its rows, side="long" its
-        # columns, so ours is shown the transpose to do the same.
-        rows_last = kind is galore_optax.DimensionNumbers and leaf.shape[0] == leaf.shape[-1]
-        return (kind(1, 0) if rows_last else kind(0, 1)) if matrix[path] else None
-
     def tree(kind):
-        return jax.tree_util.tree_map_with_path(functools.partial(numbers, kind), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: kind() if matrix[path] else None, params
+        )
 
     ours = functools.partial(galore_optax.galore_adamw, rate, weight_decay=decay, rank=rank)
     return {

@@ -262,7 +262,7 @@ def _transformation(
         for i, view in enumerate(views):
             update, decay = result.updates[i], result.decay[i]
             if isinstance(view, MatrixView):
-                update = scale * project_back(update, subspaces[i], gradients[i].dtype)
+                update = project_back(scale * update, subspaces[i], gradients[i].dtype)
                 if decay is not None:
                     update += decay * view.to_matrices(weights[i])
                 update = view.from_matrices(update)

@@ -74,4 +74,4 @@ def refresh(
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), new)
 
     due = jnp.any(step >= subspace.due)
-    return jax.lax.cond(due, all_of_leaf, lambda _, old: old, matrices, subspace)
+    return jax.lax.cond(due, lambda: all_of_leaf(matrices, subspace), lambda: subspace)

@@ -25,7 +25,7 @@ from examples.flax_llama.train import Result, check_out, train
 
 # The best of the sweeps in benchmarks/learning.py.
 GALORE = Config(optimizer="galore_adamw", lr=0.02, update_proj_gap=50, steps=300, batch=8, seq=128)
-ADAMW = dataclasses.replace(GALORE, optimizer="adamw", lr=0.02, matrix_lr_ratio=0.25)
+ADAMW = dataclasses.replace(GALORE, optimizer="adamw", lr=0.08, matrix_lr_ratio=0.0625)
 
 PROMPT = "It is a truth universally acknowledged, that"
 

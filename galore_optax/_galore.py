@@ -231,13 +231,14 @@ def _transformation(
         gap = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
 
         low_rank = [g.astype(moment_dtype(g.dtype)) for g in gradients]
+        step = state.step
         for i, view in enumerate(views):
             if isinstance(view, MatrixView):
                 matrices = view.to_matrices(gradients[i])
-                subspaces[i] = refresh(
+                subspaces[i], step = refresh(
                     matrices,
                     subspaces[i],
-                    step=state.step,
+                    step=step,
                     gap=gap,
                     projector=projector,
                     rank=view.rank,
@@ -270,7 +271,7 @@ def _transformation(
             new_updates.append(update.astype(like.dtype))
 
         return treedef.unflatten(new_updates), GaloreState(
-            step=optax.safe_increment(state.step),
+            step=optax.safe_increment(step),
             subspace=_tree_of_subspaces(subspace_treedef, subspaces),
             inner=result.state,
         )

@@ -18,24 +18,28 @@ def refresh(
     gap: jax.Array,
     projector: Projector,
     rank: int,
-) -> Subspace:
+) -> tuple[Subspace, jax.Array]:
     """Chooses again the subspaces that are due, and returns the others as they are.
 
     All work is inside ``lax.cond`` with a scalar predicate. Matrices of a stack are done one
     after the other, so that the workspace is that of one. A gradient that is zero or not finite
     cannot choose a subspace: the old one stays, and stays due until a later gradient can.
 
+    The step is handed from leaf to leaf, which puts the leaves in a row: XLA works through them one
+    after the other, with the temporaries of a few, where it would otherwise do each operation for
+    all leaves before the next one, through memory instead of caches.
+
     Args:
       matrices: (*batch, m, n), the gradient.
       subspace: of one leaf.
-      step: (), int32, the number of updates before this one.
+      step: (), int32, the number of updates before this one; what the leaf before returned.
       gap: (), int32, positive: steps from one refresh to the next. What is late does not shift
         the later ones: with a constant gap T they are due at multiples of T.
       projector: chooses the directions.
       rank: r.
 
     Returns:
-      The subspace to use from this step on.
+      The subspace to use from this step on, and the step for the leaf that comes next.
 
     Raises:
       ValueError: the projector returns bases of other shapes than (m, r) and (n, r).
@@ -74,4 +78,7 @@ def refresh(
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), new)
 
     due = jnp.any(step >= subspace.due)
-    return jax.lax.cond(due, lambda: all_of_leaf(matrices, subspace), lambda: subspace)
+    # JAX would take what both branches pass through out of the conditional, hence the addition.
+    return jax.lax.cond(
+        due, lambda: (all_of_leaf(matrices, subspace), step + 0), lambda: (subspace, step)
+    )

@@ -218,6 +218,23 @@ def lowered_update():
     return jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params)
 
 
+def test_temporaries_of_an_update_do_not_grow_with_the_number_of_leaves():
+    def temporaries(leaves):
+        params = {f"layer_{i}": jax.ShapeDtypeStruct((256, 512), jnp.float32) for i in range(leaves)}
+        tx = galore_optax.galore_adamw(0.1, rank=32, weight_decay=0.1)
+
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # All back-projections at once would take a whole matrix more for each leaf more.
+    assert temporaries(24) - temporaries(8) < 4 * 256 * 512
+
+
 def test_compiled_update_factorizes_only_in_branches_of_conditionals():
     calls, unconditional = svd_calls_of_hlo(lowered_update().compile())
     assert calls >= len(LAYOUTS)

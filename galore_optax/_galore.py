@@ -1,20 +1,19 @@
 """galore(): one update of every leaf, where projector, refresh and inner transformation meet."""
 
-import contextlib
-import contextvars
 import dataclasses
+import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_optax import _projectors
+from galore_optax import projectors
 from galore_optax._inner import Inner
 from galore_optax._matrix import (
     DEFAULT_EXCLUDE,
@@ -26,24 +25,25 @@ from galore_optax._matrix import (
     moment_dtype,
     structure,
 )
-from galore_optax._refresh import refresh
+from galore_optax._refresh import Lazy, Timing, Turn, refresh_leaf
+from galore_optax._state import (
+    GaloreState,
+    inspection_in_progress,
+    leaves_like,
+    subspaces_of_tree,
+    tree_of_subspaces,
+)
 from galore_optax._subspace import (
     ABSENT,
+    Bases,
     Subspace,
-    basis_shapes,
+    captured_energy,
     init_subspace,
-    is_absent,
+    load_bases,
+    matrix_keys,
     project,
     project_back,
 )
-
-
-class GaloreState(NamedTuple):
-    """State of :func:`galore`."""
-
-    step: Any  # (), int32: the number of updates done.
-    subspace: Subspace  # of trees with the structure of the parameters.
-    inner: Any  # the inner state; the moments of projected leaves have the shape of R.
 
 
 class BareGalore(optax.GradientTransformationExtraArgs):
@@ -62,10 +62,15 @@ def galore(
     rank: RankSpec = 128,
     update_proj_gap: int | jax.Array | optax.Schedule = 200,
     scale: float | jax.Array = 0.25,
-    projector: str | _projectors.Projector = "svd",
+    projector: str | Callable[..., jax.Array] = "svd",
+    projector_options: Mapping[str, Any] | None = None,
+    refresh: str | Lazy = "periodic",
+    stagger: bool = False,
     side: str = "short",
     exclude: ExcludeSpec = DEFAULT_EXCLUDE,
     weight_dimension_numbers: Any = None,
+    seed: int | jax.Array = 0,
+    diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient low-rank projection: trains all parameters with optimizer state of rank r.
 
@@ -101,7 +106,17 @@ def galore(
         that is due again. Values below 1 that are known only at run time count as 1.
       scale: alpha, the factor of what the inner transformation makes of the gradient. Weight
         decay and unprojected leaves are not scaled.
-      projector: ``"svd"``, or a function of a matrix and a rank; see `galore_optax.svd`.
+      projector: which directions. ``"svd"`` (exact, as published) or ``"eigh"`` (of the Gram
+        matrix); ``"randomized_svd"`` or ``"power_iteration"`` (from the old basis), nearly as good
+        for a fraction of the time; ``"rows"`` or ``"dct"``, selected unit or cosine vectors;
+        ``"gaussian"`` or ``"orthonormal"``, random ones, which cost no memory. Or a function
+        ``(matrix, rank) -> basis``, (m, n) to (m, r), that may also ask for ``key``, ``old`` and
+        ``first`` by name, as `galore_optax.projectors.power_iteration` does.
+      projector_options: keyword arguments of the projector, such as ``{"iterations": 2}``.
+      refresh: ``"periodic"``, every T steps; or ``"lazy"``, where a matrix whose subspace stands
+        still is refreshed after T, 2 T, 4 T, ...: see `galore_optax.Lazy`, which may also be given.
+      stagger: whether to spread the refreshes over the T steps by matrix, so that of N matrices at
+        most ceil(N / T) are refreshed on one step. On the first step all are.
       side: the axis to project: ``"short"`` (the shorter, as published; the input axis of a
         square matrix), ``"long"``, ``"left"`` (the rows m, the reduction axis), ``"right"``
         (the columns n, the output axis), ``"both"`` (R = P^T G Q is (r, r)).
@@ -117,11 +132,17 @@ def galore(
         axes. Axes not named are batch axes, and each matrix of a batch has its own projector.
         By default 2-D leaves are (reduction, output), as Flax has them, and leaves of more axes
         are not projected.
+      seed: of the random numbers of projectors, which depend on it, on a leaf's path, on the
+        matrix' place in a stack, and on how often it has been refreshed.
+      diagnostics: whether to keep in the state what `galore_optax.metrics` reports, at the price
+        of one more pass over the gradient.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is a `GaloreState`. ``init`` also
       takes ``jax.ShapeDtypeStruct``. Updates have the dtype of the parameters, or of the
-      gradients where ``update`` gets no parameters.
+      gradients where ``update`` gets no parameters. ``update`` takes an extra argument
+      ``refresh``: None (when due), or a Python bool: False compiles no factorization at all,
+      True refreshes every matrix. `galore_optax.refresh` does nothing else.
 
     Raises:
       TypeError: arguments, or leaves of the parameters, of a wrong type.
@@ -134,7 +155,7 @@ def galore(
       transformation; ``optax.apply_if_finite`` around ``galore`` recovers in full.
 
       Under a ``jax.vmap`` of the user's own, ``lax.cond`` runs both branches, a factorization
-      every step.
+      every step: pass ``refresh=False``, and call `galore_optax.refresh` when it is time.
 
     Examples:
       >>> import galore_optax, jax, jax.numpy as jnp, optax
@@ -153,15 +174,20 @@ def galore(
       Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
       <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
     """
-    selection = Selection(rank, side, exclude, weight_dimension_numbers)
-    choose = _projectors.resolve(projector)
-    _check_gap(update_proj_gap)
+    if jnp.shape(seed) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
+        raise TypeError(f"seed must be an int; got {seed!r}")
     _check_scale(scale)
+    settings = _Settings(
+        Selection(rank, side, exclude, weight_dimension_numbers),
+        projectors.resolve(projector, projector_options or {}),
+        Timing(update_proj_gap, refresh, stagger),
+        scale,
+        seed,
+        bool(diagnostics),
+    )
 
     def make(transformation, caution=None):
-        return _transformation(
-            Inner(transformation), selection, choose, update_proj_gap, scale, caution
-        )
+        return _transformation(Inner(transformation), settings, caution)
 
     if inner is not None:
         return make(inner)
@@ -170,33 +196,47 @@ def galore(
     return bare
 
 
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """The arguments of :func:`galore`, checked."""
+
+    selection: Selection
+    projector: projectors.Projector
+    timing: Timing
+    scale: float | jax.Array
+    seed: int | jax.Array
+    diagnostics: bool
+
+    def init_subspace(self, view: LeafView) -> Subspace:
+        if not isinstance(view, MatrixView):
+            return Subspace()
+        lazy = self.timing.lazy
+        return init_subspace(view, self.projector, lazy.queue if lazy else 0, self.diagnostics)
+
+
 def _transformation(
-    inner: Inner,
-    selection: Selection,
-    projector: _projectors.Projector,
-    update_proj_gap: int | jax.Array | optax.Schedule,
-    scale: float | jax.Array,
-    caution: str | None,
+    inner: Inner, settings: _Settings, caution: str | None
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation itself; its first ``init`` warns of ``caution``."""
+    selection, projector = settings.selection, settings.projector
     warned = False
 
     def init_fn(params: optax.Params) -> GaloreState:
         nonlocal warned
         views = selection.views(params)
-        inspection = _INSPECTION.get()
+        inspection = inspection_in_progress()
         if inspection is not None:
             inspection.views.extend(views)
             if inspection.without_galore:
                 # A GaloreState all the same, so that the inner state is found where it always is.
                 return GaloreState(ABSENT, Subspace(), inner.init(params))
-        subspaces = [init_subspace(v) if isinstance(v, MatrixView) else Subspace() for v in views]
+        subspaces = [settings.init_subspace(view) for view in views]
         leaves = jax.tree.leaves(params)
         low_rank = [_low_rank_stand_in(v, x) for v, x in zip(views, leaves, strict=True)]
         low_rank = _inner_structure(params, views).unflatten(low_rank)
         state = GaloreState(
             step=jnp.zeros([], jnp.int32),
-            subspace=_tree_of_subspaces(_subspace_structure(params, views), subspaces),
+            subspace=tree_of_subspaces(_subspace_structure(params, views), subspaces),
             inner=inner.init(low_rank),
         )
         if inspection is None and not warned and views:
@@ -211,14 +251,21 @@ def _transformation(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        *,
+        refresh: bool | None = None,
         **extra_args: Any,
     ) -> tuple[Any, GaloreState]:
+        if not (refresh is None or isinstance(refresh, bool)):
+            raise TypeError(
+                "refresh must be None or a Python bool, since it decides what is compiled; "
+                f"got {refresh!r}"
+            )
         gradients, treedef = jax.tree.flatten(updates)
         gradients = [jnp.asarray(g) for g in gradients]
         views = selection.views(updates)
         subspace_treedef = _subspace_structure(updates, views)
-        subspaces = _subspaces_of_tree(subspace_treedef, views, state)
-        weights = [] if params is None else _leaves_like(treedef, params, "params")
+        subspaces = subspaces_of_tree(subspace_treedef, views, state, settings.init_subspace)
+        weights = [] if params is None else leaves_like(treedef, params, "params")
         weights = [jnp.asarray(w) for w in weights]
         for view, weight in zip(views, weights, strict=False):
             if weight.shape != view.shape:
@@ -226,28 +273,39 @@ def _transformation(
                     f"params and gradients must have the same shapes; {view.path!r} has shape "
                     f"{weight.shape} in params and {view.shape} in the gradients"
                 )
-        gap = update_proj_gap(state.step) if callable(update_proj_gap) else update_proj_gap
-        gap = min(gap, _NEVER) if isinstance(gap, numbers.Integral) else gap
-        gap = jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
+        gap = settings.timing.gap(state.step)
+        counts = [view.count if isinstance(view, MatrixView) else 0 for view in views]
+        places = itertools.accumulate(counts, initial=0)
 
         low_rank = [g.astype(moment_dtype(g.dtype)) for g in gradients]
+        bases = [Bases(None, None)] * len(views)
         step = state.step
-        for i, view in enumerate(views):
-            if isinstance(view, MatrixView):
-                matrices = view.to_matrices(gradients[i])
-                subspaces[i], step = refresh(
+        for i, (view, place) in enumerate(zip(views, places, strict=False)):
+            if not isinstance(view, MatrixView):
+                continue
+            matrices, keys = view.to_matrices(gradients[i]), matrix_keys(view, settings.seed)
+            if refresh is not False:
+                subspaces[i], step = refresh_leaf(
                     matrices,
                     subspaces[i],
+                    view=view,
+                    keys=keys,
+                    turn=Turn(place, sum(counts)),
                     step=step,
                     gap=gap,
+                    timing=settings.timing,
                     projector=projector,
-                    rank=view.rank,
+                    force=refresh is True,
                 )
-                low_rank[i] = project(matrices, subspaces[i])
+            bases[i] = load_bases(subspaces[i], view, projector, keys)
+            low_rank[i] = project(matrices, bases[i])
+            if settings.diagnostics:
+                energy = captured_energy(matrices, low_rank[i])
+                subspaces[i] = subspaces[i]._replace(energy=energy)
 
         def projected_weights(i: int, view: MatrixView) -> jax.Array:
             matrices = view.to_matrices(weights[i])
-            return project(matrices.astype(low_rank[i].dtype), subspaces[i])
+            return project(matrices.astype(low_rank[i].dtype), bases[i])
 
         result = inner.update(
             low_rank,
@@ -263,7 +321,7 @@ def _transformation(
         for i, view in enumerate(views):
             update, decay = result.updates[i], result.decay[i]
             if isinstance(view, MatrixView):
-                update = project_back(scale * update, subspaces[i], gradients[i].dtype)
+                update = project_back(settings.scale * update, bases[i], gradients[i].dtype)
                 if decay is not None:
                     update += decay * view.to_matrices(weights[i])
                 update = view.from_matrices(update)
@@ -272,38 +330,11 @@ def _transformation(
 
         return treedef.unflatten(new_updates), GaloreState(
             step=optax.safe_increment(step),
-            subspace=_tree_of_subspaces(subspace_treedef, subspaces),
+            subspace=tree_of_subspaces(subspace_treedef, subspaces),
             inner=result.state,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-@dataclasses.dataclass
-class Inspection:
-    """A look into every galore ``init`` that runs under :func:`inspecting`.
-
-    Attributes:
-      views: how the leaves were seen; filled by ``init``.
-      without_galore: set to make the inner state as if there were no galore around it.
-    """
-
-    views: list[LeafView] = dataclasses.field(default_factory=list)
-    without_galore: bool = False
-
-
-_INSPECTION: contextvars.ContextVar[Inspection | None]
-_INSPECTION = contextvars.ContextVar("galore_inspection", default=None)
-
-
-@contextlib.contextmanager
-def inspecting(inspection: Inspection) -> Iterator[None]:
-    """Lets a report look into a galore that any number of wrappers hide; silences warnings."""
-    token = _INSPECTION.set(inspection)
-    try:
-        yield
-    finally:
-        _INSPECTION.reset(token)
 
 
 def _low_rank_stand_in(view: LeafView, leaf: Any) -> Any:
@@ -324,67 +355,12 @@ def _inner_structure(tree: Any, views: Sequence[LeafView]) -> Any:
     return structure(tree, [isinstance(view, MatrixView) for view in views])
 
 
-def _tree_of_subspaces(treedef: Any, subspaces: Sequence[Subspace]) -> Subspace:
-    return Subspace(
-        *(treedef.unflatten([s[k] for s in subspaces]) for k in range(len(Subspace._fields)))
-    )
-
-
-def _subspaces_of_tree(
-    treedef: Any, views: Sequence[LeafView], state: GaloreState
-) -> list[Subspace]:
-    """The subspace of each leaf, checked against what the leaf needs."""
-    if not isinstance(state, GaloreState):
-        raise TypeError(
-            f"galore's update needs the GaloreState that its init made; got a "
-            f"{type(state).__name__}. Was it made by another transformation, or by another chain?"
-        )
-    fields = [_leaves_like(treedef, tree, "the state's parameters") for tree in state.subspace]
-    subspaces = [Subspace(*leaf) for leaf in zip(*fields, strict=True)]
-    for view, subspace in zip(views, subspaces, strict=True):
-        expected = basis_shapes(view) if isinstance(view, MatrixView) else (None, None)
-        found = tuple(None if is_absent(x) else jnp.shape(x) for x in subspace[:2])
-        if found != expected:
-            raise ValueError(
-                f"the state belongs to another configuration: {view.path!r} of shape {view.shape} "
-                f"needs left and right projectors of shapes {expected}, the state has {found}. Use "
-                "the rank, side, exclude and dimension numbers the state was made with, or make a "
-                "new state with init."
-            )
-    return subspaces
-
-
-def _leaves_like(treedef: Any, tree: Any, name: str) -> list[Any]:
-    try:
-        return treedef.flatten_up_to(tree)
-    except ValueError as error:
-        raise ValueError(
-            f"the gradients have another structure than {name}: {error}. Pass gradients of the "
-            "parameters that the state was made for; optax.masked leaves out some of them."
-        ) from error
-
-
-_NEVER = 2**31 - 1
-
 _BARE = (
     "galore() has no inner transformation here, so what follows it in optax.chain keeps moments "
     "of full size: it trains on the low-rank gradient but saves no memory, and Adam cancels its "
     "scale. Write galore_optax.chain instead of optax.chain, with galore(...) itself as one of "
     "its arguments, or galore(optax.adamw(...), ...), which other wrappers may go around."
 )
-
-
-def _check_gap(gap: Any) -> None:
-    if callable(gap):
-        return
-    if isinstance(gap, jax.Array | np.ndarray):
-        gap = _value_if_known(gap, at_runtime=1)
-    elif isinstance(gap, bool) or not isinstance(gap, numbers.Integral):
-        raise TypeError(
-            f"update_proj_gap must be a positive int, a schedule or an array; got {gap!r}"
-        )
-    if gap < 1:
-        raise ValueError(f"update_proj_gap must be at least 1 step; got {gap}")
 
 
 def _check_scale(scale: Any) -> None:
@@ -402,3 +378,37 @@ def _value_if_known(array: Any, at_runtime: float) -> float:
         return float(array)
     except jax.errors.ConcretizationTypeError:
         return at_runtime
+
+
+def refresh(
+    tx: optax.GradientTransformation, grads: optax.Updates, state: Any, params: Any | None = None
+) -> Any:
+    """Chooses the subspaces of all matrices anew, and does nothing else.
+
+    For users who decide themselves when to refresh, such as under a ``jax.vmap`` over seeds, where
+    ``lax.cond`` runs both of its branches. Ordinary steps are then
+    ``tx.update(grads, state, params, refresh=False)``, whose program has no factorization.
+
+    Args:
+      tx: a galore, in any wrappers that pass on extra arguments, such as ``optax.chain``.
+      grads: gradients.
+      state: of ``tx``.
+      params: the parameters, where ``tx`` needs them.
+
+    Returns:
+      The state with new subspaces; all else in it is as it was.
+
+    Examples:
+      >>> import galore_optax, jax.numpy as jnp
+      >>> tx = galore_optax.galore_adamw(1e-3, rank=2)
+      >>> params = {"kernel": jnp.eye(4, 8)}
+      >>> state = tx.init(params)
+      >>> state = galore_optax.refresh(tx, params, state, params)
+      >>> updates, state = tx.update(params, state, params, refresh=False)
+    """
+    _, updated = optax.with_extra_args_support(tx).update(grads, state, params, refresh=True)
+
+    def take(old, new):
+        return old._replace(subspace=new.subspace) if isinstance(old, GaloreState) else old
+
+    return jax.tree.map(take, state, updated, is_leaf=lambda x: isinstance(x, GaloreState))

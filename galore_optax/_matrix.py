@@ -87,6 +87,11 @@ class MatrixView:
         return tuple(self.shape[axis] for axis in self.batch_axes)
 
     @property
+    def count(self) -> int:
+        """How many matrices there are."""
+        return math.prod(self.batch)
+
+    @property
     def m(self) -> int:
         """Rows of a matrix."""
         return math.prod(self.shape[axis] for axis in self.reduction_axes)

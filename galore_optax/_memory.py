@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax._galore import GaloreState, Inspection, inspecting
 from galore_optax._matrix import LeafView, MatrixView, Unprojected, leaves_with_paths
+from galore_optax._state import GaloreState, Inspection, inspecting
+from galore_optax._subspace import Subspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,14 +264,14 @@ def _mark(state: Any, kind: str) -> Any:
     def mark(node):
         if not isinstance(node, GaloreState):
             return _Marked(node, kind)
-        subspace = node.subspace
+        subspace = node.subspace._asdict()
         return GaloreState(
             step=_mark(node.step, "counters"),
-            subspace=subspace._replace(
-                left=_mark(subspace.left, "projectors"),
-                right=_mark(subspace.right, "projectors"),
-                refreshes=_mark(subspace.refreshes, "counters"),
-                due=_mark(subspace.due, "counters"),
+            subspace=Subspace(
+                **{
+                    name: _mark(x, "projectors" if name in ("left", "right") else "counters")
+                    for name, x in subspace.items()
+                }
             ),
             inner=_mark(node.inner, "moments"),
         )

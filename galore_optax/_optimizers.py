@@ -1,5 +1,6 @@
 """Presets: Optax's optimizers inside galore, with Optax's argument names and order."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,6 @@ import optax
 
 from galore_optax._galore import galore
 from galore_optax._matrix import DEFAULT_EXCLUDE, ExcludeSpec, RankSpec
-from galore_optax._projectors import Projector
 
 Numeric = jax.typing.ArrayLike
 
@@ -26,7 +26,7 @@ def galore_adamw(
     rank: RankSpec = 128,
     update_proj_gap: int | jax.Array | optax.Schedule = 200,
     scale: float | jax.Array = 0.25,
-    projector: str | Projector = "svd",
+    projector: str | Callable[..., jax.Array] = "svd",
     side: str = "short",
     exclude: ExcludeSpec = DEFAULT_EXCLUDE,
     weight_dimension_numbers: Any = None,
@@ -104,7 +104,7 @@ def galore_adafactor(
     rank: RankSpec = 128,
     update_proj_gap: int | jax.Array | optax.Schedule = 200,
     scale: float | jax.Array = 0.25,
-    projector: str | Projector = "svd",
+    projector: str | Callable[..., jax.Array] = "svd",
     side: str = "short",
     exclude: ExcludeSpec = DEFAULT_EXCLUDE,
     weight_dimension_numbers: Any = None,
@@ -178,7 +178,7 @@ def galore_lion(
     rank: RankSpec = 128,
     update_proj_gap: int | jax.Array | optax.Schedule = 200,
     scale: float | jax.Array = 0.25,
-    projector: str | Projector = "svd",
+    projector: str | Callable[..., jax.Array] = "svd",
     side: str = "short",
     exclude: ExcludeSpec = DEFAULT_EXCLUDE,
     weight_dimension_numbers: Any = None,
@@ -228,7 +228,7 @@ def galore_sgd(
     rank: RankSpec = 128,
     update_proj_gap: int | jax.Array | optax.Schedule = 200,
     scale: float | jax.Array = 0.25,
-    projector: str | Projector = "svd",
+    projector: str | Callable[..., jax.Array] = "svd",
     side: str = "short",
     exclude: ExcludeSpec = DEFAULT_EXCLUDE,
     weight_dimension_numbers: Any = None,

@@ -1,23 +1,102 @@
 """When the subspace is chosen again, and that nothing else is paid for on other steps."""
 
+import dataclasses
+import numbers
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
-from galore_optax._matrix import moment_dtype
-from galore_optax._projectors import Projector, orient
-from galore_optax._subspace import Subspace, is_absent
+from galore_optax._matrix import MatrixView, moment_dtype
+from galore_optax._subspace import ABSENT, Subspace, is_absent, sides
+from galore_optax.projectors import Projector, orient
 
 _NEVER = 2**31 - 1  # the last step that an int32 can count
 
 
-def refresh(
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """Refreshes a matrix half as often whenever its subspace has stood still: Q-GaLore.
+
+    After each refresh but the first the similarity of the new and the old subspace goes on a queue.
+    Once that is full, and whenever its mean reaches the threshold, the matrix' own gap doubles.
+    The similarity is (|P_new^T P_old|_F^2 / r - r / m) / (1 - r / m), of an orthonormal basis
+    (m, r): 1 for the same subspace, 0 on average for two random ones, whatever their basis.
+
+    Attributes:
+      threshold: of the mean similarity. The paper's 0.4 is of the cosine of one singular vector,
+        which is another measure.
+      queue: how many similarities are averaged.
+
+    References:
+      Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.2.
+    """
+
+    threshold: float = 0.4
+    queue: int = 5
+
+    def __post_init__(self):
+        real = isinstance(self.threshold, numbers.Real) and not isinstance(self.threshold, bool)
+        if not real or not 0 < float(self.threshold) <= 1:
+            raise ValueError(f"threshold must be a number in (0, 1]; got {self.threshold!r}")
+        whole = isinstance(self.queue, numbers.Integral) and not isinstance(self.queue, bool)
+        if not whole or self.queue < 1:
+            raise ValueError(f"queue must be a positive int; got {self.queue!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """When matrices fall due. Attributes are the arguments of `galore_optax.galore`."""
+
+    update_proj_gap: int | jax.Array | optax.Schedule
+    refresh: str | Lazy
+    stagger: bool
+
+    def __post_init__(self):
+        _check_gap(self.update_proj_gap)
+        if self.refresh not in ("periodic", "lazy") and not isinstance(self.refresh, Lazy):
+            raise ValueError(
+                f'refresh must be "periodic", "lazy" or a galore_optax.Lazy; got {self.refresh!r}'
+            )
+        if not isinstance(self.stagger, bool | np.bool):
+            raise TypeError(f"stagger must be a bool; got {self.stagger!r}")
+
+    @property
+    def lazy(self) -> Lazy | None:
+        """The rule by which gaps grow, or None where they do not."""
+        if isinstance(self.refresh, Lazy):
+            return self.refresh
+        return Lazy() if self.refresh == "lazy" else None
+
+    def gap(self, step: jax.Array) -> jax.Array:
+        """T at a step, (), int32, at least 1."""
+        gap = self.update_proj_gap
+        gap = gap(step) if callable(gap) else gap
+        gap = min(gap, _NEVER) if isinstance(gap, numbers.Integral) else gap
+        return jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
+
+
+class Turn(NamedTuple):
+    """The place of a leaf's matrices among all matrices of the tree."""
+
+    first: int  # how many matrices come before the leaf's
+    total: int  # how many there are
+
+
+def refresh_leaf(
     matrices: jax.Array,
     subspace: Subspace,
     *,
+    view: MatrixView,
+    keys: jax.Array,
+    turn: Turn,
     step: jax.Array,
     gap: jax.Array,
+    timing: Timing,
     projector: Projector,
-    rank: int,
+    force: bool,
 ) -> tuple[Subspace, jax.Array]:
     """Chooses again the subspaces that are due, and returns the others as they are.
 
@@ -31,54 +110,107 @@ def refresh(
 
     Args:
       matrices: (*batch, m, n), the gradient.
-      subspace: of one leaf.
+      subspace: of the leaf.
+      view: of the leaf.
+      keys: (count,), a JAX key for each matrix.
+      turn: of the leaf.
       step: (), int32, the number of updates before this one; what the leaf before returned.
       gap: (), int32, positive: steps from one refresh to the next. What is late does not shift
-        the later ones: with a constant gap T they are due at multiples of T.
+        the later ones: with a constant gap T they are due at multiples of T, or, staggered, at a
+        step of each matrix' own and every T steps from there.
+      timing: whether matrices are staggered, and whether their gaps grow.
       projector: chooses the directions.
-      rank: r.
+      force: whether to take all matrices as due.
 
     Returns:
       The subspace to use from this step on, and the step for the leaf that comes next.
 
     Raises:
-      ValueError: the projector returns bases of other shapes than (m, r) and (n, r).
+      ValueError: the projector returns bases of another shape than (m, r).
     """
-    batch = subspace.due.shape
+    batch = view.batch
 
-    def one(matrix: jax.Array, old: Subspace) -> Subspace:
-        peak = jnp.max(jnp.abs(matrix))  # nan where the matrix has one
-        usable = (peak > 0) & (peak < jnp.inf)
-        return jax.lax.cond((step >= old.due) & usable, choose, lambda _, old: old, matrix, old)
+    def one(matrix: jax.Array, old: Subspace, key: jax.Array, place: jax.Array) -> Subspace:
+        # Not by jnp.max, which loses a nan on the CPU.
+        usable = jnp.all(jnp.isfinite(matrix)) & jnp.any(matrix != 0)
+        due = usable if force else usable & (step >= old.due)
+        return jax.lax.cond(due, choose, lambda _, old, *__: old, matrix, old, key, place)
 
-    def choose(matrix: jax.Array, old: Subspace) -> Subspace:
-        bases = projector(matrix.astype(moment_dtype(matrix.dtype)), rank)
-        expected = tuple((rows, rank) for rows in matrix.shape)
-        if tuple(map(jnp.shape, bases)) != expected:
-            raise ValueError(
-                f"projector must return bases of shapes {expected} for a matrix of shape "
-                f"{matrix.shape} and rank {rank}; got {tuple(map(jnp.shape, bases))}"
-            )
-        left, right = (
-            was if is_absent(was) else orient(new, was, old.refreshes == 0).astype(was.dtype)
-            for new, was in zip(bases, (old.left, old.right), strict=True)
-        )
-        due = old.due + gap * (jax.lax.div(step - old.due, gap) + 1)
-        due = jnp.where(gap > _NEVER - step, _NEVER, due)  # instead of an overflow
-        new = Subspace(left, right, old.refreshes + 1, due)
-        sound = jnp.isfinite(sum(jnp.sum(basis) for basis in jax.tree.leaves((left, right))))
-        return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
+    def choose(matrix: jax.Array, old: Subspace, key: jax.Array, place: jax.Array) -> Subspace:
+        matrix = matrix.astype(moment_dtype(matrix.dtype))
+        first = old.refreshes == 0
+        stored, overlaps, chances = [], [], []
+        for side, was, g in zip(
+            sides(view, projector, key), (old.left, old.right), (matrix, matrix.T), strict=True
+        ):
+            if side is None:
+                stored.append(ABSENT)
+                continue
+            before = side.load(was, old.refreshes)
+            after = side.choose(g, before, old.refreshes)
+            after = orient(after, before, first) if projector.stored else after
+            stored.append(side.store(after))
+            overlaps.append(jnp.sum((after.T @ before) ** 2) / side.rank)
+            chances.append(side.rank / side.size)
+        overlap = jnp.where(first, 0.0, sum(overlaps) / len(overlaps)).astype(jnp.float32)
+        chance = sum(chances) / len(chances)
+        new = old._replace(left=stored[0], right=stored[1], refreshes=old.refreshes + 1)
+        new = next_due(new, (overlap - chance) / (1 - chance), place)
+        if not is_absent(old.overlap):
+            new = new._replace(overlap=overlap)
+        return _if_sound(new, old)
+
+    def next_due(subspace: Subspace, similarity: jax.Array, place: jax.Array) -> Subspace:
+        first = subspace.refreshes == 1
+        # floor(gap * place / total), without the overflow.
+        phase = (gap // turn.total) * place + ((gap % turn.total) * place) // turn.total
+        phase = phase if timing.stagger else jnp.zeros_like(place)
+        anchor = jnp.where(first, phase, subspace.due)
+        own_gap = gap
+        if timing.lazy is not None:
+            shifted = jnp.append(subspace.similarities[1:], similarity)
+            similarities = jnp.where(first, subspace.similarities, shifted)
+            grows = jnp.mean(similarities) >= timing.lazy.threshold
+            grows &= subspace.gaps <= (_NEVER // 2) // gap
+            gaps = jnp.where(grows, 2, 1) * subspace.gaps
+            subspace = subspace._replace(similarities=similarities, gaps=gaps)
+            own_gap, anchor = gap * gaps, phase
+        due = anchor + own_gap * (jnp.floor_divide(step - anchor, own_gap) + 1)
+        due = jnp.where(own_gap > _NEVER - step, _NEVER, due)  # instead of an overflow
+        return subspace._replace(due=due)
 
     def all_of_leaf(matrices: jax.Array, old: Subspace) -> Subspace:
         if not batch:
-            return one(matrices, old)
-        axes = len(batch)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), (matrices, old))
-        new = jax.lax.map(lambda arguments: one(*arguments), flat)
+            return one(matrices, old, keys[0], jnp.asarray(turn.first, jnp.int32))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), (matrices, old))
+        places = turn.first + jnp.arange(view.count, dtype=jnp.int32)
+        new = jax.lax.map(lambda arguments: one(*arguments), (*flat, keys, places))
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), new)
 
-    due = jnp.any(step >= subspace.due)
+    due = jnp.asarray(True) if force else jnp.any(step >= subspace.due)
     # JAX would take what both branches pass through out of the conditional, hence the addition.
     return jax.lax.cond(
         due, lambda: (all_of_leaf(matrices, subspace), step + 0), lambda: (subspace, step)
     )
+
+
+def _if_sound(new: Subspace, old: Subspace) -> Subspace:
+    floats = [x for x in jax.tree.leaves((new.left, new.right)) if jnp.issubdtype(x, jnp.floating)]
+    sound = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats], bool))
+    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
+
+
+def _check_gap(gap: Any) -> None:
+    if callable(gap):
+        return
+    if isinstance(gap, jax.Array | np.ndarray):
+        try:
+            gap = float(gap)
+        except jax.errors.ConcretizationTypeError:  # traced: counts as at least 1 at run time
+            return
+    elif isinstance(gap, bool) or not isinstance(gap, numbers.Integral):
+        raise TypeError(
+            f"update_proj_gap must be a positive int, a schedule or an array; got {gap!r}"
+        )
+    if gap < 1:
+        raise ValueError(f"update_proj_gap must be at least 1 step; got {gap}")

@@ -1,5 +1,7 @@
-"""The subspaces of a leaf's matrices, and the way into them and back."""
+"""The subspaces of a leaf's matrices, how they are held, and the way into them and back."""
 
+import dataclasses
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax._matrix import MatrixView, moment_dtype
+from galore_optax.projectors import Projector
 
 ABSENT = optax.MaskedNode()
 """Stands in the state wherever there is nothing: no projector on that side, or no matrix."""
@@ -20,78 +23,199 @@ def is_absent(x: Any) -> bool:
 class Subspace(NamedTuple):
     """The subspaces of a leaf's matrices, or trees of these over the leaves of the parameters.
 
-    R = left^T G right, where an absent side is the identity. Of a leaf that is not projected all
-    is absent.
+    R = left^T G right, where an absent side is the identity, or a basis that is made again from
+    its key whenever it is needed. Of a leaf that is not projected all is absent.
     """
 
     left: Any = ABSENT  # P, (*batch, m, r), float32 (float64 for float64 leaves), or ABSENT.
     right: Any = ABSENT  # Q, (*batch, n, r), likewise.
     refreshes: Any = ABSENT  # (*batch,), int32: how often a gradient chose a matrix' subspace.
     due: Any = ABSENT  # (*batch,), int32: the step from which on it is to be chosen again.
+    gaps: Any = ABSENT  # (*batch,), int32: the matrix' gap in units of T; lazy refresh only.
+    similarities: Any = ABSENT  # (*batch, queue), float32, -inf where empty; lazy refresh only.
+    energy: Any = ABSENT  # (*batch,), float32: |R|^2 / |G|^2 of the last step; diagnostics only.
+    overlap: Any = ABSENT  # (*batch,), float32: |P_new^T P_old|^2 / r; diagnostics only.
 
 
-def init_subspace(view: MatrixView) -> Subspace:
-    """An orthonormal subspace that no gradient chose, due at step 0."""
+class Bases(NamedTuple):
+    """The bases of a leaf's matrices, ready for products; None on a side that is not projected."""
 
-    def basis(shape: tuple[int, ...] | None) -> Any:
-        if shape is None:
-            return ABSENT
-        return jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=moment_dtype(view.dtype)), shape)
+    left: jax.Array | None  # (*batch, m, r)
+    right: jax.Array | None  # (*batch, n, r)
 
-    left, right = basis_shapes(view)
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One projected side of one matrix: how its basis is chosen, stored, and loaded.
+
+    Attributes:
+      projector: chooses the directions.
+      size: m, the rows of the basis.
+      rank: r, its columns.
+      dtype: of the basis in use.
+      key: of this side of the matrix; of no side in particular where none is needed.
+    """
+
+    projector: Projector
+    size: int
+    rank: int
+    dtype: Any
+    key: jax.Array
+
+    def initial(self) -> jax.Array:
+        """An orthonormal basis that no gradient chose, (m, r)."""
+        return jnp.eye(self.size, self.rank, dtype=self.dtype)
+
+    def choose(self, matrix: jax.Array, old: jax.Array, refreshes: jax.Array) -> jax.Array:
+        """A basis of the columns of a matrix, (m, r), for a refresh after so many others.
+
+        Raises:
+          ValueError: the projector returns another shape.
+        """
+        # By a power of two, which is exact: products of entries could over- or underflow.
+        _, exponent = jnp.frexp(jnp.max(jnp.abs(matrix)))
+        basis = self.projector(
+            jnp.ldexp(matrix, -exponent),
+            self.rank,
+            key=jax.random.fold_in(self.key, refreshes + 1),
+            old=old,
+            first=refreshes == 0,
+        )
+        if jnp.shape(basis) != (self.size, self.rank):
+            raise ValueError(
+                f"projector must return a basis of shape {(self.size, self.rank)} for a matrix of "
+                f"shape {matrix.shape} and rank {self.rank}; got {jnp.shape(basis)}"
+            )
+        return basis.astype(self.dtype)
+
+    def store(self, basis: jax.Array) -> Any:
+        """What the state holds of a basis."""
+        return basis if self.projector.stored else ABSENT
+
+    def load(self, stored: Any, refreshes: jax.Array) -> jax.Array:
+        """The basis as the last of so many refreshes left it, (m, r)."""
+        if self.projector.stored:
+            return stored
+        like = jax.ShapeDtypeStruct((self.size, self.rank), self.dtype)
+        key = jax.random.fold_in(self.key, refreshes)
+        return self.projector(like, self.rank, key=key).astype(self.dtype)
+
+
+def sides(
+    view: MatrixView, projector: Projector, key: jax.Array
+) -> tuple[Side | None, Side | None]:
+    """The left and the right side of a leaf's matrix of this key, None where not projected."""
+    left, right = jax.random.split(key)
+    dtype = moment_dtype(view.dtype)
+    return (
+        Side(projector, view.m, view.rank, dtype, left) if view.left else None,
+        Side(projector, view.n, view.rank, dtype, right) if view.right else None,
+    )
+
+
+def matrix_keys(view: MatrixView, seed: int | jax.Array) -> jax.Array:
+    """A key for each matrix of a leaf, (count,), that depends on its path and place alone."""
+    leaf = jax.random.fold_in(jax.random.key(seed), zlib.crc32(view.path.encode()))
+    return jax.random.split(leaf, view.count)
+
+
+def init_subspace(
+    view: MatrixView, projector: Projector, queue: int, diagnostics: bool
+) -> Subspace:
+    """An orthonormal subspace that no gradient chose, due at step 0.
+
+    Args:
+      view: of the leaf.
+      projector: says whether its bases are stored.
+      queue: the number of similarities to keep, 0 without lazy refresh.
+      diagnostics: whether to keep diagnostics.
+    """
+
+    def basis(side: Side | None) -> Any:
+        stored = ABSENT if side is None else side.store(side.initial())
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*view.batch, *x.shape)), stored)
+
+    left, right = sides(view, projector, jax.random.key(0))
     return Subspace(
         left=basis(left),
         right=basis(right),
         refreshes=jnp.zeros(view.batch, jnp.int32),
         due=jnp.zeros(view.batch, jnp.int32),
+        gaps=jnp.ones(view.batch, jnp.int32) if queue else ABSENT,
+        similarities=jnp.full((*view.batch, queue), -jnp.inf, jnp.float32) if queue else ABSENT,
+        energy=jnp.zeros(view.batch, jnp.float32) if diagnostics else ABSENT,
+        overlap=jnp.zeros(view.batch, jnp.float32) if diagnostics else ABSENT,
     )
 
 
-def basis_shapes(view: MatrixView) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Shapes of the left and the right basis of a leaf, None for an absent one."""
-    return (
-        (*view.batch, view.m, view.rank) if view.left else None,
-        (*view.batch, view.n, view.rank) if view.right else None,
-    )
+def load_bases(
+    subspace: Subspace, view: MatrixView, projector: Projector, keys: jax.Array
+) -> Bases:
+    """The bases of all matrices of a leaf, ready for products.
+
+    Args:
+      subspace: of the leaf.
+      view: of the leaf.
+      projector: chose the bases.
+      keys: (count,), of :func:`matrix_keys`.
+    """
+
+    def one(stored: Any, refreshes: jax.Array, key: jax.Array) -> Bases:
+        pairs = zip(sides(view, projector, key), stored, strict=True)
+        return Bases(*(None if side is None else side.load(x, refreshes) for side, x in pairs))
+
+    if projector.stored:
+        return Bases(*(None if is_absent(x) else x for x in (subspace.left, subspace.right)))
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(view.batch) :]), subspace)
+    loaded = jax.vmap(one)((flat.left, flat.right), flat.refreshes, keys)
+    return jax.tree.map(lambda x: x.reshape(*view.batch, *x.shape[1:]), loaded)
 
 
-def project(matrices: jax.Array, subspace: Subspace) -> jax.Array:
+def project(matrices: jax.Array, bases: Bases) -> jax.Array:
     """R = P^T G Q.
 
     Args:
       matrices: (*batch, m, n).
-      subspace: of the same leaf.
+      bases: of the same leaf.
 
     Returns:
       (*batch, r or m, r or n), in at least float32. The operands of each product are in the dtype
       of ``matrices``, which is what makes bfloat16 gradients fast; sums are in float32.
     """
     low_rank = matrices.astype(moment_dtype(matrices.dtype))
-    if not is_absent(subspace.left):
-        low_rank = _product("...mr,...mn->...rn", subspace.left, low_rank, matrices.dtype)
-    if not is_absent(subspace.right):
-        low_rank = _product("...mn,...nr->...mr", low_rank, subspace.right, matrices.dtype)
+    if bases.left is not None:
+        low_rank = _product("...mr,...mn->...rn", bases.left, low_rank, matrices.dtype)
+    if bases.right is not None:
+        low_rank = _product("...mn,...nr->...mr", low_rank, bases.right, matrices.dtype)
     return low_rank
 
 
 def project_back(
-    low_rank: jax.Array, subspace: Subspace, operand_dtype: jax.typing.DTypeLike
+    low_rank: jax.Array, bases: Bases, operand_dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """P u Q^T, the adjoint of :func:`project`.
 
     Args:
       low_rank: (*batch, r or m, r or n).
-      subspace: of the same leaf.
+      bases: of the same leaf.
       operand_dtype: dtype of the operands of each product.
 
     Returns:
       (*batch, m, n), in at least float32.
     """
-    if not is_absent(subspace.left):
-        low_rank = _product("...mr,...rn->...mn", subspace.left, low_rank, operand_dtype)
-    if not is_absent(subspace.right):
-        low_rank = _product("...mr,...nr->...mn", low_rank, subspace.right, operand_dtype)
+    if bases.left is not None:
+        low_rank = _product("...mr,...rn->...mn", bases.left, low_rank, operand_dtype)
+    if bases.right is not None:
+        low_rank = _product("...mr,...nr->...mn", low_rank, bases.right, operand_dtype)
     return low_rank
+
+
+def captured_energy(matrices: jax.Array, low_rank: jax.Array) -> jax.Array:
+    """|R|^2 / |G|^2 of each matrix, (*batch,), float32; 0 where G is zero."""
+    kept, all_of_it = (
+        jnp.sum(jnp.square(x.astype(low_rank.dtype)), axis=(-2, -1)) for x in (low_rank, matrices)
+    )
+    return (kept / jnp.where(all_of_it == 0, 1, all_of_it)).astype(jnp.float32)
 
 
 def _product(

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import galore_optax
-from galore_optax import DimensionNumbers
+from galore_optax import DimensionNumbers, projectors
 
 INNER = optax.scale_by_adam()
 PARAMS = {"layer": {"kernel": np.ones((8, 12), np.float32), "bias": np.ones(12, np.float32)}}
@@ -129,7 +129,70 @@ def test_name_of_no_projector(projector):
 def test_projector_of_a_wrong_type(projector):
     with pytest.raises(TypeError, match=r"projector must be a name .*svd.* or a") as caught:
         galore_optax.galore(INNER, projector=projector)
-    assert_says(caught, "(matrix, rank) -> (left, right)", f"got {projector!r}")
+    assert_says(caught, "(matrix, rank) -> basis", f"got {projector!r}")
+
+
+@pytest.mark.parametrize(
+    ("projector", "options", "error", "says"),
+    [
+        ("svd", {"iterations": 2}, TypeError, "'iterations', which svd does not take; it takes no"),
+        ("power_iteration", {"oversampling": 2}, TypeError, "power_iteration does not take"),
+        ("randomized_svd", {"key": 1}, TypeError, "it takes oversampling, power_iterations"),
+        ("randomized_svd", {"oversampling": -1}, ValueError, "int of at least 0; got -1"),
+        ("randomized_svd", {"oversampling": 1.5}, ValueError, "int of at least 0; got 1.5"),
+        ("power_iteration", {"iterations": 0}, ValueError, "int of at least 1; got 0"),
+    ],
+)
+def test_options_of_projectors(projector, options, error, says):
+    with pytest.raises(error) as caught:
+        galore_optax.galore(INNER, projector=projector, projector_options=options)
+    assert_says(caught, says)
+
+
+@pytest.mark.parametrize("name", ["rows", "dct", "orthonormal"])
+def test_more_columns_than_rows(name):
+    with pytest.raises(ValueError, match=f"rank of {name} must be at most the 4 rows; got 5"):
+        projectors.resolve(name, {})(
+            jnp.ones((4, 9)), 5, key=jax.random.key(0), old=jnp.eye(4, 5), first=jnp.asarray(True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"refresh": "always"}, ValueError, 'refresh must be "periodic", "lazy" or a'),
+        ({"refresh": True}, ValueError, "got True"),
+        ({"stagger": 1}, TypeError, "stagger must be a bool; got 1"),
+        ({"seed": 0.5}, TypeError, "seed must be an int; got 0.5"),
+        ({"seed": True}, TypeError, "seed must be an int; got True"),
+    ],
+)
+def test_arguments_of_the_refresh(arguments, error, says):
+    with pytest.raises(error) as caught:
+        galore_optax.galore(INNER, **arguments)
+    assert_says(caught, says)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"threshold": 0.0}, "threshold must be a number in (0, 1]; got 0.0"),
+        ({"threshold": True}, "threshold must be a number in (0, 1]; got True"),
+        ({"queue": 0}, "queue must be a positive int; got 0"),
+        ({"queue": 2.0}, "queue must be a positive int; got 2.0"),
+    ],
+)
+def test_lazy(arguments, says):
+    with pytest.raises(ValueError, match="must be") as caught:
+        galore_optax.Lazy(**arguments)
+    assert_says(caught, says)
+
+
+@pytest.mark.parametrize("refresh", [1, "yes", np.True_, jnp.asarray(True)])
+def test_refresh_that_is_no_python_bool(refresh):
+    tx = galore_optax.galore(INNER, rank=4)
+    with pytest.raises(TypeError, match="refresh must be None or a Python bool"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, refresh=refresh)
 
 
 @pytest.mark.parametrize("side", ["std", "Short", "", None, 0])
@@ -295,11 +358,10 @@ def test_params_of_other_shapes_than_the_gradients():
 
 def test_projector_that_returns_other_shapes():
     def transposed(matrix, rank):
-        left, right = galore_optax.svd(matrix, rank)
-        return left.T, right.T
+        return galore_optax.projectors.svd(matrix, rank).T
 
     tx = galore_optax.galore(INNER, rank=4, projector=transposed)
-    with pytest.raises(ValueError, match="projector must return bases of shapes"):
+    with pytest.raises(ValueError, match=r"must return a basis of shape \(8, 4\)"):
         jax.eval_shape(tx.update, PARAMS, tx.init(PARAMS), PARAMS)
 
 
@@ -310,20 +372,34 @@ def state_of(**arguments):
 @pytest.mark.parametrize(
     ("other", "found"),
     [
-        ({"rank": 3}, "((8, 3), None)"),
-        ({"side": "long"}, "(None, (12, 4))"),
-        ({"side": "both"}, "((8, 4), (12, 4))"),
-        ({"exclude": lambda path, shape: True}, "(None, None)"),
-        ({"weight_dimension_numbers": DimensionNumbers(1, 0), "side": "left"}, "((12, 4), None)"),
+        ({"rank": 3}, "'left': (8, 3)"),
+        ({"side": "long"}, "the state has {'right': (12, 4)"),
+        ({"side": "both"}, "'left': (8, 4), 'right': (12, 4)"),
+        ({"exclude": lambda path, shape: True}, "the state has {}"),
+        ({"weight_dimension_numbers": DimensionNumbers(1, 0), "side": "left"}, "'left': (12, 4)"),
+        ({"projector": "gaussian"}, "the state has {'refreshes'"),
+        ({"refresh": "lazy"}, "'similarities': (5,)"),
+        ({"diagnostics": True}, "'energy': ()"),
     ],
-    ids=["rank", "side", "both_sides", "exclude", "dimension_numbers"],
+    ids=[
+        "rank",
+        "side",
+        "both_sides",
+        "exclude",
+        "dimension_numbers",
+        "projector",
+        "refresh",
+        "diagnostics",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:galore projects nothing")
 def test_state_of_another_configuration(other, found):
     tx = galore_optax.galore(INNER, rank=4)
     with pytest.raises(ValueError, match="state belongs to another configuration") as caught:
         tx.update(PARAMS, state_of(**other), PARAMS)
-    assert_says(caught, "'layer/kernel'", "(8, 12)", "((8, 4), None)", found, "init")
+    assert_says(
+        caught, "'layer/kernel'", "(8, 12)", "needs arrays of shapes {'left': (8, 4)", found, "init"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:galore projects nothing")

@@ -88,9 +88,10 @@ def expected_state(side, dtype):
     for name, shape in FULL_SIZE.items():
         left[name] = right[name] = counters[name] = ABSENT
         low_rank[name] = like(shape, wide)
+    absent = dict.fromkeys(left, ABSENT)  # what only lazy refresh and diagnostics keep
     return galore_optax.GaloreState(
         step=like((), jnp.int32),
-        subspace=galore_optax.Subspace(left, right, refreshes=counters, due=counters),
+        subspace=galore_optax.Subspace(left, right, counters, counters, *[absent] * 4),
         inner=jax.eval_shape(optax.adamw(0.1).init, low_rank),
     )
 

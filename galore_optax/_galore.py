@@ -14,6 +14,12 @@ import numpy as np
 import optax
 
 from galore_optax import projectors
+from galore_optax._accumulate import (
+    accumulate,
+    check_accumulation_steps,
+    init_accumulator,
+    is_first,
+)
 from galore_optax._inner import Inner
 from galore_optax._matrix import (
     DEFAULT_EXCLUDE,
@@ -69,6 +75,7 @@ def galore(
     side: str = "short",
     exclude: ExcludeSpec = DEFAULT_EXCLUDE,
     weight_dimension_numbers: Any = None,
+    accumulation_steps: int | None = None,
     seed: int | jax.Array = 0,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -132,6 +139,10 @@ def galore(
         axes. Axes not named are batch axes, and each matrix of a batch has its own projector.
         By default 2-D leaves are (reduction, output), as Flax has them, and leaves of more axes
         are not projected.
+      accumulation_steps: k, the calls of ``update`` that make one step: their gradients are
+        projected and averaged at rank r, where ``optax.MultiSteps`` keeps a full-size average.
+        None is 1. The first k - 1 return updates of zeros. A step whose refresh is due takes the subspace
+        from its first gradient; else it is exactly the step of the mean gradient.
       seed: of the random numbers of projectors, which depend on it, on a leaf's path, on the
         matrix' place in a stack, and on how often it has been refreshed.
       diagnostics: whether to keep in the state what `galore_optax.metrics` reports, at the price
@@ -177,11 +188,13 @@ def galore(
     if jnp.shape(seed) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
         raise TypeError(f"seed must be an int; got {seed!r}")
     _check_scale(scale)
+    check_accumulation_steps(accumulation_steps)
     settings = _Settings(
         Selection(rank, side, exclude, weight_dimension_numbers),
         projectors.resolve(projector, projector_options or {}),
         Timing(update_proj_gap, refresh, stagger),
         scale,
+        1 if accumulation_steps is None else int(accumulation_steps),
         seed,
         bool(diagnostics),
     )
@@ -204,6 +217,7 @@ class _Settings:
     projector: projectors.Projector
     timing: Timing
     scale: float | jax.Array
+    accumulation_steps: int
     seed: int | jax.Array
     diagnostics: bool
 
@@ -238,6 +252,7 @@ def _transformation(
             step=jnp.zeros([], jnp.int32),
             subspace=tree_of_subspaces(_subspace_structure(params, views), subspaces),
             inner=inner.init(low_rank),
+            accumulator=init_accumulator(low_rank, settings.accumulation_steps),
         )
         if inspection is None and not warned and views:
             warned = True
@@ -273,6 +288,7 @@ def _transformation(
                     f"params and gradients must have the same shapes; {view.path!r} has shape "
                     f"{weight.shape} in params and {view.shape} in the gradients"
                 )
+        inner_treedef = _inner_structure(updates, views)
         gap = settings.timing.gap(state.step)
         counts = [view.count if isinstance(view, MatrixView) else 0 for view in views]
         places = itertools.accumulate(counts, initial=0)
@@ -296,6 +312,7 @@ def _transformation(
                     timing=settings.timing,
                     projector=projector,
                     force=refresh is True,
+                    allowed=is_first(state.accumulator),
                 )
             bases[i] = load_bases(subspaces[i], view, projector, keys)
             low_rank[i] = project(matrices, bases[i])
@@ -307,31 +324,43 @@ def _transformation(
             matrices = view.to_matrices(weights[i])
             return project(matrices.astype(low_rank[i].dtype), bases[i])
 
-        result = inner.update(
+        likes = gradients if params is None else weights
+
+        def finish(low_rank: list[jax.Array]) -> tuple[list[jax.Array], Any, jax.Array]:
+            """The full-size updates, inner state and step count after a step."""
+            result = inner.update(
+                low_rank,
+                state.inner,
+                None if params is None else weights,
+                inner_treedef,
+                views,
+                projected_weights,
+                extra_args,
+            )
+            new_updates = []
+            for i, view in enumerate(views):
+                update, decay = result.updates[i], result.decay[i]
+                if isinstance(view, MatrixView):
+                    update = project_back(settings.scale * update, bases[i], gradients[i].dtype)
+                    if decay is not None:
+                        update += decay * view.to_matrices(weights[i])
+                    update = view.from_matrices(update)
+                new_updates.append(update.astype(likes[i].dtype))
+            return new_updates, result.state, optax.safe_increment(step)
+
+        (new_updates, inner_state, next_step), accumulator = accumulate(
+            state.accumulator,
             low_rank,
-            state.inner,
-            None if params is None else weights,
-            _inner_structure(updates, views),
-            views,
-            projected_weights,
-            extra_args,
+            inner_treedef,
+            settings.accumulation_steps,
+            finish,
+            wait=lambda: ([jnp.zeros_like(x) for x in likes], state.inner, step),
         )
-
-        new_updates = []
-        for i, view in enumerate(views):
-            update, decay = result.updates[i], result.decay[i]
-            if isinstance(view, MatrixView):
-                update = project_back(settings.scale * update, bases[i], gradients[i].dtype)
-                if decay is not None:
-                    update += decay * view.to_matrices(weights[i])
-                update = view.from_matrices(update)
-            like = gradients[i] if params is None else weights[i]
-            new_updates.append(update.astype(like.dtype))
-
         return treedef.unflatten(new_updates), GaloreState(
-            step=optax.safe_increment(step),
+            step=next_step,
             subspace=tree_of_subspaces(subspace_treedef, subspaces),
-            inner=result.state,
+            inner=inner_state,
+            accumulator=accumulator,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -378,37 +407,3 @@ def _value_if_known(array: Any, at_runtime: float) -> float:
         return float(array)
     except jax.errors.ConcretizationTypeError:
         return at_runtime
-
-
-def refresh(
-    tx: optax.GradientTransformation, grads: optax.Updates, state: Any, params: Any | None = None
-) -> Any:
-    """Chooses the subspaces of all matrices anew, and does nothing else.
-
-    For users who decide themselves when to refresh, such as under a ``jax.vmap`` over seeds, where
-    ``lax.cond`` runs both of its branches. Ordinary steps are then
-    ``tx.update(grads, state, params, refresh=False)``, whose program has no factorization.
-
-    Args:
-      tx: a galore, in any wrappers that pass on extra arguments, such as ``optax.chain``.
-      grads: gradients.
-      state: of ``tx``.
-      params: the parameters, where ``tx`` needs them.
-
-    Returns:
-      The state with new subspaces; all else in it is as it was.
-
-    Examples:
-      >>> import galore_optax, jax.numpy as jnp
-      >>> tx = galore_optax.galore_adamw(1e-3, rank=2)
-      >>> params = {"kernel": jnp.eye(4, 8)}
-      >>> state = tx.init(params)
-      >>> state = galore_optax.refresh(tx, params, state, params)
-      >>> updates, state = tx.update(params, state, params, refresh=False)
-    """
-    _, updated = optax.with_extra_args_support(tx).update(grads, state, params, refresh=True)
-
-    def take(old, new):
-        return old._replace(subspace=new.subspace) if isinstance(old, GaloreState) else old
-
-    return jax.tree.map(take, state, updated, is_leaf=lambda x: isinstance(x, GaloreState))

@@ -274,6 +274,7 @@ def _mark(state: Any, kind: str) -> Any:
                 }
             ),
             inner=_mark(node.inner, "moments"),
+            accumulator=_mark(node.accumulator, "moments"),
         )
 
     return jax.tree.map(mark, state, is_leaf=lambda x: isinstance(x, GaloreState))

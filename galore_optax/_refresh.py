@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from galore_optax._matrix import MatrixView, moment_dtype
+from galore_optax._state import GaloreState
 from galore_optax._subspace import ABSENT, Subspace, is_absent, sides
 from galore_optax.projectors import Projector, orient
 
@@ -97,6 +98,7 @@ def refresh_leaf(
     timing: Timing,
     projector: Projector,
     force: bool,
+    allowed: jax.Array | bool,
 ) -> tuple[Subspace, jax.Array]:
     """Chooses again the subspaces that are due, and returns the others as they are.
 
@@ -121,6 +123,7 @@ def refresh_leaf(
       timing: whether matrices are staggered, and whether their gaps grow.
       projector: chooses the directions.
       force: whether to take all matrices as due.
+      allowed: whether matrices that are due may be refreshed now, unless they are forced.
 
     Returns:
       The subspace to use from this step on, and the step for the leaf that comes next.
@@ -187,11 +190,45 @@ def refresh_leaf(
         new = jax.lax.map(lambda arguments: one(*arguments), (*flat, keys, places))
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), new)
 
-    due = jnp.asarray(True) if force else jnp.any(step >= subspace.due)
+    due = jnp.asarray(True) if force else jnp.any(step >= subspace.due) & allowed
     # JAX would take what both branches pass through out of the conditional, hence the addition.
     return jax.lax.cond(
         due, lambda: (all_of_leaf(matrices, subspace), step + 0), lambda: (subspace, step)
     )
+
+
+def refresh(
+    tx: optax.GradientTransformation, grads: optax.Updates, state: Any, params: Any | None = None
+) -> Any:
+    """Chooses the subspaces of all matrices anew, and does nothing else.
+
+    For users who decide themselves when to refresh, such as under a ``jax.vmap`` over seeds, where
+    ``lax.cond`` runs both of its branches. Ordinary steps are then
+    ``tx.update(grads, state, params, refresh=False)``, whose program has no factorization.
+
+    Args:
+      tx: a galore, in any wrappers that pass on extra arguments, such as ``optax.chain``.
+      grads: gradients.
+      state: of ``tx``.
+      params: the parameters, where ``tx`` needs them.
+
+    Returns:
+      The state with new subspaces; all else in it is as it was.
+
+    Examples:
+      >>> import galore_optax, jax.numpy as jnp
+      >>> tx = galore_optax.galore_adamw(1e-3, rank=2)
+      >>> params = {"kernel": jnp.eye(4, 8)}
+      >>> state = tx.init(params)
+      >>> state = galore_optax.refresh(tx, params, state, params)
+      >>> updates, state = tx.update(params, state, params, refresh=False)
+    """
+    _, updated = optax.with_extra_args_support(tx).update(grads, state, params, refresh=True)
+
+    def take(old, new):
+        return old._replace(subspace=new.subspace) if isinstance(old, GaloreState) else old
+
+    return jax.tree.map(take, state, updated, is_leaf=lambda x: isinstance(x, GaloreState))
 
 
 def _if_sound(new: Subspace, old: Subspace) -> Subspace:

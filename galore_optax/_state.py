@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax._matrix import LeafView
-from galore_optax._subspace import Subspace, is_absent
+from galore_optax._subspace import ABSENT, Subspace, is_absent
 
 
 class GaloreState(NamedTuple):
@@ -19,6 +19,7 @@ class GaloreState(NamedTuple):
     step: Any  # (), int32: the number of updates done.
     subspace: Subspace  # of trees with the structure of the parameters.
     inner: Any  # the inner state; the moments of projected leaves have the shape of R.
+    accumulator: Any = ABSENT  # an Accumulator where several gradients make a step.
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:

@@ -1,0 +1,123 @@
+"""Several gradients that make one step, averaged at rank r."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_optax
+
+SHAPES = {"w": (12, 20), "stack": (2, 16, 10), "b": (20,)}
+NUMBERS = {"w": galore_optax.DimensionNumbers(), "stack": galore_optax.DimensionNumbers(1, 2)}
+NUMBERS["b"] = None
+K = 3
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in SHAPES.items()}
+
+
+def mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+
+def make(inner, k, **arguments):
+    return galore_optax.galore(
+        inner, rank=4, accumulation_steps=k, weight_dimension_numbers=NUMBERS, **arguments
+    )
+
+
+@pytest.mark.parametrize("projector", ["svd", "gaussian"])
+@pytest.mark.parametrize(
+    "inner",
+    [optax.adamw(0.1, weight_decay=0.1), optax.sgd(0.1, momentum=0.9), optax.lion(0.01)],
+    ids=["adamw", "sgd", "lion"],
+)
+def test_steps_between_refreshes_are_those_of_the_mean_gradient(inner, projector):
+    accumulating = make(inner, K, projector=projector, update_proj_gap=100)
+    plain = make(inner, 1, projector=projector, update_proj_gap=100)
+    params = found = expected = tree(0)
+    micro_state, state = accumulating.init(params), plain.init(params)
+    # The same subspaces for both, then no refresh is due.
+    micro_state, state = (
+        jax.jit(functools.partial(galore_optax.refresh, tx))(tree(1), s, params)
+        for tx, s in ((accumulating, micro_state), (plain, state))
+    )
+    micro_update, update = jax.jit(accumulating.update), jax.jit(plain.update)
+    for step in range(4):
+        grads = [tree(10 * step + i + 2) for i in range(K)]
+        for i, g in enumerate(grads):
+            updates, micro_state = micro_update(g, micro_state, found)
+            if i < K - 1:
+                chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, updates))
+            found = optax.apply_updates(found, updates)
+        updates, state = update(mean(grads), state, expected)
+        expected = optax.apply_updates(expected, updates)
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(micro_state.inner, state.inner, rtol=1e-4, atol=1e-5)
+        assert micro_state.step == state.step == step + 1
+
+
+def test_a_due_refresh_takes_the_first_gradient_of_its_step():
+    tx = make(optax.identity(), K, update_proj_gap=2)
+    params = tree(0)
+    state, update = tx.init(params), jax.jit(tx.update)
+    counts = []
+    for i in range(4 * K):
+        _, state = update(tree(i), state, params)
+        counts.append(int(state.subspace.refreshes["w"]))
+        if i == 2 * K:
+            u = np.linalg.svd(np.asarray(tree(i)["w"], np.float64))[0][:, :4]
+            p = np.asarray(state.subspace.left["w"])
+            np.testing.assert_allclose(p @ p.T, u @ u.T, atol=1e-4)
+    assert counts == [1] * (2 * K) + [2] * (2 * K)
+
+
+def test_accumulator_has_rank_r_and_the_state_is_stable():
+    tx = make(optax.scale_by_adam(), K)
+    params = tree(0)
+    state = tx.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        state.accumulator.mean,
+        {"w": jnp.zeros((4, 20)), "stack": jnp.zeros((2, 16, 4)), "b": jnp.zeros(20)},
+    )
+    _, after = jax.jit(tx.update)(tree(1), state, params)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    report = galore_optax.memory_report(tx, params)
+    assert report.moments == 3 * 4 * (4 * 20 + 2 * 16 * 4 + 20)
+
+
+def test_the_inner_transformation_runs_once_per_step():
+    runs = []
+
+    def count(updates, state, params=None):
+        jax.debug.callback(lambda: runs.append(1))
+        return updates, state
+
+    tx = make(optax.GradientTransformation(lambda _: optax.EmptyState(), count), K)
+    params = tree(0)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for i in range(2 * K):
+        _, state = update(tree(i), state)
+    jax.effects_barrier()
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-1, ValueError), (True, TypeError), (2.0, TypeError)]
+)
+def test_bad_accumulation_steps(value, error):
+    with pytest.raises(error, match=f"accumulation_steps must be .*got {value!r}"):
+        galore_optax.galore(optax.identity(), accumulation_steps=value)
+
+
+@pytest.mark.parametrize(("made_with", "used_with"), [(1, 2), (2, 1)])
+def test_state_of_another_accumulation(made_with, used_with):
+    state = make(optax.identity(), made_with).init(tree(0))
+    with pytest.raises(ValueError, match="another configuration: it was made with accumulation"):
+        make(optax.identity(), used_with).update(tree(0), state)

@@ -141,8 +141,8 @@ def galore(
         are not projected.
       accumulation_steps: k, the calls of ``update`` that make one step: their gradients are
         projected and averaged at rank r, where ``optax.MultiSteps`` keeps a full-size average.
-        None is 1. The first k - 1 return updates of zeros. A step whose refresh is due takes the subspace
-        from its first gradient; else it is exactly the step of the mean gradient.
+        None is 1. The first k - 1 return updates of zeros. A step whose refresh is due takes
+        the subspace from its first gradient; else it is exactly that of the mean gradient.
       seed: of the random numbers of projectors, which depend on it, on a leaf's path, on the
         matrix' place in a stack, and on how often it has been refreshed.
       diagnostics: whether to keep in the state what `galore_optax.metrics` reports, at the price
@@ -326,7 +326,7 @@ def _transformation(
 
         likes = gradients if params is None else weights
 
-        def finish(low_rank: list[jax.Array]) -> tuple[list[jax.Array], Any, jax.Array]:
+        def finish(low_rank: list[jax.Array]) -> tuple[list[jax.Array], Any, Any]:
             """The full-size updates, inner state and step count after a step."""
             result = inner.update(
                 low_rank,

@@ -12,6 +12,7 @@ import optax
 
 from galore_optax._galore import GaloreState, Inspection, inspecting
 from galore_optax._matrix import LeafView, MatrixView, Unprojected, leaves_with_paths
+from galore_optax._quantized import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,8 @@ def memory_report(
       tx: any transformation; galore may be anywhere in it.
       params: the parameters, or their ``jax.ShapeDtypeStruct``.
       dtype: count every floating-point array as if it had this dtype, e.g. ``"bfloat16"`` to
-        compare with the published figures; by default arrays count as they are.
+        compare with the published figures; by default arrays count as they are. Quantized arrays
+        always do.
 
     Returns:
       A `MemoryReport`: a plain dataclass that prints as a table.
@@ -247,15 +249,15 @@ def _owner(path: tuple[str, ...], owners: dict[tuple[str, ...], int]) -> int | N
     return None
 
 
-def _is_counter(array: jax.ShapeDtypeStruct) -> bool:
+def _is_counter(array: Any) -> bool:
     return array.shape == () and not jnp.issubdtype(array.dtype, jnp.floating)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Marked:
-    """An array of the state, and what it is there for."""
+    """An array of the state, quantized or not, and what it is there for."""
 
-    array: jax.ShapeDtypeStruct
+    array: Any
     kind: str
 
 
@@ -275,7 +277,9 @@ def _mark(state: Any, kind: str) -> Any:
             inner=_mark(node.inner, "moments"),
         )
 
-    return jax.tree.map(mark, state, is_leaf=lambda x: isinstance(x, GaloreState))
+    return jax.tree.map(
+        mark, state, is_leaf=lambda x: isinstance(x, GaloreState) or is_quantized(x)
+    )
 
 
 def _projection(view: LeafView | None) -> tuple[int | None, str | None]:
@@ -287,6 +291,8 @@ def _projection(view: LeafView | None) -> tuple[int | None, str | None]:
 
 
 def _bytes(array: Any, dtype: Any) -> int:
+    if is_quantized(array):
+        return array.nbytes
     own = jnp.result_type(array)
     counted = dtype if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
     return math.prod(jnp.shape(array)) * jnp.dtype(counted).itemsize

@@ -30,10 +30,7 @@ def dynamic_map(signed: bool) -> np.ndarray:
       at code 127 if signed, else at code 0, and 1 at code 255; there is no -1.
     """
     positive = np.concatenate(
-        [
-            10.0 ** (i + 1 - DECADES) * np.linspace(0.1, 1.0, 2 * n + 1)[1::2]
-            for i, n in _cuts(signed)
-        ]
+        [unit * np.linspace(0.1, 1.0, 2 * n + 1)[1::2] for unit, n in _decades(signed)]
     )
     negative = -positive[::-1] if signed else positive[:0]
     return np.concatenate([negative, [0.0], positive, [1.0]]).astype(np.float32)
@@ -58,42 +55,45 @@ def encode_dynamic(
     numbers = blocks / jnp.where(scales > 0, scales, 1)[..., None]
     magnitude = jnp.abs(numbers) if signed else numbers
 
-    # index of the value = floor(magnitude * slope + offset), at most last, in the number's decade
-    first, slope, offset, last = 1, 0.0, 0.0, 0.0
-    threshold = 0.0
-    for i, n in _cuts(signed):
-        unit = 10.0 ** (i + 1 - DECADES)
-        above = magnitude >= threshold
-        slope = jnp.where(above, n / (0.9 * unit), slope)
-        offset = jnp.where(above, first - n / 9, offset)
-        last = jnp.where(above, float(first + n - 1), last)
-        first += n
+    # Of the decade that a number belongs to: n, and the reciprocal of its intervals.
+    threshold, cuts, slope = 0.0, jnp.zeros_like(magnitude), jnp.zeros_like(magnitude)
+    for unit, n in _decades(signed):
+        reached = magnitude >= threshold
+        cuts = jnp.where(reached, float(n), cuts)
+        slope = jnp.where(reached, n / (0.9 * unit), slope)
         # The middle of the last value of this decade and the first one of the next, finer one.
         threshold = unit * (1 + 0.9 / n)
-    values = dynamic_map(signed)[-first:].astype(np.float64)  # those of the indices 1, 2, ...
-    index = jnp.clip(jnp.floor(magnitude * slope + offset), 1, last)
-    index = jnp.where(magnitude >= (values[-2] + values[-1]) / 2, first, index)
+    # Values have the indices 1, 2, ...; the first one of a decade has n, or n - 1 without a sign.
+    less = 0 if signed else 1
+    index = jnp.floor(magnitude * slope + (cuts * (8 / 9) - less))
+    index = jnp.clip(index, 1, 2 * cuts - (1 + less))
+    values = dynamic_map(signed)[128 if signed else 1 :].tolist()
+    index = jnp.where(magnitude >= (values[-2] + values[-1]) / 2, len(values), index)
     index = jnp.where(magnitude > (0 if keep_positive else values[0] / 2), index, 0)
     if signed:
         # As there is no -1, the code next to it takes its place.
-        index = jnp.where(numbers < 0, -jnp.minimum(index, first - 1), index) + (first - 1)
+        index = jnp.where(numbers < 0, -jnp.minimum(index, 127), index) + 127
     return index.astype(jnp.uint8), scales
 
 
 def decode_dynamic(codes: jax.Array, scales: jax.Array, signed: bool) -> jax.Array:
     """The inverse of :func:`encode_dynamic`, up to its rounding: float32, as ``codes``."""
-    zero = 127 if signed else 0
-    index = codes.astype(jnp.float32) - zero
+    less = 0 if signed else 1
+    index = codes.astype(jnp.int32) - (0 if less else 127)
     magnitude = jnp.abs(index)
+    # n is the power of 2 in the number of the value's decade, so the exponent of a float.
+    number = (magnitude + less).astype(jnp.float32)
+    exponent = jax.lax.bitcast_convert_type(number, jnp.int32) >> 23
+    cuts = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    above = DECADES - 1 + 127 + less - exponent  # decades above this one, 0 to 6
     # The j-th value of a decade, from 0 on, is its unit times 0.1 + 0.9 (j + 1/2) / n, which is
-    # (18 j + 9 + 2 n) / (20 n): two integers, exact in float32, for one rounding in all.
-    first, numerator, denominator = 1, 0.0, 1.0
-    for i, n in _cuts(signed):
-        reached = magnitude >= first
-        numerator = jnp.where(reached, 18 * magnitude + (9 + 2 * n - 18 * first), numerator)
-        denominator = jnp.where(reached, 20.0 * n * 10 ** (DECADES - 1 - i), denominator)
-        first += n
-    values = jnp.where(magnitude >= first, 1, numerator / denominator)
+    # an integer, 18 j + 9 + 2 n, times unit / (20 n). A product, since XLA would rather keep the
+    # result of a division in memory than do it in each place of use.
+    step = jnp.where((above & 1) > 0, 1 / 5, 1.0) * jnp.where((above & 2) > 0, 1 / 25, 1.0)
+    step *= jnp.where((above & 4) > 0, 1 / 625, 1.0) * (1 / (20 * 2 ** (DECADES - 1 + less)))
+    values = (18 * number + (9 - 16 * cuts)) * step
+    values = jnp.where(magnitude == (255 if less else 128), 1, values)
+    values = jnp.where(magnitude == 0, 0, values)
     return jnp.where(index < 0, -values, values) * scales[..., None]
 
 
@@ -206,9 +206,9 @@ def round_to_bfloat16(array: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(array), rounded, array).astype(jnp.bfloat16)
 
 
-def _cuts(signed: bool) -> list[tuple[int, int]]:
-    """Of each decade its number and that of its values, n."""
-    return [(i, 2 ** (i if signed else i + 1)) for i in range(DECADES)]
+def _decades(signed: bool) -> list[tuple[float, int]]:
+    """Of each decade, from the lowest up, its upper end, and the number of its values, n."""
+    return [(10.0 ** (i + 1 - DECADES), 2 ** (i if signed else i + 1)) for i in range(DECADES)]
 
 
 def _range(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:

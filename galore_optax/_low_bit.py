@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import _codes
+from galore_optax._matrix import structure
 from galore_optax._quantized import (
     check_block_size,
     fitting_block_size,
@@ -109,7 +110,7 @@ def low_bit(
     rules = _Rules(bits, block_size, min_size, MOMENTS | dict(names or {}), set(names or {}))
 
     def init_fn(params: optax.Params) -> LowBitState:
-        params = dequantize_params(params)
+        params = _unboxed(dequantize_params(params), min_size)
         state = inner.init(params)
         leaves, treedef = jax.tree.flatten(state)
         stored = [
@@ -130,7 +131,8 @@ def low_bit(
                 f"low_bit's update needs the LowBitState that its init made; got a "
                 f"{type(state).__name__}. Was it made by another transformation?"
             )
-        kinds = rules.kinds(state.inner, updates)
+        gradients = _unboxed(updates, min_size)
+        kinds = rules.kinds(state.inner, gradients)
         leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)
         rules.check(state.inner, kinds)
         restored = [
@@ -138,9 +140,9 @@ def low_bit(
             for leaf, kind in zip(leaves, kinds, strict=True)
         ]
         if params is not None:
-            params = dequantize_params(params)
+            params = _unboxed(dequantize_params(params), min_size)
         new_updates, new_inner = inner.update(
-            updates, treedef.unflatten(restored), params, **extra_args
+            gradients, treedef.unflatten(restored), params, **extra_args
         )
 
         step_key = None
@@ -155,7 +157,8 @@ def low_bit(
             else:
                 leaf_key = None if step_key is None else jax.random.fold_in(step_key, i)
                 stored.append(rules.store(new, kind, leaf_key))
-        new_updates = jax.tree.map(_like, new_updates, updates)
+        new_updates = jax.tree.leaves(jax.tree.map(_like, new_updates, gradients))
+        new_updates = jax.tree.structure(updates).unflatten(new_updates)
         rounds = state.rounds
         if bits == 16:
             rounds = optax.safe_increment(rounds)
@@ -291,6 +294,13 @@ def _signed_fields(state: Any) -> set[tuple[str, ...]]:
 
 def _components(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _unboxed(tree: Any, min_size: int) -> Any:
+    """A tree with its large leaves out of Flax's boxes, which take a moment in codes for a tree."""
+    leaves = jax.tree.leaves(tree)
+    large = [math.prod(jnp.shape(leaf)) >= min_size for leaf in leaves]
+    return structure(tree, large).unflatten(leaves)
 
 
 def _batch_axes(shape: tuple[int, ...]) -> int:

@@ -203,7 +203,7 @@ def apply_updates(
 
 
 def _check_update(name: str, param: Any, update: Any) -> None:
-    is_array = isinstance(update, jax.typing.ArrayLike)
+    is_array = jax.tree_util.all_leaves([update])
     if not is_array or jnp.shape(update) != jnp.shape(param):
         found = jnp.shape(update) if is_array else type(update).__name__
         raise ValueError(

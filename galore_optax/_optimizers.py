@@ -109,7 +109,7 @@ def adamw_8bit(
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added to the denominator, after bias correction.
-      eps_root: added under the root of the denominator.
+      eps_root: added under its root.
       mu_dtype: dtype of the first moment, before it is rounded to 8 bits.
       weight_decay: times the learning rate.
       mask: the leaves to decay.
@@ -125,8 +125,7 @@ def adamw_8bit(
       >>> tx = galore_optax.adamw_8bit(3e-4, weight_decay=0.1)
 
     References:
-      Dettmers et al., `8-bit Optimizers via Block-wise Quantization
-      <https://arxiv.org/abs/2110.02861>`_, 2021
+      Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021
     """
     return low_bit(
         optax.adamw(

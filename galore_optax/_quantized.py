@@ -1,6 +1,7 @@
 """Arrays in codes: a pytree that stands for an array of another shape and dtype."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from typing import Any
@@ -75,12 +76,7 @@ class QuantizedArray:
         Raises:
           ValueError: an axis of the item itself was sliced, not a batch axis.
         """
-        codes, scales, zeros = self.blocks()
-        if self.scheme in _BITS:
-            values = _codes.decode_integer(codes, scales, zeros)
-        else:
-            values = _codes.decode_dynamic(codes, scales, self.scheme == "signed")
-        return _from_blocks(values, self.item_shape, self.block_size).astype(self.dtype)
+        return _dequantized(self)
 
     def blocks(self) -> tuple[jax.Array, jax.Array, Any]:
         """Unpacked codes (..., block, element), scales and zeros (..., block)."""
@@ -172,17 +168,7 @@ def quantize(
         )
     if keep_positive and scheme != "unsigned":
         raise ValueError(f"keep_positive is for scheme 'unsigned'; got {scheme!r}")
-    item_shape = array.shape[batch_axes:]
-    block_size = fitting_block_size(item_shape, block_size)
-    blocks = to_blocks(array, item_shape, block_size)
-    if scheme in _BITS:
-        codes, scales, zeros = _codes.encode_integer(blocks, _BITS[scheme], key)
-    else:
-        codes, scales = _codes.encode_dynamic(blocks, scheme == "signed", keep_positive)
-        zeros = optax.MaskedNode()
-    if scheme == "int4":
-        codes = _codes.pack(codes)
-    return QuantizedArray(_merge(codes), scales, zeros, item_shape, array.dtype, scheme, block_size)
+    return _quantized(array, key, scheme, block_size, batch_axes, keep_positive)
 
 
 def requantize(
@@ -207,6 +193,40 @@ def requantize(
     if quantized.scheme == "int4":
         codes = _codes.pack(codes)
     return dataclasses.replace(quantized, codes=_merge(codes), scales=scales, zeros=zeros)
+
+
+# Compiled as one where they are called outside of a compiled function: init often is.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+def _quantized(
+    array: jax.Array,
+    key: jax.Array | None,
+    scheme: str,
+    block_size: int,
+    batch_axes: int,
+    keep_positive: bool,
+) -> QuantizedArray:
+    item_shape = array.shape[batch_axes:]
+    block_size = fitting_block_size(item_shape, block_size)
+    blocks = to_blocks(array, item_shape, block_size)
+    if scheme in _BITS:
+        codes, scales, zeros = _codes.encode_integer(blocks, _BITS[scheme], key)
+    else:
+        codes, scales = _codes.encode_dynamic(blocks, scheme == "signed", keep_positive)
+        zeros = optax.MaskedNode()
+    if scheme == "int4":
+        codes = _codes.pack(codes)
+    return QuantizedArray(_merge(codes), scales, zeros, item_shape, array.dtype, scheme, block_size)
+
+
+@functools.partial(jax.jit, inline=True)
+def _dequantized(quantized: QuantizedArray) -> jax.Array:
+    codes, scales, zeros = quantized.blocks()
+    if quantized.scheme in _BITS:
+        values = _codes.decode_integer(codes, scales, zeros)
+    else:
+        values = _codes.decode_dynamic(codes, scales, quantized.scheme == "signed")
+    values = _from_blocks(values, quantized.item_shape, quantized.block_size)
+    return values.astype(quantized.dtype)
 
 
 def check_block_size(block_size: Any) -> None:

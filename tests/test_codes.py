@@ -258,8 +258,8 @@ from galore_optax import low_bit, quantize
 for types in (AxisType.Explicit, AxisType.Auto):
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(types,) * 2)
     with jax.set_mesh(mesh):
-        for spec in (P("d", "m"), P(None, "m"), P("d", None), P(("d", "m"), None)):
-            for columns in (1024, 768, 500):
+        for spec in (P("d", "m"), P(("d", "m"), None)):
+            for columns in (1024, 768, 500) if spec == P("d", "m") else (1024,):
                 plain = np.random.default_rng(0).standard_normal((64, columns))
                 x = jax.device_put(plain.astype(np.float32), NamedSharding(mesh, spec))
                 for scheme in ("signed", "int4"):
@@ -278,11 +278,10 @@ for types in (AxisType.Explicit, AxisType.Auto):
                 for _ in range(2):
                     updates, state = step(x, state, x)
                 assert jax.tree.map(jax.typeof, state) == types_before
-                reference = tx.init(jnp.asarray(plain, jnp.float32))
+                alone = jnp.asarray(plain, jnp.float32)
+                reference = jax.jit(tx.init)(alone)
                 for _ in range(2):
-                    plain_updates, reference = tx.update(
-                        jnp.asarray(plain, jnp.float32), reference, jnp.asarray(plain, jnp.float32)
-                    )
+                    plain_updates, reference = jax.jit(tx.update)(alone, reference, alone)
                 np.testing.assert_allclose(updates, plain_updates, rtol=1e-4, atol=1e-7)
 """
 

@@ -121,8 +121,7 @@ def adamw_8bit(
       The transformation.
 
     Examples:
-      >>> import galore_optax
-      >>> tx = galore_optax.adamw_8bit(3e-4, weight_decay=0.1)
+      >>> tx = adamw_8bit(3e-4, weight_decay=0.1)
 
     References:
       Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021
@@ -191,8 +190,7 @@ def galore_adamw_8bit(
       The transformation.
 
     Examples:
-      >>> import galore_optax
-      >>> tx = galore_optax.galore_adamw_8bit(3e-4, weight_decay=0.1, rank=8)
+      >>> tx = galore_adamw_8bit(3e-4, weight_decay=0.1, rank=8)
 
     References:
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section 4.3

@@ -31,6 +31,8 @@ from galore_optax._matrix import (
     moment_dtype,
     structure,
 )
+from galore_optax._quantized import is_quantized
+from galore_optax._quantized_params import dequantize_params
 from galore_optax._refresh import Lazy, Timing, Turn, refresh_leaf
 from galore_optax._state import (
     GaloreState,
@@ -42,11 +44,11 @@ from galore_optax._state import (
 from galore_optax._subspace import (
     ABSENT,
     Bases,
+    Sides,
     Subspace,
     captured_energy,
+    check_projector_dtype,
     init_subspace,
-    load_bases,
-    matrix_keys,
     project,
     project_back,
 )
@@ -70,6 +72,7 @@ def galore(
     scale: float | jax.Array = 0.25,
     projector: str | Callable[..., jax.Array] = "svd",
     projector_options: Mapping[str, Any] | None = None,
+    projector_dtype: str | None = None,
     refresh: str | Lazy = "periodic",
     stagger: bool = False,
     side: str = "short",
@@ -94,7 +97,9 @@ def galore(
     leaves go through the same inner transformation at full size.
 
     Of one matrix the state holds r min(m, n) elements of projector, and of each moment
-    r max(m, n) instead of m n. They are float32 (float64 for float64 leaves).
+    r max(m, n) instead of m n. They are float32 (float64 for float64 leaves) unless
+    ``projector_dtype`` and `galore_optax.low_bit` around the inner transformation say otherwise.
+    Parameters may be quantized, by `galore_optax.quantize_params`.
 
     Args:
       inner: any Optax transformation, unmodified: ``optax.adamw(3e-4)``,
@@ -120,6 +125,9 @@ def galore(
         ``(matrix, rank) -> basis``, (m, n) to (m, r), that may also ask for ``key``, ``old`` and
         ``first`` by name, as `galore_optax.projectors.power_iteration` does.
       projector_options: keyword arguments of the projector, such as ``{"iterations": 2}``.
+      projector_dtype: in what the projectors are kept: ``"float32"``, ``"bfloat16"``, or
+        ``"int8"`` or ``"int4"``, asymmetric integers in blocks of 256, rounded to the nearest. By
+        default float32, float64 for float64 leaves.
       refresh: ``"periodic"``, every T steps; or ``"lazy"``, where a matrix whose subspace stands
         still is refreshed after T, 2 T, 4 T, ...: see `galore_optax.Lazy`, which may also be given.
       stagger: whether to spread the refreshes over the T steps by matrix, so that of N matrices at
@@ -192,6 +200,7 @@ def galore(
     settings = _Settings(
         Selection(rank, side, exclude, weight_dimension_numbers),
         projectors.resolve(projector, projector_options or {}),
+        check_projector_dtype(projector_dtype),
         Timing(update_proj_gap, refresh, stagger),
         scale,
         1 if accumulation_steps is None else int(accumulation_steps),
@@ -215,6 +224,7 @@ class _Settings:
 
     selection: Selection
     projector: projectors.Projector
+    projector_dtype: str | None
     timing: Timing
     scale: float | jax.Array
     accumulation_steps: int
@@ -225,14 +235,17 @@ class _Settings:
         if not isinstance(view, MatrixView):
             return Subspace()
         lazy = self.timing.lazy
-        return init_subspace(view, self.projector, lazy.queue if lazy else 0, self.diagnostics)
+        return init_subspace(self.sides(view), lazy.queue if lazy else 0, self.diagnostics)
+
+    def sides(self, view: MatrixView) -> Sides:
+        return Sides(view, self.projector, self.projector_dtype, self.seed)
 
 
 def _transformation(
     inner: Inner, settings: _Settings, caution: str | None
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation itself; its first ``init`` warns of ``caution``."""
-    selection, projector = settings.selection, settings.projector
+    selection = settings.selection
     warned = False
 
     def init_fn(params: optax.Params) -> GaloreState:
@@ -245,7 +258,7 @@ def _transformation(
                 # A GaloreState all the same, so that the inner state is found where it always is.
                 return GaloreState(ABSENT, Subspace(), inner.init(params))
         subspaces = [settings.init_subspace(view) for view in views]
-        leaves = jax.tree.leaves(params)
+        leaves = jax.tree.leaves(params, is_leaf=is_quantized)
         low_rank = [_low_rank_stand_in(v, x) for v, x in zip(views, leaves, strict=True)]
         low_rank = _inner_structure(params, views).unflatten(low_rank)
         state = GaloreState(
@@ -299,22 +312,20 @@ def _transformation(
         for i, (view, place) in enumerate(zip(views, places, strict=False)):
             if not isinstance(view, MatrixView):
                 continue
-            matrices, keys = view.to_matrices(gradients[i]), matrix_keys(view, settings.seed)
+            matrices, sides = view.to_matrices(gradients[i]), settings.sides(view)
             if refresh is not False:
                 subspaces[i], step = refresh_leaf(
                     matrices,
                     subspaces[i],
-                    view=view,
-                    keys=keys,
+                    sides=sides,
                     turn=Turn(place, sum(counts)),
                     step=step,
                     gap=gap,
                     timing=settings.timing,
-                    projector=projector,
                     force=refresh is True,
                     allowed=is_first(state.accumulator),
                 )
-            bases[i] = load_bases(subspaces[i], view, projector, keys)
+            bases[i] = sides.load(subspaces[i])
             low_rank[i] = project(matrices, bases[i])
             if settings.diagnostics:
                 energy = captured_energy(matrices, low_rank[i])
@@ -371,6 +382,7 @@ def _low_rank_stand_in(view: LeafView, leaf: Any) -> Any:
     dtype = moment_dtype(view.dtype)
     if isinstance(view, MatrixView):
         return jnp.zeros(view.low_rank_shape, dtype)
+    leaf = dequantize_params(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
     return jnp.asarray(leaf).astype(dtype)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax._matrix import LeafView, MatrixView
+from galore_optax._quantized import is_quantized
 
 
 class ParamsUse(enum.Enum):
@@ -178,15 +179,20 @@ class Inner:
         if key in self._checked:
             return
         expected = jax.eval_shape(self._transformation.init, treedef.unflatten(low_rank))
-        same_structure = jax.tree.structure(state) == jax.tree.structure(expected)
-        if not same_structure or any(
-            jnp.shape(found) != wanted.shape
-            for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
-        ):
+        found, wanted = _described(state), _described(expected)
+        different = [path for path in wanted | found if found.get(path) != wanted.get(path)]
+        if different or jax.tree.structure(state) != jax.tree.structure(expected):
+            where = ""
+            if different:
+                path = different[0]
+                where = (
+                    f" {path} is {found.get(path, 'missing')}, and should be "
+                    f"{wanted.get(path, 'missing')}."
+                )
             raise ValueError(
                 "the state belongs to another configuration: its inner state is not what the inner "
-                "transformation of galore makes for these leaves. Use the transformation the state "
-                "was made with, or make a new state with init. It has "
+                f"transformation of galore makes for these leaves.{where} Use the transformation "
+                "the state was made with, or make a new state with init. It has "
                 f"{jax.tree.map(jnp.shape, state)}, and should have "
                 f"{jax.tree.map(jnp.shape, expected)}"
             )
@@ -195,6 +201,18 @@ class Inner:
 
 def _shapes(leaves: Sequence[jax.Array], treedef: Any) -> Any:
     return treedef, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def _described(state: Any) -> dict[str, str]:
+    """What each leaf of a state is, by path, as far as it may not change."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{leaf.scheme} codes of shape {leaf.shape} in blocks of {leaf.block_size}"
+            if is_quantized(leaf)
+            else f"an array of shape {jnp.shape(leaf)}"
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized)
+    }
 
 
 def _params_use(

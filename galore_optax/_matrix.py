@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from galore_optax._quantized import is_quantized
+
 DEFAULT_EXCLUDE = (
     r"(?i)(^|/)(([^/]*embed[^/]*|wte|wpe|(lm_|output_|mlm_)?head|logits[^/]*)(/|$)|(scale|bias)$)"
 )
@@ -163,12 +165,13 @@ class Selection:
         """The view of each leaf, in the order of ``jax.tree.leaves(tree)``.
 
         Depends on paths, shapes and dtypes only, so that it is the same for parameters,
-        gradients and ``jax.ShapeDtypeStruct``.
+        quantized or not, gradients and ``jax.ShapeDtypeStruct``.
 
         Raises:
           TypeError: a leaf is not of a real floating-point dtype.
           ValueError: dimension numbers, exclusions or ranks that do not fit a leaf.
         """
+        tree = logical(tree)
         leaves = leaves_with_paths(tree)
         if not leaves:  # nothing to look at, or the placeholder of optax.tree.map_params
             return []
@@ -312,6 +315,15 @@ class Selection:
         return int(rank) if isinstance(rank, numbers.Integral) else max(1, round(rank * short))
 
 
+def logical(tree: Any) -> Any:
+    """The tree with a ``jax.ShapeDtypeStruct`` in the place of each quantized array."""
+
+    def stand_in(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf
+
+    return jax.tree.map(stand_in, tree, is_leaf=is_quantized)
+
+
 def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree and their paths, components joined by "/".
 
@@ -335,7 +347,7 @@ def structure(tree: Any, unbox: Sequence[bool]) -> Any:
       tree: any tree.
       unbox: for each leaf whether to take it out of its box, if it has one.
     """
-    boxes, treedef = jax.tree.flatten(tree, is_leaf=_is_box)
+    boxes, treedef = jax.tree.flatten(logical(tree), is_leaf=_is_box)
     chosen = zip(boxes, unbox, strict=True)
     return jax.tree.structure(treedef.unflatten([0 if out else box for box, out in chosen]))
 

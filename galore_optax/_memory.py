@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax._matrix import LeafView, MatrixView, Unprojected, leaves_with_paths
+from galore_optax._matrix import LeafView, MatrixView, Unprojected, leaves_with_paths, logical
+from galore_optax._quantized import is_quantized
 from galore_optax._state import GaloreState, Inspection, inspecting
 from galore_optax._subspace import Subspace
 
@@ -158,7 +159,8 @@ def memory_report(
       tx: any transformation; galore may be anywhere in it.
       params: the parameters, or their ``jax.ShapeDtypeStruct``.
       dtype: count every floating-point array as if it had this dtype, e.g. ``"bfloat16"`` to
-        compare with the published figures; by default arrays count as they are.
+        compare with the published figures; by default arrays count as they are. Quantized arrays
+        always do.
 
     Returns:
       A `MemoryReport`: a plain dataclass that prints as a table.
@@ -176,10 +178,10 @@ def memory_report(
     state = _Sizes.of(tx, params, dtype, inspection)
     without = _Sizes.of(tx, params, dtype, Inspection(without_galore=True))
     views = {view.path: view for view in inspection.views}
-    parameters = [_bytes(leaf, dtype) for leaf in jax.tree.leaves(params)]
+    parameters = [_bytes(leaf, dtype) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)]
 
     groups: dict[Any, list[int]] = {}
-    for i, (path, leaf) in enumerate(leaves_with_paths(params)):
+    for i, (path, leaf) in enumerate(leaves_with_paths(logical(params))):
         rank, reason = _projection(views.get(path))
         group = (re.sub(r"(?<![^/])\d+(?![^/])", "*", path), jnp.shape(leaf), rank, reason)
         groups.setdefault(group, []).append(i)
@@ -221,7 +223,7 @@ class _Sizes:
         with inspecting(inspection):
             # A function of its own, so that no earlier trace of tx.init is reused.
             state = jax.eval_shape(lambda p: tx.init(p), params)
-        leaves = leaves_with_paths(params)
+        leaves = leaves_with_paths(logical(params))
         owners = {_components(path): i for i, (path, _) in enumerate(leaves)}
         sizes = cls([0] * len(leaves), [0] * len(leaves))
         for path, item in leaves_with_paths(_mark(state, "moments")):
@@ -248,15 +250,15 @@ def _owner(path: tuple[str, ...], owners: dict[tuple[str, ...], int]) -> int | N
     return None
 
 
-def _is_counter(array: jax.ShapeDtypeStruct) -> bool:
+def _is_counter(array: Any) -> bool:
     return array.shape == () and not jnp.issubdtype(array.dtype, jnp.floating)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Marked:
-    """An array of the state, and what it is there for."""
+    """An array of the state, quantized or not, and what it is there for."""
 
-    array: jax.ShapeDtypeStruct
+    array: Any
     kind: str
 
 
@@ -277,7 +279,9 @@ def _mark(state: Any, kind: str) -> Any:
             accumulator=_mark(node.accumulator, "moments"),
         )
 
-    return jax.tree.map(mark, state, is_leaf=lambda x: isinstance(x, GaloreState))
+    return jax.tree.map(
+        mark, state, is_leaf=lambda x: isinstance(x, GaloreState) or is_quantized(x)
+    )
 
 
 def _projection(view: LeafView | None) -> tuple[int | None, str | None]:
@@ -289,6 +293,8 @@ def _projection(view: LeafView | None) -> tuple[int | None, str | None]:
 
 
 def _bytes(array: Any, dtype: Any) -> int:
+    if is_quantized(array):
+        return array.nbytes
     own = jnp.result_type(array)
     counted = dtype if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
     return math.prod(jnp.shape(array)) * jnp.dtype(counted).itemsize

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_optax._matrix import MatrixView, moment_dtype
+from galore_optax._matrix import moment_dtype
 from galore_optax._state import GaloreState
-from galore_optax._subspace import ABSENT, Subspace, is_absent, sides
-from galore_optax.projectors import Projector, orient
+from galore_optax._subspace import ABSENT, Sides, Subspace, is_absent
+from galore_optax.projectors import orient
 
 _NEVER = 2**31 - 1  # the last step that an int32 can count
 
@@ -90,13 +90,11 @@ def refresh_leaf(
     matrices: jax.Array,
     subspace: Subspace,
     *,
-    view: MatrixView,
-    keys: jax.Array,
+    sides: Sides,
     turn: Turn,
     step: jax.Array,
     gap: jax.Array,
     timing: Timing,
-    projector: Projector,
     force: bool,
     allowed: jax.Array | bool,
 ) -> tuple[Subspace, jax.Array]:
@@ -113,15 +111,13 @@ def refresh_leaf(
     Args:
       matrices: (*batch, m, n), the gradient.
       subspace: of the leaf.
-      view: of the leaf.
-      keys: (count,), a JAX key for each matrix.
+      sides: of the leaf: how bases are chosen, stored and loaded.
       turn: of the leaf.
       step: (), int32, the number of updates before this one; what the leaf before returned.
       gap: (), int32, positive: steps from one refresh to the next. What is late does not shift
         the later ones: with a constant gap T they are due at multiples of T, or, staggered, at a
         step of each matrix' own and every T steps from there.
       timing: whether matrices are staggered, and whether their gaps grow.
-      projector: chooses the directions.
       force: whether to take all matrices as due.
       allowed: whether matrices that are due may be refreshed now, unless they are forced.
 
@@ -131,6 +127,7 @@ def refresh_leaf(
     Raises:
       ValueError: the projector returns bases of another shape than (m, r).
     """
+    view, keys = sides.view, sides.keys
     batch = view.batch
 
     def one(matrix: jax.Array, old: Subspace, key: jax.Array, place: jax.Array) -> Subspace:
@@ -144,14 +141,14 @@ def refresh_leaf(
         first = old.refreshes == 0
         stored, overlaps, chances = [], [], []
         for side, was, g in zip(
-            sides(view, projector, key), (old.left, old.right), (matrix, matrix.T), strict=True
+            sides.of_matrix(key), (old.left, old.right), (matrix, matrix.T), strict=True
         ):
             if side is None:
                 stored.append(ABSENT)
                 continue
             before = side.load(was, old.refreshes)
             after = side.choose(g, before, old.refreshes)
-            after = orient(after, before, first) if projector.stored else after
+            after = orient(after, before, first) if side.projector.stored else after
             stored.append(side.store(after))
             overlaps.append(jnp.sum((after.T @ before) ** 2) / side.rank)
             chances.append(side.rank / side.size)

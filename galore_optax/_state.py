@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax._matrix import LeafView
+from galore_optax._quantized import is_quantized
 from galore_optax._subspace import ABSENT, Subspace, is_absent
 
 
@@ -76,14 +77,14 @@ def subspaces_of_tree(
     fields = [leaves_like(treedef, tree, "the state's parameters") for tree in state.subspace]
     subspaces = [Subspace(*leaf) for leaf in zip(*fields, strict=True)]
     for view, subspace in zip(views, subspaces, strict=True):
-        expected = _shapes(jax.eval_shape(lambda v=view: init_subspace(v)))
-        found = _shapes(subspace)
+        expected = _described(jax.eval_shape(lambda v=view: init_subspace(v)))
+        found = _described(subspace)
         if found != expected:
             raise ValueError(
                 f"the state belongs to another configuration: the subspace of {view.path!r}, of "
-                f"shape {view.shape}, needs arrays of shapes {expected}, the state has {found}. "
-                "Use the rank, projector, side, exclude, dimension numbers, refresh and "
-                "diagnostics that the state was made with, or make a new state with init."
+                f"shape {view.shape}, needs {expected}, the state has {found}. "
+                "Use the rank, projector, projector_dtype, side, exclude, numbers of axes, refresh "
+                "and diagnostics that the state was made with, or make a new state with init."
             )
     return subspaces
 
@@ -135,9 +136,11 @@ def _is_galore_state(x: Any) -> bool:
     return isinstance(x, GaloreState)
 
 
-def _shapes(subspace: Subspace) -> dict[str, Any]:
-    return {
-        name: jax.tree.map(jnp.shape, x)
-        for name, x in subspace._asdict().items()
-        if not is_absent(x)
-    }
+def _described(subspace: Subspace) -> dict[str, str]:
+    return {name: _array(x) for name, x in subspace._asdict().items() if not is_absent(x)}
+
+
+def _array(x: Any) -> str:
+    if is_quantized(x):
+        return f"{x.scheme}{list(x.shape)} in blocks of {x.block_size}"
+    return f"{jnp.result_type(x)}{list(jnp.shape(x))}"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax._matrix import MatrixView, moment_dtype
+from galore_optax._quantized import is_quantized, quantize
 from galore_optax.projectors import Projector
 
 ABSENT = optax.MaskedNode()
@@ -27,7 +28,7 @@ class Subspace(NamedTuple):
     its key whenever it is needed. Of a leaf that is not projected all is absent.
     """
 
-    left: Any = ABSENT  # P, (*batch, m, r), float32 (float64 for float64 leaves), or ABSENT.
+    left: Any = ABSENT  # P, (*batch, m, r), an array or a QuantizedArray, or ABSENT.
     right: Any = ABSENT  # Q, (*batch, n, r), likewise.
     refreshes: Any = ABSENT  # (*batch,), int32: how often a gradient chose a matrix' subspace.
     due: Any = ABSENT  # (*batch,), int32: the step from which on it is to be chosen again.
@@ -44,27 +45,28 @@ class Bases(NamedTuple):
     right: jax.Array | None  # (*batch, n, r)
 
 
+PROJECTOR_DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+
 @dataclasses.dataclass(frozen=True)
 class Side:
     """One projected side of one matrix: how its basis is chosen, stored, and loaded.
 
     Attributes:
       projector: chooses the directions.
+      stored_dtype: one of ``PROJECTOR_DTYPES``, or None for ``dtype``.
       size: m, the rows of the basis.
       rank: r, its columns.
       dtype: of the basis in use.
-      key: of this side of the matrix; of no side in particular where none is needed.
+      key: of this side of the matrix.
     """
 
     projector: Projector
+    stored_dtype: str | None
     size: int
     rank: int
     dtype: Any
     key: jax.Array
-
-    def initial(self) -> jax.Array:
-        """An orthonormal basis that no gradient chose, (m, r)."""
-        return jnp.eye(self.size, self.rank, dtype=self.dtype)
 
     def choose(self, matrix: jax.Array, old: jax.Array, refreshes: jax.Array) -> jax.Array:
         """A basis of the columns of a matrix, (m, r), for a refresh after so many others.
@@ -78,7 +80,7 @@ class Side:
             jnp.ldexp(matrix, -exponent),
             self.rank,
             key=jax.random.fold_in(self.key, refreshes + 1),
-            old=old,
+            old=old.astype(self.dtype),
             first=refreshes == 0,
         )
         if jnp.shape(basis) != (self.size, self.rank):
@@ -90,85 +92,105 @@ class Side:
 
     def store(self, basis: jax.Array) -> Any:
         """What the state holds of a basis."""
-        return basis if self.projector.stored else ABSENT
+        if not self.projector.stored:
+            return ABSENT
+        if self.stored_dtype in ("int8", "int4"):
+            return quantize(basis, self.stored_dtype)
+        return basis.astype(self.stored_dtype or self.dtype)
 
     def load(self, stored: Any, refreshes: jax.Array) -> jax.Array:
         """The basis as the last of so many refreshes left it, (m, r)."""
-        if self.projector.stored:
-            return stored
-        like = jax.ShapeDtypeStruct((self.size, self.rank), self.dtype)
-        key = jax.random.fold_in(self.key, refreshes)
-        return self.projector(like, self.rank, key=key).astype(self.dtype)
+        if not self.projector.stored:
+            like = jax.ShapeDtypeStruct((self.size, self.rank), self.dtype)
+            key = jax.random.fold_in(self.key, refreshes)
+            return self.projector(like, self.rank, key=key).astype(self.dtype)
+        return stored.dequantize() if is_quantized(stored) else stored
 
 
-def sides(
-    view: MatrixView, projector: Projector, key: jax.Array
-) -> tuple[Side | None, Side | None]:
-    """The left and the right side of a leaf's matrix of this key, None where not projected."""
-    left, right = jax.random.split(key)
-    dtype = moment_dtype(view.dtype)
-    return (
-        Side(projector, view.m, view.rank, dtype, left) if view.left else None,
-        Side(projector, view.n, view.rank, dtype, right) if view.right else None,
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """The sides of a leaf's matrices.
+
+    Attributes:
+      view: of the leaf.
+      projector: chooses the directions.
+      stored_dtype: one of ``PROJECTOR_DTYPES``, or None for that of the moments.
+      seed: of the keys of the matrices, which depend besides on its path and their place alone.
+    """
+
+    view: MatrixView
+    projector: Projector
+    stored_dtype: str | None
+    seed: int | jax.Array
+
+    @property
+    def keys(self) -> jax.Array:
+        """One for each matrix, (count,)."""
+        leaf = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(self.view.path.encode()))
+        return jax.random.split(leaf, self.view.count)
+
+    def of_matrix(self, key: jax.Array) -> tuple[Side | None, Side | None]:
+        """The left and the right side of the matrix of this key, None where not projected."""
+        view = self.view
+        dtype = moment_dtype(view.dtype)
+        left, right = (
+            Side(self.projector, self.stored_dtype, size, view.rank, dtype, side_key)
+            for size, side_key in zip((view.m, view.n), jax.random.split(key), strict=True)
+        )
+        return left if view.left else None, right if view.right else None
+
+    def load(self, subspace: Subspace) -> Bases:
+        """The bases of all matrices of the leaf, ready for products."""
+        stored = (subspace.left, subspace.right)
+
+        def one(stored: Any, refreshes: jax.Array, key: jax.Array) -> Bases:
+            pairs = zip(self.of_matrix(key), stored, strict=True)
+            return Bases(*(None if side is None else side.load(x, refreshes) for side, x in pairs))
+
+        batch = self.view.batch
+        if not batch:
+            return one(stored, subspace.refreshes, self.keys[0])
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), stored)
+        loaded = jax.vmap(one)(flat, subspace.refreshes.ravel(), self.keys)
+        return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), loaded)
+
+
+def check_projector_dtype(dtype: Any) -> str | None:
+    """The name of a dtype that projectors can be kept in, or None."""
+    if dtype is None or dtype in PROJECTOR_DTYPES:
+        return dtype
+    raise ValueError(
+        f"projector_dtype must be one of {', '.join(PROJECTOR_DTYPES)}, or None; got {dtype!r}"
     )
 
 
-def matrix_keys(view: MatrixView, seed: int | jax.Array) -> jax.Array:
-    """A key for each matrix of a leaf, (count,), that depends on its path and place alone."""
-    leaf = jax.random.fold_in(jax.random.key(seed), zlib.crc32(view.path.encode()))
-    return jax.random.split(leaf, view.count)
-
-
-def init_subspace(
-    view: MatrixView, projector: Projector, queue: int, diagnostics: bool
-) -> Subspace:
-    """An orthonormal subspace that no gradient chose, due at step 0.
+def init_subspace(sides: Sides, queue: int, diagnostics: bool) -> Subspace:
+    """Orthonormal subspaces that no gradient chose, due at step 0.
 
     Args:
-      view: of the leaf.
-      projector: says whether its bases are stored.
+      sides: of the leaf.
       queue: the number of similarities to keep, 0 without lazy refresh.
       diagnostics: whether to keep diagnostics.
     """
+    batch = sides.view.batch
 
     def basis(side: Side | None) -> Any:
-        stored = ABSENT if side is None else side.store(side.initial())
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*view.batch, *x.shape)), stored)
+        if side is None:
+            return ABSENT
+        stored = side.store(jnp.eye(side.size, side.rank, dtype=side.dtype))
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), stored)
 
-    left, right = sides(view, projector, jax.random.key(0))
+    left, right = sides.of_matrix(jax.random.key(0))
     return Subspace(
         left=basis(left),
         right=basis(right),
-        refreshes=jnp.zeros(view.batch, jnp.int32),
-        due=jnp.zeros(view.batch, jnp.int32),
-        gaps=jnp.ones(view.batch, jnp.int32) if queue else ABSENT,
-        similarities=jnp.full((*view.batch, queue), -jnp.inf, jnp.float32) if queue else ABSENT,
-        energy=jnp.zeros(view.batch, jnp.float32) if diagnostics else ABSENT,
-        overlap=jnp.zeros(view.batch, jnp.float32) if diagnostics else ABSENT,
+        refreshes=jnp.zeros(batch, jnp.int32),
+        due=jnp.zeros(batch, jnp.int32),
+        gaps=jnp.ones(batch, jnp.int32) if queue else ABSENT,
+        similarities=jnp.full((*batch, queue), -jnp.inf, jnp.float32) if queue else ABSENT,
+        energy=jnp.zeros(batch, jnp.float32) if diagnostics else ABSENT,
+        overlap=jnp.zeros(batch, jnp.float32) if diagnostics else ABSENT,
     )
-
-
-def load_bases(
-    subspace: Subspace, view: MatrixView, projector: Projector, keys: jax.Array
-) -> Bases:
-    """The bases of all matrices of a leaf, ready for products.
-
-    Args:
-      subspace: of the leaf.
-      view: of the leaf.
-      projector: chose the bases.
-      keys: (count,), of :func:`matrix_keys`.
-    """
-
-    def one(stored: Any, refreshes: jax.Array, key: jax.Array) -> Bases:
-        pairs = zip(sides(view, projector, key), stored, strict=True)
-        return Bases(*(None if side is None else side.load(x, refreshes) for side, x in pairs))
-
-    if projector.stored:
-        return Bases(*(None if is_absent(x) else x for x in (subspace.left, subspace.right)))
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(view.batch) :]), subspace)
-    loaded = jax.vmap(one)((flat.left, flat.right), flat.refreshes, keys)
-    return jax.tree.map(lambda x: x.reshape(*view.batch, *x.shape[1:]), loaded)
 
 
 def project(matrices: jax.Array, bases: Bases) -> jax.Array:

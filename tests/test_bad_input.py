@@ -162,6 +162,7 @@ def test_more_columns_than_rows(name):
     [
         ({"refresh": "always"}, ValueError, 'refresh must be "periodic", "lazy" or a'),
         ({"refresh": True}, ValueError, "got True"),
+        ({"projector_dtype": "int2"}, ValueError, "one of float32, bfloat16, int8, int4, or None"),
         ({"stagger": 1}, TypeError, "stagger must be a bool; got 1"),
         ({"seed": 0.5}, TypeError, "seed must be an int; got 0.5"),
         ({"seed": True}, TypeError, "seed must be an int; got True"),
@@ -372,14 +373,19 @@ def state_of(**arguments):
 @pytest.mark.parametrize(
     ("other", "found"),
     [
-        ({"rank": 3}, "'left': (8, 3)"),
-        ({"side": "long"}, "the state has {'right': (12, 4)"),
-        ({"side": "both"}, "'left': (8, 4), 'right': (12, 4)"),
+        ({"rank": 3}, "'left': 'float32[8, 3]'"),
+        ({"side": "long"}, "the state has {'right': 'float32[12, 4]'"),
+        ({"side": "both"}, "'left': 'float32[8, 4]', 'right': 'float32[12, 4]'"),
         ({"exclude": lambda path, shape: True}, "the state has {}"),
-        ({"weight_dimension_numbers": DimensionNumbers(1, 0), "side": "left"}, "'left': (12, 4)"),
+        (
+            {"weight_dimension_numbers": DimensionNumbers(1, 0), "side": "left"},
+            "'left': 'float32[12, 4]'",
+        ),
         ({"projector": "gaussian"}, "the state has {'refreshes'"),
-        ({"refresh": "lazy"}, "'similarities': (5,)"),
-        ({"diagnostics": True}, "'energy': ()"),
+        ({"projector_dtype": "bfloat16"}, "'left': 'bfloat16[8, 4]'"),
+        ({"projector_dtype": "int4"}, "'left': 'int4[8, 4] in blocks of 32'"),
+        ({"refresh": "lazy"}, "'similarities': 'float32[5]'"),
+        ({"diagnostics": True}, "'energy': 'float32[]'"),
     ],
     ids=[
         "rank",
@@ -388,6 +394,8 @@ def state_of(**arguments):
         "exclude",
         "dimension_numbers",
         "projector",
+        "bfloat16_projector",
+        "int4_projector",
         "refresh",
         "diagnostics",
     ],
@@ -398,7 +406,7 @@ def test_state_of_another_configuration(other, found):
     with pytest.raises(ValueError, match="state belongs to another configuration") as caught:
         tx.update(PARAMS, state_of(**other), PARAMS)
     assert_says(
-        caught, "'layer/kernel'", "(8, 12)", "needs arrays of shapes {'left': (8, 4)", found, "init"
+        caught, "'layer/kernel'", "(8, 12)", "needs {'left': 'float32[8, 4]'", found, "init"
     )
 
 

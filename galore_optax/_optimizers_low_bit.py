@@ -1,0 +1,241 @@
+"""Presets that keep their state in few bits, with Optax's argument names and order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from galore_optax._galore import galore
+from galore_optax._low_bit import low_bit
+from galore_optax._matrix import DEFAULT_EXCLUDE, ExcludeSpec, RankSpec
+from galore_optax._refresh import Lazy
+
+Numeric = jax.typing.ArrayLike
+
+
+def adamw_8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | None = None,
+    *,
+    nesterov: bool = False,
+    block_size: int = 256,
+    min_size: int = 4096,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with moments in 8 bits: ``low_bit(optax.adamw(...))``, without galore.
+
+    Args:
+      learning_rate: see ``optax.adamw``, as for all arguments up to ``nesterov``.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator, after bias correction.
+      eps_root: added under its root.
+      mu_dtype: dtype of the first moment, before it is rounded to 8 bits.
+      weight_decay: times the learning rate.
+      mask: the leaves to decay.
+      nesterov: whether to use Nesterov momentum.
+      block_size: see `galore_optax.low_bit`.
+      min_size: moments of fewer elements are not rounded.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import galore_optax
+      >>> tx = galore_optax.adamw_8bit(3e-4, weight_decay=0.1)
+
+    References:
+      Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021
+    """
+    return low_bit(
+        optax.adamw(
+            learning_rate,
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            weight_decay,
+            mask,
+            nesterov=nesterov,
+        ),
+        block_size=block_size,
+        min_size=min_size,
+    )
+
+
+def galore_adamw_8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | None = None,
+    *,
+    nesterov: bool = False,
+    block_size: int = 256,
+    min_size: int = 4096,
+    rank: RankSpec = 128,
+    update_proj_gap: int | jax.Array | optax.Schedule = 200,
+    scale: float | jax.Array = 0.25,
+    projector: str | Callable[..., jax.Array] = "svd",
+    side: str = "short",
+    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
+    weight_dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """8-bit GaLore: ``galore(adamw_8bit(...), rank=rank, ...)``.
+
+    Args:
+      learning_rate: see :func:`adamw_8bit`, as for all arguments up to ``min_size``.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator, after bias correction.
+      eps_root: added under the root of the denominator.
+      mu_dtype: dtype of the first moment, before it is rounded to 8 bits.
+      weight_decay: of whole matrices, times the learning rate, not scaled by ``scale``.
+      mask: the leaves to decay.
+      nesterov: whether to use Nesterov momentum.
+      block_size: elements of a block.
+      min_size: moments of fewer elements are not rounded.
+      rank: see `galore_optax.galore`, as for all arguments from here on.
+      update_proj_gap: steps between refreshes of the projectors.
+      scale: factor of the update of projected leaves.
+      projector: how the subspace is chosen.
+      side: which side of a matrix is projected.
+      exclude: leaves that are not projected.
+      weight_dimension_numbers: the axes that form each leaf's matrix.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import galore_optax
+      >>> tx = galore_optax.galore_adamw_8bit(3e-4, weight_decay=0.1, rank=8)
+
+    References:
+      Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section 4.3
+    """
+    return galore(
+        adamw_8bit(
+            learning_rate,
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            weight_decay,
+            mask,
+            nesterov=nesterov,
+            block_size=block_size,
+            min_size=min_size,
+        ),
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        projector=projector,
+        side=side,
+        exclude=exclude,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+
+
+def q_galore_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | None = None,
+    *,
+    nesterov: bool = False,
+    block_size: int = 256,
+    min_size: int = 4096,
+    rank: RankSpec = 128,
+    update_proj_gap: int | jax.Array | optax.Schedule = 200,
+    scale: float | jax.Array = 0.25,
+    projector: str | Callable[..., jax.Array] = "svd",
+    projector_dtype: str = "int4",
+    refresh: str | Lazy = "lazy",
+    side: str = "short",
+    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
+    weight_dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Q-GaLore: 8-bit moments, 4-bit projectors, and lazy refreshes.
+
+    ``galore(adamw_8bit(...), projector_dtype="int4", refresh="lazy", ...)``. The weights are the
+    caller's: with 8-bit ones from `galore_optax.quantize_params`, gradients come from
+    `galore_optax.value_and_grad`, and `galore_optax.apply_updates` adds the updates with
+    stochastic rounding.
+
+    Args:
+      learning_rate: see :func:`adamw_8bit`, as for all arguments up to ``min_size``.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator, after bias correction.
+      eps_root: added under the root of the denominator.
+      mu_dtype: dtype of the first moment, before it is rounded to 8 bits.
+      weight_decay: of whole matrices, times the learning rate, not scaled by ``scale``.
+      mask: the leaves to decay.
+      nesterov: whether to use Nesterov momentum.
+      block_size: elements of a block.
+      min_size: moments of fewer elements are not rounded.
+      rank: see `galore_optax.galore`, as for all arguments from here on.
+      update_proj_gap: steps between refreshes of the projectors.
+      scale: factor of the update of projected leaves.
+      projector: how the subspace is chosen.
+      projector_dtype: in what it is kept.
+      refresh: ``"lazy"``, ``"periodic"``, or a `galore_optax.Lazy`.
+      side: which side of a matrix is projected.
+      exclude: leaves that are not projected.
+      weight_dimension_numbers: the axes that form each leaf's matrix.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import galore_optax, jax, jax.numpy as jnp
+      >>> tx = galore_optax.q_galore_adamw(1e-3, rank=8)
+      >>> params = galore_optax.quantize_params({"kernel": jnp.ones((64, 256))}, rank=8)
+      >>> state = tx.init(params)
+      >>> loss = lambda params: jnp.sum(params["kernel"].dequantize() ** 2)
+      >>> value, grads = galore_optax.value_and_grad(loss)(params)
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = galore_optax.apply_updates(params, updates, jax.random.key(0))
+
+    References:
+      Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024
+    """
+    return galore(
+        adamw_8bit(
+            learning_rate,
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            weight_decay,
+            mask,
+            nesterov=nesterov,
+            block_size=block_size,
+            min_size=min_size,
+        ),
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        projector=projector,
+        projector_dtype=projector_dtype,
+        refresh=refresh,
+        side=side,
+        exclude=exclude,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

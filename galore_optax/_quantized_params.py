@@ -1,0 +1,257 @@
+"""Weights in integer codes: to and fro, their gradients, and updates that are not lost in them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax import _codes
+from galore_optax._matrix import DEFAULT_EXCLUDE, ExcludeSpec, MatrixView, RankSpec, Selection
+from galore_optax._quantized import QuantizedArray, is_quantized, quantize, requantize
+
+_INTEGERS = ("int8", "int4")
+
+
+def quantize_params(
+    params: Any,
+    *,
+    rank: RankSpec = 128,
+    scheme: str = "int8",
+    block_size: int = 256,
+    side: str = "short",
+    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
+    weight_dimension_numbers: Any = None,
+    key: jax.Array | None = None,
+) -> Any:
+    """Quantizes the leaves that ``galore`` would project, and leaves the others as they are.
+
+    Args:
+      params: the parameters, or their ``jax.ShapeDtypeStruct`` under ``jax.eval_shape``.
+      rank: with ``side``, ``exclude`` and ``weight_dimension_numbers``, what `galore_optax.galore`
+        gets: the same leaves are chosen.
+      scheme: ``"int8"`` or ``"int4"``.
+      block_size: elements that share a scale, even. Blocks do not straddle layers, nor any other
+        batch axis.
+      side: see `galore_optax.galore`.
+      exclude: see `galore_optax.galore`.
+      weight_dimension_numbers: see `galore_optax.galore`.
+      key: of JAX, for stochastic rounding; None rounds to the nearest, as is best once.
+
+    Returns:
+      The same tree with a `QuantizedArray` for each chosen leaf, of its shape and dtype.
+
+    Raises:
+      TypeError: as of `galore_optax.galore`.
+      ValueError: likewise; or another argument is out of range.
+
+    Examples:
+      >>> import galore_optax, jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
+      >>> params = galore_optax.quantize_params(params, rank=128)
+      >>> params["kernel"].nbytes / params["kernel"].size
+      1.01953125
+    """
+    if scheme not in _INTEGERS:
+        raise ValueError(f"scheme must be one of {', '.join(_INTEGERS)}; got {scheme!r}")
+    views = Selection(rank, side, exclude, weight_dimension_numbers).views(params)
+    leaves, treedef = jax.tree.flatten(params)
+    new = []
+    for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
+        if isinstance(view, MatrixView):
+            batch_axes = max(view.batch_axes, default=-1) + 1
+            if batch_axes == len(view.shape):
+                raise ValueError(
+                    f"{view.path!r} of shape {view.shape} has a batch axis last, so that no two "
+                    "elements in a row could share a block. Move that axis, or exclude the leaf."
+                )
+            leaf_key = None if key is None else jax.random.fold_in(key, i)
+            leaf = quantize(leaf, scheme, block_size, batch_axes, leaf_key)
+        new.append(leaf)
+    return treedef.unflatten(new)
+
+
+def dequantize_params(params: Any) -> Any:
+    """A tree with all quantized leaves as ordinary arrays; others stay as they are.
+
+    Args:
+      params: a tree, also the one that :func:`value_and_grad` hands to its function, or one of
+        ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      The tree, its leaves in their logical shapes and dtypes.
+    """
+
+    def dense(leaf: Any) -> Any:
+        if isinstance(leaf, QuantizedArray) and isinstance(leaf.codes, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return leaf.dequantize() if _is_any_quantized(leaf) else leaf
+
+    return jax.tree.map(dense, params, is_leaf=_is_any_quantized)
+
+
+def value_and_grad(
+    fun: Callable[..., Any], has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """``jax.value_and_grad`` with respect to the values that quantized leaves stand for.
+
+    ``fun`` gets the parameters with quantized leaves still in codes, and dequantizes them where
+    it uses them: with ``.dequantize()``, with :func:`dequantize_params` on any part of the tree,
+    or by handing them to a function of ``jax.numpy``. In a scan over layers whose body is under
+    ``jax.checkpoint`` only one layer at a time is dequantized.
+
+    Args:
+      fun: a function of the parameters and whatever else, to a scalar.
+      has_aux: whether it returns a pair of that and auxiliary data.
+
+    Returns:
+      A function like ``fun`` that returns its result and the gradient with respect to its first
+      argument: a tree of arrays, for quantized leaves of their logical shape and dtype.
+
+    Examples:
+      >>> import galore_optax, jax.numpy as jnp
+      >>> params = galore_optax.quantize_params({"kernel": jnp.ones((256, 512))})
+      >>> loss = lambda params, x: jnp.sum(x @ params["kernel"].dequantize())
+      >>> value, gradient = galore_optax.value_and_grad(loss)(params, jnp.ones(256))
+      >>> gradient["kernel"].shape
+      (256, 512)
+    """
+
+    @functools.wraps(fun)
+    def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
+        # The zeros are never read: they are what the gradient is taken with respect to.
+        carriers = [jnp.zeros(x.shape, x.dtype) if is_quantized(x) else x for x in leaves]
+
+        def of_carriers(carriers: list[Any]) -> Any:
+            attached = [
+                _Attached(leaf, carrier) if is_quantized(leaf) else carrier
+                for leaf, carrier in zip(leaves, carriers, strict=True)
+            ]
+            return fun(treedef.unflatten(attached), *args, **kwargs)
+
+        value, gradients = jax.value_and_grad(of_carriers, has_aux=has_aux)(carriers)
+        return value, treedef.unflatten(gradients)
+
+    return wrapped
+
+
+def apply_updates(
+    params: Any, updates: Any, key: jax.Array | None, *, round_bfloat16: bool = False
+) -> Any:
+    """``optax.apply_updates`` for trees with quantized leaves, which it rounds at random.
+
+    The mean of what is added is the update however small it is, where rounding to the nearest
+    would lose whatever is less than half a step. Sums are in float32.
+
+    Args:
+      params: the parameters; quantized leaves in integer codes.
+      updates: of the same structure, in logical shapes; a None leaves its parameter as it is.
+      key: of JAX, another one for every step; None rounds to the nearest.
+      round_bfloat16: whether to round bfloat16 leaves at random too.
+
+    Returns:
+      The new parameters, in the dtypes and shapes of the old ones.
+
+    Raises:
+      ValueError: the structures or shapes of parameters and updates differ, a quantized leaf is
+        not in integer codes, or random rounding of bfloat16 got no key.
+
+    Examples:
+      >>> import galore_optax, jax, jax.numpy as jnp
+      >>> params = galore_optax.quantize_params({"kernel": jnp.ones((256, 512))})
+      >>> updates = {"kernel": jnp.full((256, 512), -1e-4)}
+      >>> params = galore_optax.apply_updates(params, updates, jax.random.key(0))
+      >>> bool(abs(jnp.mean(params["kernel"].dequantize()) - (1 - 1e-4)) < 1e-5)
+      True
+
+    References:
+      Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.3.
+    """
+    if round_bfloat16 and key is None:
+        raise ValueError("round_bfloat16=True needs a key of JAX, another one for every step")
+
+    def is_leaf(x: Any) -> bool:
+        return x is None or is_quantized(x)
+
+    found, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    try:
+        matching = treedef.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(f"updates must have the structure of params: {error}") from error
+
+    new = []
+    for i, ((path, param), update) in enumerate(zip(found, matching, strict=True)):
+        if param is None or update is None:
+            new.append(param)
+            continue
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        _check_update(name, param, update)
+        leaf_key = None if key is None else jax.random.fold_in(key, i)
+        if is_quantized(param):
+            new.append(requantize(param, update, leaf_key))
+            continue
+        dtype = jnp.result_type(param)
+        if round_bfloat16 and leaf_key is not None and dtype == jnp.bfloat16:
+            total = jnp.asarray(param).astype(jnp.float32) + update
+            new.append(_codes.round_to_bfloat16(total, leaf_key))
+        else:
+            new.append(jnp.asarray(param + update).astype(dtype))
+    return treedef.unflatten(new)
+
+
+def _check_update(name: str, param: Any, update: Any) -> None:
+    is_array = jax.tree_util.all_leaves([update])
+    if not is_array or jnp.shape(update) != jnp.shape(param):
+        found = jnp.shape(update) if is_array else type(update).__name__
+        raise ValueError(
+            f"the update of {name or 'the parameter'} must be an array of its shape "
+            f"{jnp.shape(param)}; got {found}. For quantized parameters take gradients with "
+            "galore_optax.value_and_grad, and an optimizer that knows them: galore, low_bit or "
+            "one of the presets."
+        )
+    if is_quantized(param) and param.scheme not in _INTEGERS:
+        raise ValueError(
+            f"{name or 'the parameter'} is in {param.scheme} codes, which cannot be rounded "
+            "without bias. Quantize parameters with scheme 'int8' or 'int4'."
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Attached:
+    """A quantized leaf, and the array that receives the gradient of what it stands for."""
+
+    quantized: QuantizedArray
+    carrier: Any
+
+    def dequantize(self) -> jax.Array:
+        return _with_gradient_of(self.quantized.dequantize(), self.carrier)
+
+    def __jax_array__(self) -> jax.Array:
+        return self.dequantize()
+
+    def __getattr__(self, name: str) -> Any:
+        # Whatever else a model asks of its weight: shape, dtype, ndim, size, nbytes.
+        if name.startswith("_") or name in ("quantized", "carrier"):
+            raise AttributeError(name)
+        return getattr(self.quantized, name)
+
+
+def _is_any_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedArray | _Attached)
+
+
+@jax.custom_vjp
+def _with_gradient_of(value: jax.Array, carrier: jax.Array) -> jax.Array:
+    """The value, whose gradient goes to the carrier, which is not read."""
+    del carrier
+    return value
+
+
+_with_gradient_of.defvjp(
+    lambda value, carrier: (value, None),
+    lambda _, gradient: (jnp.zeros_like(gradient), gradient),
+)

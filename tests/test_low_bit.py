@@ -1,0 +1,422 @@
+"""Moments in few bits, against the reference's trajectory, full precision and exact bytes."""
+
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import galore_optax
+from galore_optax import LowBitState, QuantizedArray, galore, low_bit
+
+REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "adam_8bit.npz")
+SHAPES = {"w": (64, 256), "v": (3, 64, 96), "bias": (512,)}
+WITH_MU = SHAPES | {"mu": (80, 64)}
+
+
+def normal(seed=0, scale=1.0, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(scale * rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+
+
+def is_quantized(x):
+    return isinstance(x, QuantizedArray)
+
+
+def by_path(state):
+    found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
+
+
+def run(tx, params, all_gradients):
+    """Updates, parameters and states of all steps; checks that states are stable on the way."""
+    update = jax.jit(tx.update)
+    state, history = jax.jit(tx.init)(params), []
+    types = jax.tree.map(jax.typeof, state)
+    for gradients in all_gradients:
+        updates, state = update(gradients, state, params)
+        assert jax.tree.map(jax.typeof, state) == types
+        params = optax.apply_updates(params, updates)
+        history.append((updates, params, state))
+    assert update._cache_size() == 1
+    return history
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+@pytest.mark.parametrize("min_size", [4096, 8192])
+def test_trajectory_is_that_of_the_reference(min_size):
+    tx = low_bit(optax.adam(1e-2, 0.9, 0.95, 1e-8), min_size=min_size)
+    history = run(tx, jnp.asarray(REFERENCE["a_p0"]), REFERENCE["a_G"])
+    for (_, params, _), expected in zip(history, REFERENCE["a_traj"], strict=True):
+        movement = rms(expected - REFERENCE["a_p0"])
+        assert rms(params - expected) < 0.01 * movement  # 0.1 is asked for
+    state = history[-1][2]
+    for name, number in (("mu", 1), ("nu", 2)):
+        moment = optax.tree.get(state, name)
+        assert np.mean(moment.codes == REFERENCE[f"a_state{number}"].ravel()) > 0.95
+        np.testing.assert_allclose(moment.scales, REFERENCE[f"a_absmax{number}"], rtol=1e-2)
+
+
+def test_an_update_uses_the_moments_before_they_are_rounded():
+    """The first update is that of full precision; the second one starts from rounded moments."""
+    gradients = [normal(1), normal(2)]
+    low, full = (run(tx, normal(), gradients) for tx in (low_bit(optax.adam(0.1)), optax.adam(0.1)))
+    chex.assert_trees_all_close(low[0][0], full[0][0], rtol=1e-6)
+    inner = low[0][2].inner
+    dequantized = jax.tree.map(
+        lambda x: x.dequantize() if is_quantized(x) else x, inner, is_leaf=is_quantized
+    )
+    expected, _ = optax.adam(0.1).update(gradients[1], dequantized)
+    chex.assert_trees_all_close(low[1][0], expected, rtol=1e-4, atol=1e-6)
+    assert rms(low[1][0]["w"] - full[1][0]["w"]) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["mu", "nu"])
+def test_bytes_of_a_moment(name):
+    shape = jax.ShapeDtypeStruct((2048, 5461), jnp.float32)
+    state = jax.eval_shape(low_bit(optax.scale_by_adam()).init, shape)
+    assert optax.tree.get(state, name).nbytes / (2048 * 5461) <= 1.02
+
+
+FLAT = {"0/mu": "signed", "0/nu": "unsigned"}
+EXPECTED = {
+    "adam": (optax.adam(0.1), FLAT),
+    "adamw": (optax.adamw(0.1), FLAT),
+    "lion": (optax.lion(0.1), {"0/mu": "signed"}),
+    "momentum": (optax.sgd(0.1, 0.9), {"0/trace": "signed"}),
+    "amsgrad": (optax.amsgrad(0.1), FLAT),
+    "adan": (optax.adan(0.1), {"0/m": "signed", "0/v": "signed"}),
+    "sm3": (optax.sm3(0.1), {"0/nu": "signed"}),
+    "adafactor": (optax.adafactor(0.1, min_dim_size_to_factor=16), {}),
+    "schedule_free": (
+        optax.contrib.schedule_free_adamw(0.1),
+        {"base_optimizer_state/0/nu": "unsigned"},
+    ),
+    "ademamix": (optax.contrib.ademamix(0.1), {"0/nu": "unsigned"}),
+    "inject_hyperparams": (
+        optax.inject_hyperparams(optax.adam)(0.1),
+        {"inner_state/0/mu": "signed", "inner_state/0/nu": "unsigned"},
+    ),
+    "multi_steps": (
+        optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+        {"inner_opt_state/0/mu": "signed", "inner_opt_state/0/nu": "unsigned"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_moments_are_in_codes_and_nothing_else(name):
+    """Parameters called v and mu are not taken for moments; small ones stay as they are."""
+    inner, fields = EXPECTED[name]
+    state = low_bit(inner).init(normal(shapes=WITH_MU))
+    found = by_path(state.inner)
+    coded = {path: leaf.scheme for path, leaf in found.items() if is_quantized(leaf)}
+    large = [k for k, shape in WITH_MU.items() if k != "bias"]
+    assert coded == {f"{field}/{k}": kind for field, kind in fields.items() for k in large}
+    plain = by_path(inner.init(normal(shapes=WITH_MU)))
+    for path, leaf in found.items():
+        if not is_quantized(leaf):
+            chex.assert_trees_all_equal_shapes_and_dtypes(leaf, plain[path])
+
+
+def test_named_fields_are_in_codes_too_and_others_left_out():
+    names = {"z": "signed", "nu": None, "v_row": "unsigned"}
+    state = low_bit(optax.contrib.schedule_free_adamw(0.1), names=names).init(normal())
+    coded = {path for path, leaf in by_path(state.inner).items() if is_quantized(leaf)}
+    assert coded == {"z/w", "z/v"}
+    adan = low_bit(optax.adan(0.1), names={"v": "unsigned"}).init(normal())
+    assert by_path(adan.inner)["0/v/w"].scheme == "unsigned"
+
+
+def test_blocks_do_not_straddle_layers():
+    """A layer comes out the same whatever its neighbours are, and can be sliced from the state."""
+    layers = jnp.stack([10.0**i * normal()["w"][:, :96] for i in range(3)])
+    state = low_bit(optax.trace(0.9)).init(layers)
+    _, state = low_bit(optax.trace(0.9)).update(layers, state)
+    sliced = jax.tree.map(lambda x: x[1], state.inner.trace)
+    _, alone = low_bit(optax.trace(0.9)).update(
+        layers[1], low_bit(optax.trace(0.9)).init(layers[1])
+    )
+    chex.assert_trees_all_equal(sliced, alone.inner.trace)
+
+
+@pytest.mark.parametrize("gradient_after", [0.0, 1e-6], ids=["gone", "small"])
+def test_a_second_moment_that_is_small_in_its_block_does_not_explode(gradient_after):
+    """A row of an embedding whose token is seen once, beside frequent ones."""
+    tx, update = low_bit(optax.scale_by_adam()), None
+    rare = jnp.full((4096,), 1.0).at[7].set(1e-5)
+    state = tx.init(rare)
+    update = jax.jit(tx.update)
+    for step in range(5):
+        gradient = rare if step == 0 else rare.at[7].set(gradient_after)
+        updates, state = update(gradient, state)
+        assert float(jnp.abs(updates[7])) <= 1.1, step
+        np.testing.assert_allclose(updates[0], 1, rtol=0.02)
+
+
+def test_sixteen_bits_are_bfloat16_rounded_at_random():
+    """A moment of 1 that decays by 2^-12 a step: nearest rounding would keep it for ever."""
+    shape, steps = (4096,), 400
+    tx = low_bit(optax.trace(1 - 2**-12), bits=16)
+    state = tx.init(jnp.zeros(shape))
+    _, state = tx.update(jnp.ones(shape), state)
+    assert state.inner.trace.dtype == jnp.bfloat16
+
+    def step(state, _):
+        return tx.update(jnp.zeros(shape), state)[1], None
+
+    end, _ = jax.jit(lambda s: jax.lax.scan(step, s, length=steps))(state)
+    mean = float(jnp.mean(end.inner.trace.astype(jnp.float32)))
+    np.testing.assert_allclose(mean, (1 - 2**-12) ** steps, atol=4 * 0.02 / np.sqrt(4096))
+    assert int(end.rounds) == steps + 1
+
+
+def test_the_seed_and_the_leaf_decide_what_is_drawn():
+    params = {"a": jnp.zeros(4096), "b": jnp.zeros(4096)}
+    gradients = {name: jnp.full(4096, 1.001) for name in params}
+
+    def moments(seed):
+        tx = low_bit(optax.trace(0.9), bits=16, seed=seed)
+        return tx.update(gradients, tx.init(params))[1].inner.trace
+
+    chex.assert_trees_all_equal(moments(0), moments(0))
+    assert not np.array_equal(moments(0)["a"], moments(0)["b"])
+    assert not np.array_equal(moments(0)["a"], moments(1)["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "bits"),
+    [
+        ("adamw", jnp.float32, 8),
+        ("adamw", jnp.bfloat16, 16),
+        ("adan", jnp.bfloat16, 8),
+        ("sm3", jnp.float32, 16),
+        ("schedule_free", jnp.bfloat16, 8),
+        ("multi_steps", jnp.bfloat16, 8),
+    ],
+)
+def test_states_are_stable_and_updates_those_of_full_precision(name, dtype, bits):
+    inner = EXPECTED[name][0]
+    params, gradients = normal(0, 0.1), [normal(3 + i) for i in range(3)]
+    full = run(inner, params, gradients)
+    params, gradients = jax.tree.map(lambda x: x.astype(dtype), (params, gradients))
+    low = run(low_bit(inner, bits), params, gradients)
+    for (updates, *_), (expected, *_) in zip(low, full, strict=True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        for update, wanted in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+            assert rms(update - wanted) <= 0.15 * rms(wanted)
+
+
+def test_second_moments_of_bfloat16_parameters_move():
+    params = jnp.zeros(4096, jnp.bfloat16)
+    tx = low_bit(optax.scale_by_adam())
+    state = tx.init(params)
+    for _ in range(50):
+        _, state = jax.jit(tx.update)(jnp.ones_like(params), state)
+    np.testing.assert_allclose(state.inner.nu.dequantize(), 1 - 0.999**50, rtol=0.05)
+
+
+ARGUMENTS = {
+    "rank": 16,
+    "update_proj_gap": 3,
+    "weight_dimension_numbers": galore_optax.DimensionNumbers(-2, -1),
+}
+
+
+def test_eight_bit_galore_is_galore_with_rounded_moments():
+    params, gradients = normal(0, 0.1), [normal(7)] * 4
+    eight = run(galore(low_bit(optax.scale_by_adam(), min_size=1), **ARGUMENTS), params, gradients)
+    full = run(galore(optax.scale_by_adam(), **ARGUMENTS), params, gradients)
+    moment = eight[-1][2].inner.inner.mu["w"]
+    assert is_quantized(moment)
+    assert moment.shape == (16, 256)
+    for (updates, *_), (expected, *_) in zip(eight, full, strict=True):
+        assert rms(updates["w"] - expected["w"]) < 0.1 * rms(expected["w"])
+
+
+def test_weight_decay_is_found_through_low_bit():
+    """Decay of the whole matrix, and as the update of zero gradients nothing else."""
+    params = normal(0, 0.1)
+    tx = galore(low_bit(optax.adamw(0.1, weight_decay=0.5)), **ARGUMENTS)
+    ((updates, *_),) = run(tx, params, [jax.tree.map(jnp.zeros_like, params)])
+    chex.assert_trees_all_close(
+        updates, jax.tree.map(lambda w: -0.05 * w, params), rtol=1e-5, atol=1e-9
+    )
+
+
+def test_presets_are_what_they_stand_for():
+    params, gradients = normal(0, 0.1), [normal(8), normal(9)]
+    pairs = [
+        (
+            galore_optax.adamw_8bit(0.1, weight_decay=0.2),
+            low_bit(optax.adamw(0.1, weight_decay=0.2)),
+        ),
+        (
+            galore_optax.galore_adamw_8bit(0.1, weight_decay=0.2, block_size=64, **ARGUMENTS),
+            galore(low_bit(optax.adamw(0.1, weight_decay=0.2), block_size=64), **ARGUMENTS),
+        ),
+    ]
+    for preset, long in pairs:
+        a, b = run(preset, params, gradients), run(long, params, gradients)
+        chex.assert_trees_all_equal(a[-1], b[-1])
+
+
+WRAPPERS = {
+    "masked_around": lambda tx: optax.masked(tx, lambda p: {k: k != "v" for k in p}),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "multi_steps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    "partition": lambda tx: optax.partition(
+        {"low": tx, "sgd": optax.sgd(0.1)}, {k: "sgd" if k == "v" else "low" for k in SHAPES}
+    ),
+    "galore": lambda tx: galore(tx, **ARGUMENTS),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [*((name, 8) for name in WRAPPERS), ("galore", 16), ("chain", 16)]
+)
+def test_wrappers_around_are_stable_and_count_their_bytes(name, bits):
+    tx = WRAPPERS[name](low_bit(optax.adamw(0.1), bits))
+    history = run(tx, normal(0, 0.1), [normal(5), normal(6)])
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(history[-1][1]))
+    state = history[-1][2]
+    report = galore_optax.memory_report(tx, normal())
+    assert report.state == sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_inject_hyperparams_and_map_params_work_around(bits):
+    tx = optax.inject_hyperparams(low_bit, static_args=("bits", "block_size", "min_size", "seed"))
+    tx = tx(optax.scale_by_adam(), bits=bits)
+    state = tx.init(normal())
+    _, state = jax.jit(tx.update)(normal(1), state)
+    tx = low_bit(optax.adamw(0.1), bits)
+    state = tx.init(normal())
+    specs = {name: name.upper() for name in SHAPES}
+    mapped = optax.tree.map_params(
+        tx,
+        lambda _, spec: spec,
+        state,
+        specs,
+        is_leaf=is_quantized,
+        transform_non_params=lambda _: 0,
+    )
+    assert mapped.inner[0].mu == mapped.inner[0].nu == specs
+    assert mapped.inner[0].count == 0
+
+
+def test_shapes_are_enough_for_init():
+    shapes = jax.eval_shape(normal)
+    tx = low_bit(optax.adamw(0.1))
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        tx.init(shapes), jax.eval_shape(tx.init, shapes), tx.init(normal())
+    )
+
+
+def test_reported_bytes_are_those_of_the_codes_whatever_dtype_is_asked_for():
+    params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+    tx = galore_optax.galore_adamw_8bit(0.1, rank=128)
+    for dtype in (None, "bfloat16"):
+        (group,) = galore_optax.memory_report(tx, params, dtype).groups
+        assert group.moments == 2 * 128 * 1024 * (1 + 4 / 256)
+        assert group.moments_without_galore == 2 * 512 * 1024 * (1 + 4 / 256)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_restored_run_goes_on_as_if_uninterrupted(bits, tmp_path):
+    tx = low_bit(optax.adamw(0.1), bits)
+    step = jax.jit(tx.update)
+    _, state = step(normal(1), tx.init(normal()), normal())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "checkpoint", jax.eval_shape(tx.init, normal()))
+        other = jax.eval_shape(low_bit(optax.adamw(0.1), 24 - bits).init, normal())
+        with pytest.raises(ValueError, match=r"mu.*'mu'"):
+            checkpointer.restore(tmp_path / "checkpoint", other)
+    chex.assert_trees_all_equal_structs(restored, state)
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal(
+        step(normal(2), restored, normal()), step(normal(2), state, normal())
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [galore_optax.adamw_8bit, lambda lr: galore_optax.galore_adamw_8bit(lr, rank=16, scale=1.0)],
+)
+def test_flax_optimizer_trains_with_it(make):
+    model = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, make(0.01), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return jnp.mean((model(jnp.ones((4, 64))) - 1) ** 2)
+
+        value, gradient = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradient)
+        return value
+
+    losses = [float(step(model, optimizer)) for _ in range(10)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def updated(tx, state):
+    tx.update(normal(1), state, normal())
+
+
+STATES = {
+    "block_size": (low_bit(optax.adamw(0.1), block_size=128), "0/mu/v is signed 8-bit codes in"),
+    "bits": (low_bit(optax.adamw(0.1), 16), "0/mu/v is bfloat16, and should be signed 8-bit"),
+    "names": (low_bit(optax.adamw(0.1), names={"nu": "signed"}), "0/nu/v is signed 8-bit"),
+    "min_size": (low_bit(optax.adamw(0.1), min_size=256), "0/mu/bias is signed .* not be in codes"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_another_configuration_names_the_leaf(name):
+    other, message = STATES[name]
+    with pytest.raises(ValueError, match=f"another configuration of low_bit: {message}"):
+        updated(low_bit(optax.adamw(0.1)), jax.jit(other.init)(normal()))
+
+
+def test_a_state_of_another_configuration_inside_galore_names_the_leaf():
+    other = low_bit(optax.adamw(0.1), block_size=128)
+    with pytest.raises(ValueError, match=r"another configuration.*inner/0/mu/v is signed .* 128"):
+        updated(
+            galore(low_bit(optax.adamw(0.1)), **ARGUMENTS),
+            galore(other, **ARGUMENTS).init(normal()),
+        )
+
+
+def test_a_state_of_another_transformation_is_an_error():
+    with pytest.raises(TypeError, match="needs the LowBitState that its init made; got a tuple"):
+        updated(low_bit(optax.adamw(0.1)), optax.adamw(0.1).init(normal()))
+    assert isinstance(low_bit(optax.adamw(0.1)).init(normal()), LowBitState)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"inner": 8}, TypeError, "inner must be an Optax transformation.*got 8"),
+        ({"bits": 4}, ValueError, "bits must be 8 or 16 for moments; got 4"),
+        ({"block_size": 0}, ValueError, "block_size must be a positive multiple of 2; got 0"),
+        ({"block_size": 3}, ValueError, "block_size must be a positive multiple of 2; got 3"),
+        ({"min_size": -1}, ValueError, "min_size must be an int of at least 0; got -1"),
+        ({"names": {"z": 8}}, ValueError, r"names\['z'\] must be 'signed', .*got 8"),
+        ({"seed": 0.5}, TypeError, r"seed must be an int; got 0\.5"),
+    ],
+)
+def test_arguments_that_cannot_be_right(arguments, error, message):
+    with pytest.raises(error, match=message):
+        low_bit(**{"inner": optax.adam(0.1), **arguments})

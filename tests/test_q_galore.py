@@ -1,0 +1,236 @@
+"""Projectors in few bits, quantized parameters, and all of it together: Q-GaLore."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import galore_optax
+
+NUMBERS = {"stack": galore_optax.DimensionNumbers(1, 2), "w": galore_optax.DimensionNumbers(0, 1)}
+NUMBERS |= {"embed": None, "scale": None}
+RANK = 16
+
+
+def tree(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"stack": (3, 64, 96), "w": (128, 64), "embed": (32, 64), "scale": (64,)}
+    return {name: jnp.asarray(0.1 * rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+
+
+def make(inner=None, **arguments):
+    inner = inner or optax.adamw(1e-2, weight_decay=0.1)
+    return galore_optax.galore(
+        inner, **{"rank": RANK, "weight_dimension_numbers": NUMBERS, **arguments}
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float32", 4.0), ("bfloat16", 2.0), ("int8", 1.04), ("int4", 0.54)]
+)
+def test_bytes_of_a_projector(dtype, most):
+    params = tree()
+    state = make(projector_dtype=dtype).init(params)
+    for basis in (state.subspace.left["stack"], state.subspace.right["w"]):
+        assert basis.nbytes / basis.size <= most
+    report = galore_optax.memory_report(make(projector_dtype=dtype), params)
+    assert report.projectors == sum(
+        x.nbytes for x in jax.tree.leaves((state.subspace.left, state.subspace.right))
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off"), [("bfloat16", 2**-8), ("int8", 1 / 254), ("int4", 1 / 14)]
+)
+def test_update_goes_through_the_basis_as_it_is_kept(dtype, off):
+    params, grads = tree(0), tree(1)
+    tx = make(optax.identity(), scale=1.0, projector_dtype=dtype)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    _, exact = jax.jit(make(optax.identity()).update)(grads, make(optax.identity()).init(params))
+    kept, ideal = state.subspace.right["w"], np.asarray(exact.subspace.right["w"])
+    p = np.asarray(kept.dequantize() if dtype.startswith("int") else kept, np.float64)
+    assert 0 < np.abs(p - ideal).max() <= off * (ideal.max() - ideal.min())
+    expected = np.asarray(grads["w"], np.float64) @ p @ p.T
+    np.testing.assert_allclose(updates["w"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("projector", ["svd", "power_iteration"])
+def test_int4_projectors_are_refreshed_by_layer_and_stable(projector):
+    tx = make(optax.scale_by_adam(), projector_dtype="int4", update_proj_gap=2, projector=projector)
+    params = tree()
+    state, update = tx.init(params), jax.jit(tx.update)
+    types = jax.tree.map(jax.typeof, state)
+    for i in range(4):
+        before = state
+        _, state = update(tree(i), state, params)
+        assert jax.tree.map(jax.typeof, state) == types
+        same = jax.tree.map(
+            lambda a, b: bool(jnp.all(a == b)), before.subspace.left, state.subspace.left
+        )
+        assert same["stack"].codes == (i % 2 == 1)
+    assert update._cache_size() == 1
+    np.testing.assert_array_equal(state.subspace.refreshes["stack"], [2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    "make_inner",
+    [
+        lambda: optax.adamw(1e-2, weight_decay=0.1),
+        lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
+        lambda: optax.lion(1e-3, weight_decay=0.1),
+    ],
+    ids=["adamw", "adafactor", "lion"],
+)
+@pytest.mark.filterwarnings("ignore:the inner transformation of galore uses the parameters")
+def test_quantized_parameters_are_updated_as_what_they_stand_for(make_inner):
+    tx = make(make_inner())
+    quantized = galore_optax.quantize_params(tree(), rank=RANK, weight_dimension_numbers=NUMBERS)
+    assert isinstance(quantized["stack"], galore_optax.QuantizedArray)
+    assert isinstance(quantized["w"], galore_optax.QuantizedArray)
+    dense = galore_optax.dequantize_params(quantized)
+    state, dense_state = tx.init(quantized), tx.init(dense)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, dense_state)
+    update = jax.jit(tx.update)
+    for i in range(3):
+        grads = tree(i + 1)
+        updates, state = update(grads, state, quantized)
+        expected, dense_state = update(grads, dense_state, dense)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(state, dense_state, rtol=1e-4, atol=1e-6)
+
+
+def test_init_and_report_take_shapes_of_quantized_parameters():
+    tx = galore_optax.q_galore_adamw(1e-3, rank=RANK, weight_dimension_numbers=NUMBERS)
+
+    def quantize(params):
+        return galore_optax.quantize_params(params, rank=RANK, weight_dimension_numbers=NUMBERS)
+
+    abstract = jax.eval_shape(quantize, tree())
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.eval_shape(tx.init, abstract), tx.init(quantize(tree()))
+    )
+    report = galore_optax.memory_report(tx, abstract)
+    arrays = jax.tree.leaves(quantize(tree()))
+    assert report.parameters == sum(x.nbytes for x in arrays)
+    assert report.state == sum(x.nbytes for x in jax.tree.leaves(tx.init(quantize(tree()))))
+    assert {group.path for group in report.groups} == {"stack", "w", "embed", "scale"}
+
+
+def test_preset_is_what_it_stands_for():
+    params = tree()
+    options = {"rank": RANK, "weight_dimension_numbers": NUMBERS}
+    preset = galore_optax.q_galore_adamw(1e-2, weight_decay=0.1, min_size=64, **options)
+    spelled = galore_optax.galore(
+        galore_optax.low_bit(optax.adamw(1e-2, weight_decay=0.1), min_size=64),
+        projector_dtype="int4",
+        refresh="lazy",
+        **options,
+    )
+    state, other = preset.init(params), spelled.init(params)
+    for i in range(2):
+        updates, state = jax.jit(preset.update)(tree(i), state, params)
+        expected, other = jax.jit(spelled.update)(tree(i), other, params)
+        chex.assert_trees_all_equal(updates, expected)
+    assert state.subspace.left["stack"].scheme == "int4"
+    assert optax.tree.get(state, "mu")["w"].scheme == "signed"
+    assert state.subspace.similarities["w"].shape == (5,)
+
+
+def regression():
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(256, 64)), jnp.float32)
+    target = jnp.tanh(x @ jnp.asarray(rng.normal(size=(64, 64)) / 8, jnp.float32))
+    params = {
+        "hidden": jnp.asarray(rng.normal(size=(64, 128)) / 8, jnp.float32),
+        "out": jnp.asarray(rng.normal(size=(128, 64)) / 12, jnp.float32),
+    }
+
+    def loss(params):
+        weights = galore_optax.dequantize_params(params)
+        return jnp.mean((jnp.tanh(x @ weights["hidden"]) @ weights["out"] - target) ** 2)
+
+    return params, loss
+
+
+def train(params, loss, tx, steps, state=None, start=0):
+    @jax.jit
+    def step(params, state, key):
+        value, grads = galore_optax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return galore_optax.apply_updates(params, updates, key), state, value
+
+    state = tx.init(params) if state is None else state
+    for i in range(start, steps):
+        params, state, _ = step(params, state, jax.random.fold_in(jax.random.key(0), i))
+    return params, state
+
+
+def test_q_galore_with_int8_weights_trains_as_well_as_galore():
+    params, loss = regression()
+    options = {"rank": 32, "update_proj_gap": 20}
+    plain, _ = train(params, loss, galore_optax.galore_adamw(1e-2, **options), 200)
+    quantized, _ = train(
+        galore_optax.quantize_params(params, rank=32),
+        loss,
+        galore_optax.q_galore_adamw(1e-2, min_size=64, **options),
+        200,
+    )
+    start = loss(params)
+    assert loss(plain) < 0.3 * start
+    assert loss(quantized) < 1.1 * loss(plain)
+
+
+def test_restored_q_galore_run_goes_on_as_if_uninterrupted(tmp_path):
+    params, loss = regression()
+    params = galore_optax.quantize_params(params, rank=32)
+    tx = galore_optax.q_galore_adamw(1e-2, min_size=64, rank=32, update_proj_gap=3)
+    expected = train(params, loss, tx, 8)
+    middle = train(params, loss, tx, 4)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", middle)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "run", jax.tree.map(jnp.zeros_like, middle))
+    found = train(restored[0], loss, tx, 8, state=restored[1], start=4)
+    chex.assert_trees_all_equal(found, expected)
+
+
+GIB = 2**30
+
+
+def llama_7b():
+    d, f, layers, vocab = 4096, 11008, 32, 32000
+    like = jax.ShapeDtypeStruct
+    shapes = {name: (layers, d, d) for name in ("q", "k", "v", "o")}
+    shapes |= {"gate": (layers, d, f), "up": (layers, d, f), "down": (layers, f, d)}
+    shapes |= {"embed": (vocab, d), "head": (d, vocab), "scale": (layers, 2, d), "norm": (d,)}
+    return {name: like(shape, jnp.bfloat16) for name, shape in shapes.items()}
+
+
+def numbers_7b(params):
+    projected = galore_optax.DimensionNumbers(1, 2)
+    return {
+        name: projected if len(x.shape) == 3 and name != "scale" else None
+        for name, x in params.items()
+    }
+
+
+def test_llama_7b_in_gib():
+    params = llama_7b()
+    options = {"rank": 1024, "weight_dimension_numbers": numbers_7b}
+
+    def total(tx, params):
+        return galore_optax.memory_report(tx, params).total / GIB
+
+    int8 = jax.eval_shape(lambda p: galore_optax.quantize_params(p, **options), params)
+    q_galore = total(galore_optax.q_galore_adamw(1e-3, **options), int8)
+    eight_bit = galore_optax.galore(
+        galore_optax.adamw_8bit(1e-3), projector_dtype="bfloat16", **options
+    )
+    assert q_galore <= 10.8
+    assert total(eight_bit, params) <= 17.9
+    assert total(galore_optax.adamw_8bit(1e-3), params) > total(eight_bit, params)
+    # 6.74e9 parameters and two moments of each, all in bfloat16.
+    np.testing.assert_allclose(total(optax.adamw(1e-3), params), 6.738e9 * 6 / GIB, rtol=1e-3)

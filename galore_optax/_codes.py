@@ -51,7 +51,8 @@ def encode_dynamic(
       Codes (*blocks, size), uint8, and scales (*blocks,), float32, which are not finite where a
       block is not.
     """
-    scales = jnp.max(jnp.abs(blocks), axis=-1)
+    # A maximum over a nan need not be nan: XLA's on the CPU is not.
+    scales = jnp.max(jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks)), axis=-1)
     numbers = blocks / jnp.where(scales > 0, scales, 1)[..., None]
     magnitude = jnp.abs(numbers) if signed else numbers
 
@@ -213,7 +214,8 @@ def _decades(signed: bool) -> list[tuple[float, int]]:
 
 def _range(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of each block the least and the greatest number, 0 included."""
-    return jnp.minimum(jnp.min(blocks, axis=-1), 0), jnp.maximum(jnp.max(blocks, axis=-1), 0)
+    high = jnp.max(jnp.where(jnp.isnan(blocks), jnp.inf, blocks), axis=-1)
+    return jnp.minimum(jnp.min(blocks, axis=-1), 0), jnp.maximum(high, 0)
 
 
 def _integer_grid(blocks: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from galore_optax import QuantizedArray, _codes, quantize
+from galore_optax import QuantizedArray, _codes, apply_updates, quantize
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "adam_8bit.npz")
 DYNAMIC = ("signed", "unsigned")
@@ -317,3 +317,23 @@ def test_codes_follow_the_sharding_of_what_they_stand_for():
 def test_arguments_that_cannot_be_right(arguments, error, message):
     with pytest.raises(error, match=message):
         quantize(**{"array": np.ones(4, np.float32), **arguments})
+
+
+@pytest.mark.parametrize("scheme", ["signed", "unsigned", "int8", "int4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_bad_entry_of_a_large_array_shows_in_its_whole_block_and_no_other(value, scheme):
+    array = jnp.ones((512, 1024)).at[5, 300].set(value)
+    decoded = jax.jit(lambda x: quantize(x, scheme).dequantize())(array)
+    bad = np.zeros((512, 1024), bool)
+    bad[5, 256:512] = True
+    np.testing.assert_array_equal(np.isnan(decoded), bad)
+
+
+def test_a_bad_update_shows_in_its_whole_block():
+    quantized = quantize(jnp.linspace(-1, 1, 512 * 1024).reshape(512, 1024))
+    updates = {"w": jnp.zeros((512, 1024)).at[5, 300].set(np.nan)}
+    key = jax.random.key(0)
+    new = jax.jit(apply_updates)({"w": quantized}, updates, key)["w"].dequantize()
+    bad = np.zeros((512, 1024), bool)
+    bad[5, 256:512] = True
+    np.testing.assert_array_equal(np.isnan(new), bad)

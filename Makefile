@@ -34,8 +34,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a small LLaMA with GaLore and with AdamW
 	$(BIN)/python -m examples.flax_llama.demo
 
+# Two processes, since most of the time goes into compilation; one on a GPU, whose memory each takes.
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(CUDA),,-n 2 --dist loadfile)
 
 lint: $(READY)  ## check format and style
 	$(BIN)/ruff format --check

@@ -111,8 +111,11 @@ def main() -> None:
     runs: list[Run] = known["runs"]
     swept = {name for start in STARTS.values() for name in start}
     ours = {"optimizer", "seed", "out", "quiet", *swept}
-    demo = {k: v for k, v in dataclasses.asdict(DEMO).items() if k not in ours}
-    if known.get("demo", demo) != demo:
+    demo = {k: v for k, v in dataclasses.asdict(DEMO.resolve()).items() if k not in ours}
+    # An older file lacks later settings, which had the values they have now, or has None for them.
+    if any(
+        demo[name] != value for name, value in known.get("demo", {}).items() if value is not None
+    ):
         raise SystemExit(f"{path} is of another demo, {known['demo']}: name another file.")
 
     def ensure(todo: list[Run]) -> None:

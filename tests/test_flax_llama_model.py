@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,16 @@ from flax import nnx
 
 import galore_optax
 from examples.flax_llama.config import PRESETS, LlamaConfig, UsageError
-from examples.flax_llama.model import Llama, dimension_numbers, next_token_losses, rope
+from examples.flax_llama.loss import token_losses
+from examples.flax_llama.model import (
+    Llama,
+    attention_implementation,
+    dimension_numbers,
+    rope,
+    rotation,
+)
 
+GOLDEN = Path(__file__).parent / "data" / "llama_logits.npz"
 TINY = LlamaConfig(hidden=16, intermediate=40, layers=2, heads=2, vocab_size=256)
 
 
@@ -108,6 +118,61 @@ def test_scanned_forward_equals_a_loop_in_numpy():
     np.testing.assert_allclose(forward(batch), expected, rtol=1e-4, atol=1e-4)
 
 
+def from_hugging_face(weights, layers):
+    """Our parameters out of a state dict of `LlamaForCausalLM`, whose matrices are (out, in)."""
+
+    def stacked(name):
+        arrays = [weights[f"model.layers.{i}.{name}.weight"] for i in range(layers)]
+        return jnp.stack([jnp.asarray(array).T for array in arrays])
+
+    return {
+        "embed": {"embedding": jnp.asarray(weights["model.embed_tokens.weight"])},
+        "blocks": {
+            "attention": {n: {"kernel": stacked(f"self_attn.{n}_proj")} for n in "qkvo"},
+            "mlp": {n: {"kernel": stacked(f"mlp.{n}_proj")} for n in ("gate", "up", "down")},
+            "attention_norm": {"scale": stacked("input_layernorm")},
+            "mlp_norm": {"scale": stacked("post_attention_layernorm")},
+        },
+        "norm": {"scale": jnp.asarray(weights["model.norm.weight"])},
+        "head": {"kernel": jnp.asarray(weights["lm_head.weight"]).T},
+    }
+
+
+def logits_of(config, weights, tokens):
+    model = nnx.merge(abstract(config)[0], from_hugging_face(weights, config.layers))
+    return jax.jit(lambda tokens: model(tokens))(tokens)
+
+
+def test_logits_equal_the_stored_ones_of_hugging_face():
+    golden = np.load(GOLDEN)
+    config = dataclasses.replace(TINY, vocab_size=64)
+    logits = logits_of(config, golden, golden["tokens"])
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-5)
+
+
+def test_logits_equal_those_of_hugging_face_today():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = LlamaConfig(96, 250, 3, 6, vocab_size=320, rms_norm_eps=1e-3, rope_theta=500.0)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=config.hidden,
+            intermediate_size=config.intermediate,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            vocab_size=config.vocab_size,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        )
+    ).eval()
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, 150))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    weights = {name: tensor.detach().numpy() for name, tensor in theirs.named_parameters()}
+    np.testing.assert_allclose(logits_of(config, weights, tokens), expected, rtol=0, atol=1e-4)
+
+
 def test_changing_a_token_changes_no_earlier_logits():
     forward, _ = random_forward(TINY)
     before = tokens((1, 8))
@@ -121,26 +186,104 @@ def test_changing_a_token_changes_no_earlier_logits():
 def test_rope_scores_depend_on_the_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (np.broadcast_to(rng.standard_normal(16), (1, 12, 1, 16)) for _ in range(2))
-    q, k = (np.asarray(rope(jnp.asarray(x), 100.0))[0, :, 0] for x in (q, k))
+    angles = rotation(jnp.arange(12), 16, 100.0)
+    q, k = (np.asarray(rope(jnp.asarray(x), angles))[0, :, 0] for x in (q, k))
     scores = q @ k.T
     np.testing.assert_allclose(scores[5, 2], scores[11, 8], rtol=1e-5)
     assert abs(scores[5, 2] - scores[5, 3]) > 1e-3
 
 
 def test_loss_at_initialization_is_that_of_a_uniform_guess():
-    losses = next_token_losses(Llama(TINY, rngs=nnx.Rngs(0)), tokens((4, 65)))
+    losses = nnx.jit(token_losses)(Llama(TINY, rngs=nnx.Rngs(0)), tokens((4, 65)))
     assert losses.shape == (4, 64)
     assert float(losses.mean()) == pytest.approx(math.log(TINY.vocab_size), abs=0.05)
 
 
-def test_bfloat16_activations_leave_parameters_and_losses_in_float32():
-    forward, params = random_forward(dataclasses.replace(TINY, dtype="bfloat16"))
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_bfloat16_activations_leave_parameters_and_losses_as_they_are(param_dtype):
+    config = dataclasses.replace(TINY, dtype="bfloat16", param_dtype=param_dtype)
+    forward, params = random_forward(config)
     exact, _ = random_forward(TINY)
     batch = tokens((2, 9))
-    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
     assert forward(batch).dtype == jnp.bfloat16
-    assert next_token_losses(forward, batch).dtype == jnp.float32
+    assert (
+        nnx.eval_shape(token_losses, nnx.merge(abstract(config)[0], params), batch).dtype
+        == jnp.float32
+    )
     np.testing.assert_allclose(forward(batch).astype(jnp.float32), exact(batch), atol=0.1)
+
+
+def gradient_of(config):
+    """Compiled gradient of a weighted sum of logits, with its parameters."""
+    graphdef, _ = abstract(config)
+    _, params = random_forward(config)
+    batch = tokens((2, 64))
+    weights = np.random.default_rng(1).standard_normal((2, 64, config.vocab_size))
+
+    def objective(params):
+        return jnp.sum(nnx.merge(graphdef, params)(batch) * jnp.asarray(weights, jnp.float32))
+
+    return jax.jit(jax.grad(objective)).lower(params).compile(), params
+
+
+def test_rematerialization_takes_less_memory_for_the_same_gradients():
+    config = dataclasses.replace(TINY, layers=6)
+    stored, params = gradient_of(config)
+    again, _ = gradient_of(dataclasses.replace(config, remat=True))
+    bytes_of = [f.memory_analysis().temp_size_in_bytes for f in (stored, again)]
+    assert bytes_of[1] < 0.7 * bytes_of[0]
+    for a, b in zip(*(jax.tree.leaves(f(params)) for f in (stored, again)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+H100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+T4 = SimpleNamespace(device_kind="NVIDIA T4", compute_capability="7.5")
+CPU = SimpleNamespace(device_kind="cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "expected"),
+    [
+        (H100, {"dtype": "bfloat16"}, "cudnn"),
+        (H100, {"dtype": "bfloat16", "attention": "cudnn"}, "cudnn"),
+        (H100, {"dtype": "bfloat16", "attention": "xla"}, "xla"),
+        (H100, {"dtype": "bfloat16", "hidden": 24}, "xla"),
+        (H100, {}, "xla"),
+        (T4, {"dtype": "bfloat16"}, "xla"),
+        (CPU, {"dtype": "bfloat16"}, "xla"),
+    ],
+)
+def test_cudnn_is_chosen_where_it_can_compute_the_attention(
+    monkeypatch, device, settings, expected
+):
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    asked = []
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda q, *_, implementation, is_causal: asked.append((implementation, is_causal)) or q,
+    )
+    model = nnx.eval_shape(lambda: Llama(dataclasses.replace(TINY, **settings), rngs=nnx.Rngs(0)))
+    nnx.eval_shape(lambda model: model(tokens((1, 4))), model)
+    assert set(asked) == {(expected, True)}
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "message"),
+    [
+        (CPU, {"dtype": "bfloat16"}, "needs an NVIDIA GPU .*; here are cpu, .* runs everywhere"),
+        (T4, {"dtype": "bfloat16"}, "needs .* capability 8.0 or more; here are NVIDIA T4"),
+        (H100, {}, "needs dtype=bfloat16; here are .* dtype=float32"),
+        (H100, {"dtype": "bfloat16", "hidden": 24}, "needs heads .* multiple of 8, .* size 12"),
+    ],
+)
+def test_cudnn_where_it_cannot_compute_the_attention_is_refused(
+    monkeypatch, device, settings, message
+):
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    with pytest.raises(UsageError, match=f"attention='cudnn' {message}"):
+        attention_implementation(dataclasses.replace(TINY, attention="cudnn", **settings))
 
 
 def test_heads_that_do_not_divide_are_refused():

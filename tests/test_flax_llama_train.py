@@ -1,5 +1,6 @@
-"""Whole runs of a tiny model on a small piece of the text."""
+"""Whole runs of a tiny model on a tiny text."""
 
+import dataclasses
 import json
 import math
 
@@ -9,44 +10,38 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax_llama_runs import metrics, tiny, write_text
 
-from examples.flax_llama import data, sample, train
-from examples.flax_llama.config import PRESETS, Config, LlamaConfig, UsageError
+from examples.flax_llama import step, train
+from examples.flax_llama.checkpoint import load_run
+from examples.flax_llama.config import UsageError
+from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import OPTIMIZERS
 
-TINY = LlamaConfig(hidden=16, intermediate=40, layers=2, heads=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-    """A preset and a text small enough for runs of seconds."""
-    texts, valid = data.read_split()
-    split = [novel[:4000] for novel in texts], [novel[:301] for novel in valid]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "tiny", TINY)
-        patch.setattr(data, "read_split", lambda: split)
-        data.load_corpus.cache_clear()
-        yield
-    data.load_corpus.cache_clear()
-
-
-def config(**settings):
-    small = {"preset": "tiny", "tokenizer": "bytes", "batch": 4, "seq": 20, "quiet": True}
-    return Config(**small | settings)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """A run of 20 updates with GaLore."""
     out = tmp_path_factory.mktemp("runs") / "galore"
-    settings = config(lr=0.03, rank=4, update_proj_gap=8, steps=20, eval_every=8, out=out)
-    return out, train.train(settings)
+    return out, train.train(tiny(text, eval_every=8, out=out))
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def test_twenty_updates_reduce_the_loss(run):
     _, result = run
     losses = [record["loss"] for record in result.train]
-    assert losses[0] == pytest.approx(math.log(256), abs=0.05)
+    assert losses[0] == pytest.approx(math.log(257), abs=0.05)
     assert np.mean(losses[-3:]) < losses[0] - 1
     assert result.valid[-1]["valid_loss"] < losses[0] - 1
 
@@ -58,66 +53,193 @@ def test_metrics_file_has_every_update_and_evaluation_once(run):
     assert [r["step"] for r in records if "valid_loss" in r] == [8, 16, 20]
     assert [r for r in records if "loss" in r] == result.train
     assert [r for r in records if "valid_loss" in r] == result.valid
-    assert all(r["tokens_per_second"] > 0 for r in result.train)
-    settings = json.loads((out / "config.json").read_text())
-    assert settings["train"]["rank"] == 4
-    assert settings["model"]["vocab_size"] == 256
+    assert all(r["tokens"] == 8 * 20 for r in result.train)
+    flops = result.model.config.flops_per_token
+    for record in result.train:
+        assert record["flops_per_second"] == pytest.approx(flops * record["tokens_per_second"])
 
 
-def test_valid_loss_is_the_mean_over_exactly_the_held_out_tokens(run):
+def test_records_have_the_metrics_of_the_subspaces(run, text):
     _, result = run
-    valid = data.load_corpus("bytes").valid
-    losses = []
+    kernels = 7 * result.model.config.layers
+    # Chosen on the updates 1, 9 and 17.
+    refreshes = [record["refreshes"] for record in result.train]
+    assert refreshes == [kernels] * 8 + [2 * kernels] * 8 + [3 * kernels] * 4
+    for record in result.train:
+        assert 0 < record["captured_energy_min"] <= record["captured_energy"] <= 1 + 1e-6
+    energy = [record["captured_energy"] for record in result.train]
+    assert energy[8] > energy[7]
+    assert energy[16] > energy[15]
+    (plain,) = train.train(tiny(text, optimizer="adamw", steps=1)).train
+    assert "captured_energy" not in plain
+
+
+def test_the_memory_of_an_update_holds_parameters_gradients_and_state(run):
+    _, result = run
+    size = sum(p.nbytes for p in jax.tree.leaves(params_of(result.model)))
+    batch = 4 * 8 * (20 + 1)
+    assert 2 * size + batch < result.update_bytes < 100 * size
+
+
+def test_settings_and_shape_are_written_resolved(run, text):
+    out, result = run
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["train"]["clip"] == 1.0
+    assert settings["train"]["save_every"] == 8
+    assert settings["model"] == dataclasses.asdict(result.model.config)
+    assert settings["model"]["vocab_size"] == 257
+
+
+def test_validation_is_the_mean_over_exactly_the_tokens_asked_for(run, text):
+    _, result = run
+    valid = train.open_dataset(tiny(text)).valid
     forward = nnx.jit(lambda model, tokens: model(tokens))
-    for start in range(0, len(valid) - 1, 20):
-        window = valid[start : start + 21]
-        log_p = jax.nn.log_softmax(forward(result.model, window[None, :-1])[0])
-        losses.extend(-np.asarray(log_p)[np.arange(len(window) - 1), window[1:]])
-    assert len(losses) == 6 * 301
+    losses = []
+    for row, mask in zip(valid.rows, valid.mask, strict=True):
+        log_p = jax.nn.log_softmax(forward(result.model, row[None, :-1])[0])
+        losses.extend(-np.asarray(log_p)[np.arange(20), row[1:]][mask])
+    assert len(losses) == 200
     assert result.valid[-1]["valid_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert result.valid[-1]["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
 
 
-def test_as_many_updates_as_asked_at_the_learning_rates_logged(monkeypatch):
+def test_as_many_updates_as_asked_at_the_learning_rates_logged(text, monkeypatch):
     def unit_steps(config, schedule):
         ones = optax.stateless(lambda updates, _: jax.tree.map(jnp.ones_like, updates))
         return optax.chain(ones, optax.scale_by_learning_rate(schedule))
 
     monkeypatch.setitem(OPTIMIZERS, "unit_steps", unit_steps)
     steps, warmup, peak, ratio = 10, 2, 0.01, 0.5
-    result = train.train(
-        config(optimizer="unit_steps", steps=steps, warmup=0.2, lr=peak, matrix_lr_ratio=ratio)
-    )
+    settings = {"steps": steps, "warmup": 0.2, "lr": peak, "matrix_lr_ratio": ratio}
+    result = train.train(tiny(text, optimizer="unit_steps", accumulate=2, **settings))
     fractions = [k / warmup for k in range(1, warmup + 1)] + [
         0.1 + 0.9 * (1 + math.cos(math.pi * (k - warmup) / (steps - warmup))) / 2
         for k in range(warmup + 1, steps + 1)
     ]
     logged = [record["lr"] for record in result.train]
     np.testing.assert_allclose(logged, peak * np.array(fractions), rtol=1e-5)
-    start = Llama(result.model.config, rngs=nnx.Rngs(0))
-    start, end = (nnx.to_pure_dict(nnx.state(model)) for model in (start, result.model))
-    moved = jax.tree.map(lambda a, b: float((a - b).mean()), start, end)
+    start = params_of(Llama(result.model.config, rngs=nnx.Rngs(0)))
+    moved = jax.tree.map(lambda a, b: float((a - b).mean()), start, params_of(result.model))
     assert moved["norm"]["scale"] == pytest.approx(sum(logged), rel=1e-4)
     assert moved["head"]["kernel"] == pytest.approx(sum(logged), rel=1e-4)
     kernel = moved["blocks"]["mlp"]["down"]["kernel"]
     assert kernel == pytest.approx(ratio * sum(logged), rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at update [23],.* smaller lr"):
-        train.train(config(optimizer="adamw", lr=1e30, warmup=0, steps=10, out=out))
-    assert not (out / "checkpoint").exists()
+@pytest.mark.parametrize(
+    ("accumulate", "param_dtype"), [(1, "float32"), (4, "float32"), (4, "bfloat16")]
+)
+def test_gradients_are_those_of_the_mean_over_all_targets(text, accumulate, param_dtype):
+    config = tiny(text, packing=False, seq=100, param_dtype=param_dtype).resolve()
+    batch = next(train.open_dataset(config).train)
+    targets = batch["mask"].sum(axis=1)
+    assert len(set(targets.tolist())) > 1, "rows of one length would not show a mean of means"
+    model = Llama(config.shape(257), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.graphdef(model), params_of(model)
+    mesh = step.data_mesh()
+    gradients_of = jax.jit(step.make_gradients(graphdef, mesh))
+    loss, gradients = gradients_of(params, step.put_batch(batch, accumulate, mesh))
+
+    def mean_loss(params):
+        exact = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        logits = nnx.merge(graphdef, exact)(batch["tokens"][:, :-1])
+        labels = batch["tokens"][:, 1:]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(where=batch["mask"])
+
+    expected, expected_gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
+    tolerance = 2e-5 if param_dtype == "float32" else 2e-2
+    assert float(loss) == pytest.approx(float(expected), rel=tolerance)
+    for g, e, p in zip(*map(jax.tree.leaves, (gradients, expected_gradients, params)), strict=True):
+        assert g.dtype == p.dtype
+        e = np.asarray(e, np.float32)
+        np.testing.assert_allclose(
+            np.asarray(g, np.float32), e, atol=tolerance * np.abs(e).max(), rtol=tolerance
+        )
+
+
+def test_gradients_of_micro_batches_are_added_in_float32(text):
+    config = tiny(text, param_dtype="bfloat16").resolve()
+    model = Llama(config.shape(257), rngs=nnx.Rngs(0))
+    params, mesh = params_of(model), step.data_mesh()
+    gradients_of = jax.jit(step.make_gradients(nnx.graphdef(model), mesh))
+    row = {name: rows[:1] for name, rows in next(train.open_dataset(config).train).items()}
+    copies = {name: np.repeat(rows, 64, axis=0) for name, rows in row.items()}
+    _, once = gradients_of(params, step.put_batch(row, 1, mesh))
+    _, added = gradients_of(params, step.put_batch(copies, 64, mesh))
+    # Each of the 64 has exactly 1/64 of the gradient, whose sum bfloat16 would round on the way.
+    jax.tree.map(np.testing.assert_array_equal, added, once)
+
+
+def poison(monkeypatch, config, *updates):
+    """Makes the loss of these updates nan, which are told by the sum of their tokens."""
+    batches = train.open_dataset(config).train
+    totals = [int(next(batches)["tokens"].sum()) for _ in range(config.steps)]
+    bad = [totals[k - 1] for k in updates]
+    assert [k for k in range(1, config.steps + 1) if totals[k - 1] in bad] == list(updates)
+
+    def poisoned(model, tokens, mask):
+        is_bad = jnp.isin(tokens.sum(), jnp.array(bad))
+        return loss_sum(model, tokens, mask) * jnp.where(is_bad, jnp.nan, 1.0)
+
+    monkeypatch.setattr(step, "loss_sum", poisoned)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_in_no_checkpoint(
+    text, tmp_path, monkeypatch
+):
+    config = tiny(text, optimizer="sgd", out=tmp_path / "out", save_every=1)
+    poison(monkeypatch, config, 7)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at update 7, .* smaller lr"):
+        train.train(config)
+    saved = sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert saved == [5, 6]
+    model, _ = load_run(tmp_path / "out")
+    assert all(jnp.isfinite(p).all() for p in jax.tree.leaves(params_of(model)))
+    last = metrics(tmp_path / "out")[-1]
+    assert (last["step"], last["loss"]) == (7, None)
+
+
+def test_parameters_that_overflow_are_in_no_checkpoint(text, tmp_path):
+    config = tiny(text, optimizer="sgd", lr=1e38, clip=0.0, out=tmp_path / "out", save_every=1)
+    with pytest.raises(FloatingPointError, match=r"is (nan|inf) at update \d,"):
+        train.train(dataclasses.replace(config, warmup=0.0))
+    for path in (tmp_path / "out" / "checkpoints").iterdir():
+        model, _ = load_run(tmp_path / "out", int(path.name))
+        assert all(jnp.isfinite(p).all() for p in jax.tree.leaves(params_of(model)))
+
+
+def test_updates_that_are_not_finite_are_skipped_on_request(text, monkeypatch):
+    config = tiny(text, optimizer="adamw", on_nan="skip")
+    skipped = [4, 9, 10]
+    poison(monkeypatch, config, *skipped)
+    result = train.train(config)
+    norms = {record["step"]: record["update_norm"] for record in result.train}
+    assert [step for step, norm in norms.items() if norm == 0] == skipped
+    assert result.train[-1]["skipped"] == len(skipped)
+    rates = {record["step"]: record["lr"] for record in result.train}
+    for k in skipped:
+        assert math.isnan(result.train[k - 1]["loss"])
+        # The schedule is one of updates that were made.
+        assert rates[k + 1] == rates[k]
+    assert math.isfinite(result.valid[-1]["valid_loss"])
+
+
+def test_ten_skipped_updates_in_a_row_stop_the_run(text, monkeypatch):
+    config = tiny(text, optimizer="sgd", on_nan="skip")
+    poison(monkeypatch, config, *range(3, 14))
+    with pytest.raises(FloatingPointError, match=r"nan at update 12, the 10th in a row"):
+        train.train(config)
 
 
 @pytest.mark.parametrize("as_file", [False, True])
 def test_an_out_that_is_not_an_empty_directory_is_refused_before_any_work(
-    tmp_path, monkeypatch, as_file
+    tmp_path, text, monkeypatch, as_file
 ):
     (tmp_path / "kept").write_text("old")
-    monkeypatch.setattr(data, "load_corpus", lambda _: pytest.fail("work was done"))
+    monkeypatch.setattr(train, "open_data", lambda **_: pytest.fail("work was done"))
     with pytest.raises(UsageError, match="not an empty directory: name another one or delete it"):
-        train.train(config(out=tmp_path / "kept" if as_file else tmp_path))
+        train.train(tiny(text, out=tmp_path / "kept" if as_file else tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert (tmp_path / "kept").read_text() == "old"
 
@@ -132,61 +254,35 @@ def test_usage_errors_of_the_command_line_are_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "8m"}, "preset='8m': expected one of 9m, 20m"),
-        ({"dtype": "float16"}, "dtype='float16': expected one of float32, bfloat16"),
         ({"rank": 16}, "rank=16: expected 1 to 15, less than the hidden size 16"),
-        ({"rank": 0}, "rank=0: expected 1 to 15"),
-        ({"steps": 0}, "steps=0: expected at least 1"),
-        ({"eval_every": 0}, "eval_every=0: expected at least 1"),
-        ({"lr": -1.0}, "lr=-1.0: expected a positive number"),
-        ({"clip": math.nan}, "clip=nan: expected a positive number"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1: expected 0 or more"),
-        ({"warmup": 1.0}, "warmup=1.0: expected a fraction"),
-        ({"optimizer": "adam"}, "optimizer='adam': expected one of adamw, galore_adamw"),
-        ({"tokenizer": "words"}, 'tokenizer=\'words\': expected "bytes" or "bpe:SIZE"'),
-        ({"batch": 10_000}, "batch=10000 of seq=20 is larger than the data"),
+        ({"optimizer": "adam"}, "optimizer='adam': expected one of adamw, adafactor"),
+        ({"schedule": "step"}, "schedule='step': expected one of cosine"),
+        ({"tokenizer": "words"}, "tokenizer='words'"),
+        ({"vocab_size": 100}, "vocab_size=100 is smaller than the 257 tokens"),
+        ({"batch": 100_000}, "batch=100000 of seq=20 is larger than the data"),
+        ({"data": "missing.txt"}, "missing.txt"),
+        ({"attention": "cudnn"}, "attention='cudnn' needs an NVIDIA GPU"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_written(tmp_path, settings, message):
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path, text, settings, message):
     with pytest.raises(UsageError, match=message):
-        train.train(config(**settings, out=tmp_path / "out"))
+        train.train(tiny(**{"data": text, "out": tmp_path / "out"} | settings))
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoint_restores_the_trained_model(run):
-    out, result = run
-    model, tokenizer = sample.load(out)
-    assert model.config == result.model.config
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(result.model))
-    assert tokenizer.to_str() == data.load_corpus("bytes").tokenizer.to_str()
+def test_a_batch_that_does_not_divide_among_devices_is_refused(text, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    config = tiny(text, batch=8, accumulate=2).resolve()
+    with pytest.raises(UsageError, match=r"4 sequences each,.* 3 devices: choose a multiple of 6"):
+        step.check_divides(config)
+    step.check_divides(dataclasses.replace(config, batch=12))
 
 
-def test_greedy_sampling_follows_the_likeliest_token_past_the_window(run):
-    out, _ = run
-    model, tokenizer = sample.load(out)
-    prompt = "Emma Woodhouse, han"
-    assert len(prompt) < model.config.max_seq < len(prompt) + 6
-    text = sample.generate(model, tokenizer, prompt, tokens=6, temperature=0)
-    ids = tokenizer.encode(prompt).ids
-    forward = nnx.jit(lambda model, tokens: model(tokens))
-    for _ in range(6):
-        context = np.array(ids[-model.config.max_seq :])
-        ids.append(int(forward(model, context[None])[0, -1].argmax()))
-    assert text == tokenizer.decode(ids)
-
-
-def test_sampling_depends_on_the_seed_alone(run):
-    out, _ = run
-    one, same, other = (sample.sample(out, "Emma", 30, seed=seed) for seed in (0, 0, 1))
-    assert one == same != other
-    assert one.startswith("Emma")
-
-
-def test_sampling_errors_say_what_would_be_right(run, tmp_path):
-    out, _ = run
-    with pytest.raises(UsageError, match="expected the --out directory of a finished run"):
-        sample.sample(tmp_path)
-    with pytest.raises(UsageError, match="prompt is empty"):
-        sample.sample(out, prompt="")
-    with pytest.raises(UsageError, match="must not be negative"):
-        sample.sample(out, temperature=-1)
+def test_what_is_trained_is_told_before(text, capsys):
+    result = train.train(tiny(text, steps=1, quiet=False, optimizer="sgd"))
+    output = capsys.readouterr().out
+    shape = result.model.config
+    count = sum(p.size for p in jax.tree.leaves(params_of(result.model)))
+    assert f"LLaMA of {count:,} parameters" in output
+    assert f"{shape.flops_per_token / 1e6:.1f} MFLOP per token" in output
+    assert "1 updates of 8 x 20 tokens" in output

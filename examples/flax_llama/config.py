@@ -1,12 +1,27 @@
-"""Settings: the shape of a LLaMA, those of the published experiments, and a training run."""
+"""Settings: the shape of a LLaMA, the published shapes and recipes, and a training run."""
 
 import dataclasses
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "xla", "cudnn")
+ON_NAN = ("stop", "skip")
 
 
 class UsageError(ValueError):
     """A setting that cannot work; the message says what would."""
+
+
+def one_of(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise UsageError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+
+
+def at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name}={value}: expected at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +40,17 @@ class LlamaConfig:
     # Of activations; norms, softmax and loss are computed in float32 whatever it is.
     dtype: str = "float32"
     param_dtype: str = "float32"
+    # "auto", "xla" or "cudnn"; auto is cudnn on an NVIDIA GPU with 16-bit activations.
+    attention: str = "auto"
+    # Keep only the input of each layer and compute the rest again in the backward pass.
+    remat: bool = False
 
     def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("param_dtype", self.param_dtype, DTYPES)
+        one_of("attention", self.attention, ATTENTIONS)
+        for name in ("hidden", "intermediate", "layers", "heads", "vocab_size", "max_seq"):
+            at_least_one(name, getattr(self, name))
         if self.hidden % (2 * self.heads):
             raise UsageError(
                 f"hidden={self.hidden} does not divide into heads={self.heads} heads of an even "
@@ -36,14 +60,24 @@ class LlamaConfig:
     @property
     def num_params(self) -> int:
         """Number of parameters, embedding, untied head and norms included."""
-        attention = 4 * self.hidden**2
-        mlp = 3 * self.hidden * self.intermediate
-        norms = 2 * self.hidden
-        return (
-            2 * self.vocab_size * self.hidden
-            + self.layers * (attention + mlp + norms)
-            + self.hidden
-        )
+        norms = (2 * self.layers + 1) * self.hidden
+        return self._matrix_entries + self.vocab_size * self.hidden + norms
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per token of a whole sequence.
+
+        6 for each entry of a matrix that multiplies (the embedding is looked up), and 12 S D in
+        each layer for attention, whose causal half is counted too: what PaLM (arXiv:2204.02311,
+        appendix B) calls model FLOPs. Rematerialization does not count.
+        """
+        return 6 * self._matrix_entries + 12 * self.layers * self.hidden * self.max_seq
+
+    @property
+    def _matrix_entries(self) -> int:
+        """Entries of the attention and MLP kernels and of the head."""
+        layer = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
+        return self.layers * layer + self.vocab_size * self.hidden
 
 
 # Zhao et al., "GaLore" (arXiv:2403.03507), and the reference implementation's smaller siblings.
@@ -59,51 +93,159 @@ PRESETS = {
     "3b": LlamaConfig(hidden=2560, intermediate=6848, layers=32, heads=32),
     "7b": LlamaConfig(hidden=4096, intermediate=11008, layers=32, heads=32),
 }
-DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained with GaLore, unless a setting says otherwise."""
+
+    rank: int
+    steps: int
+    batch: int = 512
+    lr: float = 0.01
+    update_proj_gap: int = 200
+    # 0 does not clip.
+    clip: float = 0.0
+
+
+# 60m to 7b are published (same paper and its scripts); 250m borrows from 350m, 3b from 1b. The
+# three smallest have no published recipe: a quarter of the hidden size, and minutes on one machine.
+RECIPES = {
+    "9m": Recipe(rank=32, steps=1000, batch=16, clip=1.0),
+    "20m": Recipe(rank=64, steps=1000, batch=16, clip=1.0),
+    "35m": Recipe(rank=96, steps=1000, batch=16, clip=1.0),
+    "60m": Recipe(rank=128, steps=10_000),
+    "130m": Recipe(rank=256, steps=20_000),
+    "250m": Recipe(rank=256, steps=60_000),
+    "350m": Recipe(rank=256, steps=60_000),
+    "1b": Recipe(rank=512, steps=100_000),
+    "3b": Recipe(rank=512, steps=100_000),
+    "7b": Recipe(rank=1024, steps=150_000, lr=0.005, update_proj_gap=500, clip=1.0),
+}
+
+# None in a `Config` as it is given, a value in a resolved one, which a type cannot tell apart.
+T = TypeVar("T")
+if TYPE_CHECKING:
+    FromPreset = T | Any
+else:
+    FromPreset = T | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a training run."""
+    """The settings of a training run. What is None is the preset's, until `resolve`."""
 
-    # Shape of the model: 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b or 7b.
+    # Shape of the model, and the recipe that fills the settings left at None: 9m, 20m, 35m, 60m,
+    # 130m, 250m, 350m, 1b, 3b or 7b.
     preset: str = "9m"
-    # "bytes", or "bpe:SIZE" for a byte-level BPE trained on the training part.
-    tokenizer: str = "bpe:2048"
-    # adamw or galore_adamw.
-    optimizer: str = "galore_adamw"
-    # Peak learning rate; 10 % of it is left at the last update.
-    lr: float = 0.01
-    # Factor of `lr` for the layers' matrices; GaLore's `scale` already is one.
-    matrix_lr_ratio: float = 1.0
-    # Rank of the projected gradients; a quarter of the hidden size by default.
-    rank: int | None = None
-    # Updates from one choice of the subspaces to the next.
-    update_proj_gap: int = 200
-    # Factor of the projected-back update.
-    scale: float = 0.25
-    # Of everything but the norms, multiplied by the learning rate.
-    weight_decay: float = 0.0
-    # Fraction of the updates in which the learning rate rises to its peak.
-    warmup: float = 0.1
-    # Number of updates.
-    steps: int = 1000
-    # Sequences per update.
-    batch: int = 16
+    # Hidden size.
+    hidden: FromPreset[int] = None
+    # Width of the MLP.
+    intermediate: FromPreset[int] = None
+    # Number of layers.
+    layers: FromPreset[int] = None
+    # Number of attention heads.
+    heads: FromPreset[int] = None
+    # Vocabulary of the model; the tokenizer's by default, and never smaller.
+    vocab_size: int | None = None
+
+    # Text to train on: "austen" (built in); a file or a glob, several with commas between, of plain
+    # text (.txt) or JSON lines (.jsonl, field "text"), also as .gz, .xz or .zst; a directory made
+    # by examples.flax_llama.tokens; "hf:NAME" or "hf:NAME:CONFIG", streamed from Hugging Face.
+    data: str = "austen"
+    # Text to validate on, likewise; by default a part of `data` that is then not trained on.
+    valid_data: str | None = None
+    # "bytes", "bpe:SIZE" for a byte-level BPE trained on the training text, or the path of a
+    # tokenizer.json or of a SentencePiece model; by default bpe:2048, or that of tokenized data.
+    tokenizer: str | None = None
+    # Fill every row with tokens; --no-packing has one document per row, cut or padded, as the
+    # reference implementation does.
+    packing: bool = True
     # Tokens per sequence.
     seq: int = 256
-    # Updates between evaluations on the held-out text; the last update is always followed by one.
-    eval_every: int = 100
-    # Of the initial weights and the order of the data.
-    seed: int = 0
-    # Largest global norm of a gradient.
-    clip: float = 1.0
+    # Validation tokens per evaluation; all there are by default.
+    eval_tokens: int | None = None
+
+    # adamw, adafactor, lion, sgd, or any of them in GaLore: galore_adamw, galore_adafactor, ...
+    optimizer: str = "galore_adamw"
+    # Peak learning rate; the preset's is GaLore's AdamW (0.01; 0.005 for 7b), whose matrices move
+    # by `scale` times that. Plain adamw wants about 0.001 to 0.005, lion a third of adamw's.
+    lr: FromPreset[float] = None
+    # Factor of `lr` for the layers' matrices; GaLore's `scale` already is one.
+    matrix_lr_ratio: float = 1.0
+    # Of the learning rate: cosine, linear, constant, or wsd (warm-up, stable, decay).
+    schedule: str = "cosine"
+    # Fraction of the updates in which the learning rate rises to its peak.
+    warmup: float = 0.1
+    # Fraction of the updates in which schedule wsd falls from the peak, linearly.
+    cooldown: float = 0.2
+    # Fraction of the peak learning rate that the last update has, unless the schedule is constant.
+    final_lr: float = 0.1
+    # Of everything but the norms, multiplied by the learning rate.
+    weight_decay: float = 0.0
+    # Decay of the first moment of adamw and lion, of which lion's update interpolates.
+    b1: float = 0.9
+    # Decay of the second moment of adamw (0.999 by default), or of the moment of lion (0.99).
+    b2: float | None = None
+    # Added to the root of adamw's second moment.
+    eps: float = 1e-8
+    # Of sgd; also of adafactor, which then has a first moment. 0 has none.
+    momentum: float = 0.0
+    # Largest global norm of a gradient; 0 does not clip.
+    clip: FromPreset[float] = None
+
+    # Rank of GaLore's projected gradients.
+    rank: FromPreset[int] = None
+    # Updates from one choice of GaLore's subspaces to the next.
+    update_proj_gap: FromPreset[int] = None
+    # Factor of GaLore's projected-back updates.
+    scale: float = 0.25
+    # How GaLore chooses a subspace: svd or eigh, exactly; randomized_svd or power_iteration, nearly
+    # as well and faster; rows or dct, out of given vectors; gaussian or orthonormal, at random.
+    projector: str = "svd"
+    # When it does: periodic, or lazy, which is less and less often where a subspace stands still.
+    refresh: str = "periodic"
+    # Spread the choices for the layers' matrices over the updates from one to the next.
+    stagger: bool = False
+
+    # Number of updates.
+    steps: FromPreset[int] = None
+    # Sequences per update, over all devices.
+    batch: FromPreset[int] = None
+    # Micro-batches that one update's sequences are computed in, one after the other.
+    accumulate: int = 1
     # float32 or bfloat16, of activations.
     dtype: str = "float32"
     # float32 or bfloat16, of parameters.
     param_dtype: str = "float32"
-    # Directory for metrics, tokenizer and checkpoint; nothing is written without one.
+    # auto, xla or cudnn; auto is cudnn on an NVIDIA GPU with 16-bit activations.
+    attention: str = "auto"
+    # Compute activations again in the backward pass instead of keeping them: less memory, slower.
+    remat: bool = False
+    # Of the initial weights and the order of the data.
+    seed: int = 0
+    # At a gradient that is not finite: "stop", or "skip" the update (and stop after ten in a row).
+    on_nan: str = "stop"
+
+    # Directory for metrics, tokenizer and checkpoints; nothing is written without one.
     out: Path | None = None
+    # Updates between evaluations, of which the last update always has one; a tenth of `steps`, at
+    # most 1000, by default.
+    eval_every: FromPreset[int] = None
+    # Updates between checkpoints; as `eval_every` by default. The last update, every evaluation
+    # that is the best so far, and a run that is told to stop (SIGTERM, Ctrl-C) have one as well.
+    save_every: FromPreset[int] = None
+    # Last checkpoints to keep, besides the one of lowest validation loss.
+    keep: int = 2
+    # Go on with the run in `out`, from its last checkpoint; its settings need not be repeated.
+    resume: bool = False
+    # With --resume, take another rank, projector, refresh, stagger, update_proj_gap or scale:
+    # moments start anew; parameters, position in the data and learning-rate schedule go on.
+    new_subspace: bool = False
+    # Write TensorBoard's files to `out` too.
+    tensorboard: bool = True
+    # Project at Weights & Biases to send metrics to.
+    wandb: str | None = None
     # Show no progress bar.
     quiet: bool = False
 
@@ -112,24 +254,87 @@ class Config:
             "preset": PRESETS,
             "dtype": DTYPES,
             "param_dtype": DTYPES,
+            "attention": ATTENTIONS,
+            "on_nan": ON_NAN,
         }.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(
-                    f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}."
-                )
-        hidden = PRESETS[self.preset].hidden
-        if self.rank is not None and not 1 <= self.rank < hidden:
+            one_of(name, getattr(self, name), choices)
+
+    def resolve(self) -> "Config":
+        """The same with the preset's values in place of None, every setting checked.
+
+        Raises:
+          UsageError: a setting cannot work.
+        """
+        preset, recipe = PRESETS[self.preset], RECIPES[self.preset]
+        filled: dict[str, Any] = {
+            name: getattr(preset, name) for name in ("hidden", "intermediate", "layers", "heads")
+        } | dataclasses.asdict(recipe)
+        if self.hidden is not None:
+            filled["rank"] = max(1, self.hidden // 4)
+        filled["eval_every"] = max(1, min((self.steps or recipe.steps) // 10, 1000))
+        filled["save_every"] = self.eval_every or filled["eval_every"]
+        config = dataclasses.replace(
+            self, **{name: value for name, value in filled.items() if getattr(self, name) is None}
+        )
+        config._check()
+        return config
+
+    def shape(self, vocab_size: int) -> LlamaConfig:
+        """The model of a resolved configuration, for a tokenizer with so many tokens.
+
+        Raises:
+          UsageError: the model's vocabulary is smaller than the tokenizer's.
+        """
+        if self.vocab_size is not None and self.vocab_size < vocab_size:
             raise UsageError(
-                f"rank={self.rank}: expected 1 to {hidden - 1}, less than the hidden size "
-                f"{hidden} of preset {self.preset}."
+                f"vocab_size={self.vocab_size} is smaller than the {vocab_size} tokens of "
+                f"tokenizer={self.tokenizer!r}: raise it, or leave it out for the tokenizer's."
             )
-        for name in ("update_proj_gap", "steps", "batch", "seq", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)}: expected at least 1.")
-        for name in ("lr", "matrix_lr_ratio", "scale", "clip"):
+        same = ("hidden", "intermediate", "layers", "heads", "dtype", "param_dtype")
+        return LlamaConfig(
+            **{name: getattr(self, name) for name in (*same, "attention", "remat")},
+            vocab_size=self.vocab_size or vocab_size,
+            max_seq=self.seq,
+        )
+
+    def _check(self) -> None:
+        self.shape(self.vocab_size or 1)
+        if not 1 <= self.rank < self.hidden:
+            raise UsageError(
+                f"rank={self.rank}: expected 1 to {self.hidden - 1}, less than the hidden size "
+                f"{self.hidden}."
+            )
+        for name in (
+            *("update_proj_gap", "steps", "batch", "accumulate", "seq"),
+            *("eval_every", "save_every", "keep"),
+        ):
+            at_least_one(name, getattr(self, name))
+        if self.eval_tokens is not None:
+            at_least_one("eval_tokens", self.eval_tokens)
+        if self.batch % self.accumulate:
+            raise UsageError(
+                f"batch={self.batch} does not divide into accumulate={self.accumulate} "
+                "micro-batches: choose a multiple."
+            )
+        for name in ("lr", "matrix_lr_ratio", "scale", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)}: expected a positive number.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"weight_decay={self.weight_decay}: expected 0 or more.")
-        if not 0 <= self.warmup < 1:
-            raise UsageError(f"warmup={self.warmup}: expected a fraction, 0 <= warmup < 1.")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        for name in ("warmup", "b1", "b2", "momentum"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}: expected 0 <= {name} < 1.")
+        for name in ("cooldown", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name}={getattr(self, name)}: expected 0 <= {name} <= 1.")
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise UsageError(
+                f"warmup={self.warmup} and cooldown={self.cooldown} are more than all updates."
+            )
+        if self.out is None:
+            for name in ("resume", "wandb"):
+                if getattr(self, name):
+                    raise UsageError(f"{name} needs the directory of the run: name it by out.")
+        if self.new_subspace and not self.resume:
+            raise UsageError("new_subspace says how to resume: it needs resume as well.")

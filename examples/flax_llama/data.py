@@ -1,137 +1,221 @@
-"""The built-in text: novels split and tokenized, batches to train on, batches to validate on."""
+"""What a run trains and validates on, out of the built-in text, files, or the Hugging Face hub.
+
+Tokens in memory or in a memory map are read in any order: an epoch is a permutation of all rows.
+Other documents are read from start to end, by a stream that shuffles a group of them at a time.
+Either way, the seed gives all batches and their order.
+"""
 
 import dataclasses
 import functools
-import lzma
-import math
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import grain
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.flax_llama.config import UsageError
-
-TEXT = Path(__file__).parent / "data" / "austen.txt.xz"
-# Each is a line of the text exactly once, where the novel begins.
-TITLES = (
-    "EMMA",
-    "MANSFIELD PARK",
-    "NORTHANGER ABBEY",
-    "Persuasion",
-    "PRIDE AND PREJUDICE",
-    "SENSE AND SENSIBILITY",
+from examples.flax_llama.documents import BUILT_IN, open_shards, read_split, texts
+from examples.flax_llama.rows import Row, Rows, TokenRows
+from examples.flax_llama.stream import DocumentGroups
+from examples.flax_llama.tokenizer import (
+    Tokenizer,
+    is_trained_here,
+    load_tokenizer,
+    shard_tokenizer,
+    train_tokenizer,
 )
-HELD_OUT = 0.05
+from examples.flax_llama.tokens import Tokens, is_tokenized, load_tokens
+from examples.flax_llama.validation import (
+    Group,
+    Valid,
+    encode_groups,
+    open_groups,
+    read_valid,
+    token_groups,
+)
+
+DEFAULT_TOKENIZER = "bpe:2048"
+# Enough for ever: grain's own endless repetition has a length that overflows in batches of one.
+EPOCHS = 1 << 20
+# Batches made ahead of the training step.
+PREFETCH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run trains and validates on."""
+
+    tokenizer: Tokenizer
+    # Endless {"tokens": int32 (rows of this host, seq + 1), "mask": bool (rows, seq)}, where the
+    # mask has the targets that count. `get_state` is the position, which can be written as JSON,
+    # and `set_state` goes to it.
+    train: grain.DatasetIterator[Row]
+    valid: Valid
+    # (T,) all tokens of the training part; None where they are streamed.
+    train_tokens: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The text, split and tokenized."""
+    """The built-in text, split and tokenized."""
 
     tokenizer: Tokenizer
-    # (T,) int32: the first 95 % of each novel.
-    train: np.ndarray
-    # (1 + N,) int32: the last token of `train` as context, then the N held-out tokens.
-    valid: np.ndarray
-    # Bytes of UTF-8 per held-out token.
-    bytes_per_token: float
-
-    def scores(self, loss: float) -> dict[str, float]:
-        """What a held-out loss in nats per token is in other units."""
-        bits_per_byte = loss / math.log(2) / self.bytes_per_token
-        return {"perplexity": math.exp(loss), "bits_per_byte": bits_per_byte}
-
-
-def vocab_size(tokenizer: str) -> int:
-    """Vocabulary asked for by "bytes" or "bpe:SIZE"."""
-    if tokenizer == "bytes":
-        return 256
-    match = re.fullmatch(r"bpe:(\d+)", tokenizer)
-    if match is None or int(match[1]) < 256:
-        raise UsageError(
-            f'tokenizer={tokenizer!r}: expected "bytes" or "bpe:SIZE" with SIZE at least 256.'
-        )
-    return int(match[1])
-
-
-def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
-    """Byte-level BPE; with a vocabulary of 256 there are no merges, and a token is a byte."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def read_split() -> tuple[list[str], list[str]]:
-    """The six novels as (training parts, held-out parts)."""
-    text = lzma.decompress(TEXT.read_bytes()).decode()
-    novels = re.split(rf"^(?=(?:{'|'.join(TITLES)})$)", text, flags=re.MULTILINE)[1:]
-    cuts = [round(len(novel) * (1 - HELD_OUT)) for novel in novels]
-    train = [novel[:cut] for novel, cut in zip(novels, cuts, strict=True)]
-    valid = [novel[cut:] for novel, cut in zip(novels, cuts, strict=True)]
-    return train, valid
+    # The first 95 % of each novel, and the rest.
+    train: Tokens
+    valid: Tokens
 
 
 @functools.cache
 def load_corpus(tokenizer: str) -> Corpus:
     """Reads, splits and tokenizes the text; a few seconds, once per process and tokenizer."""
-    train_texts, valid_texts = read_split()
-    trained = train_tokenizer(train_texts, vocab_size(tokenizer))
-
-    def encode(texts: list[str]) -> np.ndarray:
-        ids = [encoding.ids for encoding in trained.encode_batch_fast(texts)]
-        return np.concatenate([np.array(part, np.int32) for part in ids])
-
-    train, valid = encode(train_texts), encode(valid_texts)
-    num_bytes = sum(len(text.encode()) for text in valid_texts)
-    return Corpus(trained, train, np.append(train[-1:], valid), num_bytes / len(valid))
+    parts = read_split()
+    if is_trained_here(tokenizer):
+        encoder = train_tokenizer(parts[0], tokenizer, eos=False)
+    else:
+        encoder = load_tokenizer(tokenizer)
+    encoded = [encoder.encode_batch(part) for part in parts]
+    sizes = [sum(len(text.encode()) for text in part) for part in parts]
+    return Corpus(encoder, *map(Tokens.join, encoded, sizes))
 
 
-class Windows:
-    """Source of windows of seq + 1 tokens; one's last token is the next one's first."""
+def open_data(
+    data: str = BUILT_IN,
+    *,
+    valid_data: str | None = None,
+    tokenizer: str | None = None,
+    batch: int,
+    seq: int,
+    packing: bool = True,
+    seed: int = 0,
+    eval_tokens: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Data:
+    """Opens everything that a run reads, and refuses what could not be trained on.
 
-    def __init__(self, tokens: np.ndarray, seq: int):
-        self.tokens, self.seq = tokens, seq
+    Args:
+      data: "austen", the built-in text; files of text or JSON lines, a comma-separated list of
+        paths and globs; a directory made by the tokenize command; or "hf:NAME[:CONFIG[:SPLIT]]".
+      valid_data: the same to validate on. By default the end of each built-in novel; the last
+        documents of a tokenized directory; one document in twenty of files, which is then not
+        trained on; and the split "validation" from the hub.
+      tokenizer: "bytes"; "bpe:SIZE", trained on the training part, or a sample of it where that is
+        streamed; or the path of one. By default that of a tokenized directory, else "bpe:2048".
+      batch: rows of a batch, on all hosts together.
+      seq: targets of a row.
+      packing: all documents are one text, cut into rows; else a document is a row.
+      seed: of the order.
+      eval_tokens: tokens to validate on; by default all there are, of files and of the hub about
+        the first million.
+      process_index: which host this is.
+      process_count: number of hosts.
 
-    def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.seq
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.tokens[index * self.seq : (index + 1) * self.seq + 1]
-
-
-def train_batches(tokens: np.ndarray, batch: int, seq: int, seed: int) -> grain.MapDataset:
-    """Endless int32 (batch, seq + 1); `[i]` is batch i, every epoch is shuffled anew."""
-    windows = Windows(tokens, seq)
-    if len(windows) < batch:
-        raise UsageError(
-            f"batch={batch} of seq={seq} is larger than the data: {len(tokens)} tokens are "
-            f"{len(windows)} windows. Choose a smaller batch or seq."
-        )
-    return grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch)
-
-
-def valid_batches(tokens: np.ndarray, batch: int, seq: int) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens but the first, each once as a target, in order.
-
-    Returns:
-      tokens, int32 (batches, batch, seq + 1), and the mask of targets that count, bool (batches,
-      batch, seq): what it takes to fill the last batch is padding.
+    Raises:
+      UsageError: something cannot be read, is too small, or does not fit together.
     """
-    targets = len(tokens) - 1
-    rows = batch * math.ceil(targets / (batch * seq))
-    index = np.arange(rows)[:, None] * seq + np.arange(seq + 1)
-    mask = index[:, 1:] <= targets
-    padded = tokens[np.minimum(index, targets)]
-    return padded.reshape(-1, batch, seq + 1), mask.reshape(-1, batch, seq)
+    if batch < 1 or batch % process_count:
+        raise UsageError(f"batch={batch}: expected a multiple of {process_count} processes.")
+    if not 0 <= seed < 1 << 32:
+        raise UsageError(f"seed={seed}: expected 0 to {(1 << 32) - 1}.")
+    if valid_data is None and data.startswith("hf:"):
+        name, config, *_ = [*data.removeprefix("hf:").split(":"), ""]
+        valid_data = f"hf:{name}:{config}:validation"
+
+    held_out: Iterable[Group] = ()
+    if data == BUILT_IN:
+        corpus = load_corpus(tokenizer or DEFAULT_TOKENIZER)
+        encoder, train, held_out = corpus.tokenizer, corpus.train, token_groups(corpus.valid)
+    elif is_tokenized(data):
+        train, encoder = load_tokens(Path(data))
+        check_same(tokenizer, encoder, data)
+        if valid_data is None:
+            train, last = train.split()
+            held_out = token_groups(last)
+    else:
+        train = open_shards(data)
+        spec = tokenizer or DEFAULT_TOKENIZER
+        encoder = shard_tokenizer(spec, train, skip_held_out=valid_data is None)
+        held_out = encode_groups(texts(train, held_out=True), encoder, eval_tokens)
+    if valid_data is not None:
+        held_out = open_groups(valid_data, encoder, eval_tokens)
+
+    host = {"process_index": process_index, "process_count": process_count}
+    context = [] if encoder.eos_id is None else [encoder.eos_id]
+    if isinstance(train, Tokens):
+        batches = token_batches(train, batch=batch, seq=seq, packing=packing, seed=seed, **host)
+        context = context or train.ids[-1:]
+    else:
+        groups = DocumentGroups(train, seed=seed, skip_held_out=valid_data is None, **host)
+        batches = stream_batches(
+            groups, encoder, batch=batch // process_count, seq=seq, packing=packing
+        )
+    valid = read_valid(held_out, context, seq=seq, packing=packing, num_tokens=eval_tokens)
+    return Data(encoder, iter(batches), valid, train.ids if isinstance(train, Tokens) else None)
 
 
-def unigram_loss(corpus: Corpus) -> float:
-    """Nats per held-out token under the training part's token frequencies, add-one smoothed."""
-    counts = np.bincount(corpus.train, minlength=corpus.tokenizer.get_vocab_size()) + 1
-    return float(-np.log(counts / counts.sum())[corpus.valid[1:]].mean())
+def check_same(tokenizer: str | None, encoder: Tokenizer, data: str) -> None:
+    """Refuses a tokenizer other than that of tokenized data."""
+    if tokenizer is None:
+        return
+    if is_trained_here(tokenizer) or load_tokenizer(tokenizer).to_bytes() != encoder.to_bytes():
+        raise UsageError(
+            f"tokenizer={tokenizer!r}: data={data} has another one of its own; leave this out."
+        )
+
+
+def token_batches(
+    tokens: Tokens,
+    *,
+    batch: int,
+    seq: int,
+    packing: bool = True,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset[Row]:
+    """Endless batches of tokens in memory or in a memory map; every epoch is shuffled anew.
+
+    The hosts share the rows of each batch: together they are the same for any number of them.
+    """
+    rows = TokenRows(tokens, seq=seq, packing=packing)
+    if len(rows) < batch:
+        raise too_small(batch, seq, f"{len(tokens.ids)} tokens are {len(rows)} rows")
+    shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(EPOCHS)
+    mine = shuffled[process_index::process_count].batch(batch // process_count)
+    # One thread keeps up; many would only wait for each other.
+    return mine.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH))
+
+
+def stream_batches(
+    groups: DocumentGroups, tokenizer: Tokenizer, *, batch: int, seq: int, packing: bool = True
+) -> grain.IterDataset[Row]:
+    """Endless batches of a stream of documents, made in a thread."""
+    context = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    tokens = rows = 0
+    for text, _ in groups.documents(epoch=0):
+        (ids,) = tokenizer.encode_documents([text])
+        tokens += len(ids)
+        rows = (len(context) + tokens - 1) // seq if packing else rows + (len(ids) > 1)
+        if rows >= batch:
+            break
+    else:
+        raise too_small(batch, seq, f"{tokens} tokens are {rows} rows")
+    encoded = groups.map(tokenizer.encode_documents)
+    batches = Rows(encoded, seq=seq, packing=packing, context=context).batch(batch)
+    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH)
+
+
+def too_small(batch: int, seq: int, found: str) -> UsageError:
+    return UsageError(
+        f"batch={batch} of seq={seq} is larger than the data: {found}. Choose a smaller batch or "
+        "seq, or more text."
+    )
+
+
+def unigram_loss(data: Data) -> float:
+    """Nats per token to validate on under the training part's frequencies, add-one smoothed."""
+    if data.train_tokens is None:
+        raise ValueError("The tokens to train on are streamed.")
+    counts = np.bincount(data.train_tokens, minlength=data.tokenizer.vocab_size) + 1
+    targets = data.valid.rows[:, 1:][data.valid.mask]
+    return float(-np.log(counts / counts.sum())[targets].mean())

@@ -1,20 +1,41 @@
 """A LLaMA in Flax NNX whose layers are stacked on a leading axis and run under `lax.scan`.
 
-Sizes in the suffixes of names: B batch, S sequence, D hidden, F intermediate, H heads, K size of a
-head, V vocabulary, L layers.
+Sizes in the suffixes of names: B batch, S sequence, C context (the length of a cache), D hidden,
+F intermediate, H heads, K size of a head, V vocabulary, L layers.
 """
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 import galore_optax
-from examples.flax_llama.config import LlamaConfig
+from examples.flax_llama.config import LlamaConfig, UsageError
 
 Params = dict[str, Any]
+
+
+def attention_implementation(config: LlamaConfig) -> Literal["xla", "cudnn"]:
+    """What computes attention on this machine: "xla", or the fused kernel of "cudnn".
+
+    Raises:
+      UsageError: `config.attention` is "cudnn", which cannot compute this model here.
+    """
+    device, head = jax.devices()[0], config.hidden // config.heads
+    needs = {
+        "an NVIDIA GPU of compute capability 8.0 or more": device.device_kind.startswith("NVIDIA")
+        and float(device.compute_capability) >= 8,
+        "dtype=bfloat16": config.dtype == "bfloat16",
+        "heads whose size is a multiple of 8, at most 128": head % 8 == 0 and head <= 128,
+    }
+    missing = [need for need, fulfilled in needs.items() if not fulfilled]
+    if config.attention == "cudnn" and missing:
+        raise UsageError(
+            f"attention='cudnn' needs {' and '.join(missing)}; here are {device.device_kind}, "
+            f"dtype={config.dtype} and heads of size {head}. attention='xla' runs everywhere."
+        )
+    return "xla" if config.attention == "xla" or missing else "cudnn"
 
 
 def linear(config: LlamaConfig, d_in: int, d_out: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -40,15 +61,59 @@ def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     )
 
 
-def rope(x_BxSxHxK: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding that pairs entry i of a head with entry i + K/2, as in HF LLaMA."""
-    S, K = x_BxSxHxK.shape[1], x_BxSxHxK.shape[3]
-    frequency = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
-    angle = jnp.arange(S, dtype=jnp.float32)[:, None, None] * frequency  # (S, 1, K/2)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+class Rotation(NamedTuple):
+    """Rotary position embedding of S positions, float32."""
+
+    cos_Sx1xK2: jax.Array
+    sin_Sx1xK2: jax.Array
+
+
+def rotation(position_S: jax.Array, head_size: int, theta: float) -> Rotation:
+    """Angles of the positions, computed once for the queries and keys of all layers."""
+    frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angle_Sx1xK2 = position_S.astype(jnp.float32)[:, None, None] * frequency
+    return Rotation(jnp.cos(angle_Sx1xK2), jnp.sin(angle_Sx1xK2))
+
+
+def rope(x_BxSxHxK: jax.Array, angles: Rotation) -> jax.Array:
+    """Rotates the pairs of entry i of a head and entry i + K/2, as in Hugging Face's LLaMA."""
+    cos, sin = angles
     a, b = jnp.split(x_BxSxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return rotated.astype(x_BxSxHxK.dtype)
+
+
+class Cache(NamedTuple):
+    """Keys, rotated, and values of the tokens so far.
+
+    That of a layer; the model's has a leading axis L on all three, so that `lax.scan` hands each
+    layer its own.
+    """
+
+    k_BxCxHxK: jax.Array
+    v_BxCxHxK: jax.Array
+    # Number of tokens so far, int32 scalar; what stands behind them is overwritten.
+    length: jax.Array
+
+    def append(self, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array) -> "Cache":
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, self.length, axis=1)
+
+        k, v = write(self.k_BxCxHxK, k_BxSxHxK), write(self.v_BxCxHxK, v_BxSxHxK)
+        return Cache(k, v, self.length + k_BxSxHxK.shape[1])
+
+    def causal_mask(self, queries: int) -> jax.Array:
+        """Which entries the last `queries` tokens attend to, bool (1, 1, queries, C)."""
+        position = self.length - queries + jnp.arange(queries)
+        return (jnp.arange(self.k_BxCxHxK.shape[1]) <= position[:, None])[None, None]
+
+
+def empty_cache(config: LlamaConfig, batch: int) -> Cache:
+    """The cache of a model that has seen nothing yet; it holds `config.max_seq` tokens."""
+    L, H = config.layers, config.heads
+    shape = (L, batch, config.max_seq, H, config.hidden // H)
+    zeros = jnp.zeros(shape, config.dtype)
+    return Cache(zeros, jnp.zeros_like(zeros), jnp.zeros(L, jnp.int32))
 
 
 class Attention(nnx.Module):
@@ -56,20 +121,35 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D = config.hidden
-        self.config = config
+        self.heads = config.heads
+        self.implementation = attention_implementation(config)
         self.q = linear(config, D, D, rngs)
         self.k = linear(config, D, D, rngs)
         self.v = linear(config, D, D, rngs)
         self.o = linear(config, D, D, rngs)
 
-    def __call__(self, x_BxSxD: jax.Array) -> jax.Array:
-        BxSxD, theta = x_BxSxD.shape, self.config.rope_theta
-        BxSxHxK = (*BxSxD[:2], self.config.heads, -1)
-        q_BxSxHxK = rope(self.q(x_BxSxD).reshape(BxSxHxK), theta)
-        k_BxSxHxK = rope(self.k(x_BxSxD).reshape(BxSxHxK), theta)
+    def __call__(
+        self, x_BxSxD: jax.Array, angles: Rotation, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        BxSxHxK = (*x_BxSxD.shape[:2], self.heads, -1)
+        q_BxSxHxK = rope(self.q(x_BxSxD).reshape(BxSxHxK), angles)
+        k_BxSxHxK = rope(self.k(x_BxSxD).reshape(BxSxHxK), angles)
         v_BxSxHxK = self.v(x_BxSxD).reshape(BxSxHxK)
-        out_BxSxHxK = jax.nn.dot_product_attention(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, is_causal=True)
-        return self.o(out_BxSxHxK.reshape(BxSxD))
+        if cache is None:
+            out_BxSxHxK = jax.nn.dot_product_attention(
+                q_BxSxHxK,
+                k_BxSxHxK,
+                v_BxSxHxK,
+                is_causal=True,
+                implementation=self.implementation,
+            )
+        else:
+            cache = cache.append(k_BxSxHxK, v_BxSxHxK)
+            mask = cache.causal_mask(queries=x_BxSxD.shape[1])
+            out_BxSxHxK = jax.nn.dot_product_attention(
+                q_BxSxHxK, cache.k_BxCxHxK, cache.v_BxCxHxK, mask=mask, implementation="xla"
+            )
+        return self.o(out_BxSxHxK.reshape(x_BxSxD.shape)), cache
 
 
 class Mlp(nnx.Module):
@@ -94,13 +174,20 @@ class Block(nnx.Module):
         self.mlp_norm = rms_norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x_BxSxD: jax.Array) -> jax.Array:
-        x_BxSxD = x_BxSxD + self.attention(self.attention_norm(x_BxSxD))
-        return x_BxSxD + self.mlp(self.mlp_norm(x_BxSxD))
+    def __call__(
+        self, x_BxSxD: jax.Array, angles: Rotation, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        attended_BxSxD, cache = self.attention(self.attention_norm(x_BxSxD), angles, cache)
+        x_BxSxD = x_BxSxD + attended_BxSxD
+        return x_BxSxD + self.mlp(self.mlp_norm(x_BxSxD)), cache
 
 
 class Llama(nnx.Module):
-    """Decoder-only transformer; `blocks` is one `Block` whose parameters have a leading axis L."""
+    """Decoder-only transformer; `blocks` is one `Block` whose parameters have a leading axis L.
+
+    Raises:
+      UsageError: `config.attention` cannot compute it on this machine.
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -108,7 +195,6 @@ class Llama(nnx.Module):
             config.vocab_size,
             config.hidden,
             embedding_init=nnx.initializers.normal(0.02),
-            dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
@@ -119,19 +205,44 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens_BxS: jax.Array) -> jax.Array:
         """Logits (B, S, V) of the token after each of `tokens_BxS`."""
-        graphdef, stacked = nnx.split(self.blocks)
+        return self.head(self.hidden(tokens_BxS))
 
-        def layer(x_BxSxD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, params)(x_BxSxD), None
+    def hidden(self, tokens_BxS: jax.Array) -> jax.Array:
+        """What the head makes logits of, (B, S, D) in `config.dtype`."""
+        return self._layers(tokens_BxS, None)[0]
 
-        x_BxSxD, _ = jax.lax.scan(layer, self.embed(tokens_BxS), stacked)
-        return self.head(self.norm(x_BxSxD))
+    def extend(self, tokens_BxS: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`hidden` of tokens that follow those in the cache, and the cache with them appended.
 
+        They must fit: what is beyond `config.max_seq` would overwrite the last entries.
+        """
+        return self._layers(tokens_BxS, cache)
 
-def next_token_losses(model: Llama, tokens_BxS1: jax.Array) -> jax.Array:
-    """Cross entropy in nats, float32 (B, S), of tokens 1..S of each row given those before."""
-    logits_BxSxV = model(tokens_BxS1[:, :-1]).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BxSxV, tokens_BxS1[:, 1:])
+    def _layers(self, tokens_BxS: jax.Array, cache: Cache | None) -> tuple[jax.Array, Any]:
+        config, (graphdef, stacked) = self.config, nnx.split(self.blocks)
+        start = 0 if cache is None else cache.length[0]
+        angles = rotation(
+            start + jnp.arange(tokens_BxS.shape[1]),
+            config.hidden // config.heads,
+            config.rope_theta,
+        )
+
+        def layer(x_BxSxD: jax.Array, inputs: tuple[nnx.State, Cache | None]):
+            params, layer_cache = inputs
+            return nnx.merge(graphdef, params)(x_BxSxD, angles, layer_cache)
+
+        # Products with kernels are kept for the backward pass, or with `remat` nothing is; all else
+        # (attention weights, activations, norms) takes longer to store than to compute again. The
+        # scan already keeps the compiler from merging the two computations.
+        policies = jax.checkpoint_policies
+        keep = (
+            policies.nothing_saveable if config.remat else policies.dots_with_no_batch_dims_saveable
+        )
+        layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+        # Cast after the look-up, so that the gradients of a token's rows add up in param_dtype.
+        x_BxSxD = self.embed(tokens_BxS).astype(config.dtype)
+        x_BxSxD, cache = jax.lax.scan(layer, x_BxSxD, (stacked, cache))
+        return self.norm(x_BxSxD), cache
 
 
 def stacked_matrices(params: Params) -> Params:

@@ -1,22 +1,53 @@
-"""The optimizers that a training run can name."""
+"""The optimizers and learning-rate schedules that a training run can name."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import galore_optax
-from examples.flax_llama.config import PRESETS, Config, UsageError
+from examples.flax_llama.config import Config, UsageError, one_of
 from examples.flax_llama.model import Params, dimension_numbers, stacked_matrices
+
+Optimizer = Callable[[Config, optax.Schedule], optax.GradientTransformation]
+
+
+def cosine(config: Config, updates: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(config.lr, updates, alpha=config.final_lr)
+
+
+def linear(config: Config, updates: int) -> optax.Schedule:
+    return optax.linear_schedule(config.lr, config.final_lr * config.lr, updates)
+
+
+def constant(config: Config, updates: int) -> optax.Schedule:
+    return optax.constant_schedule(config.lr)
+
+
+def wsd(config: Config, updates: int) -> optax.Schedule:
+    decay = round(config.cooldown * config.steps)
+    parts = [constant(config, updates - decay), linear(config, decay)]
+    return optax.join_schedules(parts, [updates - decay])
+
+
+# What follows the warm-up, over the number of updates that are left.
+SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd}
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to 10 %."""
-    warmup_steps = int(config.warmup * config.steps)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.lr, warmup_steps, config.steps, end_value=config.lr / 10
-    )
-    # Optax counts from 0; from 1, the first update is not void and the last one has the 10 %.
+    """Linear warm-up, then the schedule of that name.
+
+    Raises:
+      UsageError: there is none called `config.schedule`.
+    """
+    one_of("schedule", config.schedule, SCHEDULES)
+    warmup = int(config.warmup * config.steps)
+    rise = optax.linear_schedule(0.0, config.lr, max(warmup, 1))
+    rest = SCHEDULES[config.schedule](config, config.steps - warmup)
+    schedule = optax.join_schedules([rise, rest], [warmup])
+    # Optax counts from 0; from 1, the first update is not void and the last one ends the schedule.
     return lambda count: schedule(count + 1)
 
 
@@ -25,42 +56,116 @@ def not_norm(params: Params) -> Params:
 
 
 def adamw(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(schedule, weight_decay=config.weight_decay, mask=not_norm),
+    return optax.adamw(
+        schedule,
+        config.b1,
+        config.b2 or 0.999,
+        config.eps,
+        weight_decay=config.weight_decay,
+        mask=not_norm,
     )
 
 
-def galore_adamw(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return galore_optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        galore_optax.galore(
-            rank=config.rank or PRESETS[config.preset].hidden // 4,
+def adafactor(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """As in GaLore's experiments: no parameter scale, and no first moment unless asked for."""
+    return optax.chain(
+        # Neither of a matrix' two factors may run over the layers that it is stacked with.
+        optax.scale_by_factored_rms(min_dim_size_to_factor=config.layers + 1),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(config.momentum, debias=False) if config.momentum else optax.identity(),
+        optax.add_decayed_weights(config.weight_decay, not_norm),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def lion(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.lion(
+        schedule, config.b1, config.b2 or 0.99, weight_decay=config.weight_decay, mask=not_norm
+    )
+
+
+def sgd(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """With decoupled weight decay, like the others."""
+    return optax.chain(
+        optax.trace(config.momentum) if config.momentum else optax.identity(),
+        optax.add_decayed_weights(config.weight_decay, not_norm),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def in_galore(inner: Optimizer) -> Optimizer:
+    """The same optimizer, with the layers' matrices in the subspace of their gradients."""
+
+    def make(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+        return galore_optax.galore(
+            inner(config, schedule),
+            rank=config.rank,
             update_proj_gap=config.update_proj_gap,
             scale=config.scale,
+            projector=config.projector,
+            refresh=config.refresh,
+            stagger=config.stagger,
+            diagnostics=True,
             weight_dimension_numbers=dimension_numbers,
-        ),
-        optax.adamw(schedule, weight_decay=config.weight_decay, mask=not_norm),
-    )
+        )
+
+    return make
 
 
-OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], optax.GradientTransformation]] = {
-    "adamw": adamw,
-    "galore_adamw": galore_adamw,
-}
+PLAIN: dict[str, Optimizer] = {"adamw": adamw, "adafactor": adafactor, "lion": lion, "sgd": sgd}
+OPTIMIZERS = PLAIN | {f"galore_{name}": in_galore(inner) for name, inner in PLAIN.items()}
+
+# More than a run ever skips: `optax.apply_if_finite` applies what comes after that many.
+ALWAYS_SKIP = 2**30
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimizer of the whole model.
+    """The optimizer of the whole model, for a resolved configuration.
 
     Raises:
-      UsageError: there is none called `config.optimizer`.
+      UsageError: there is no optimizer, schedule or projector of that name.
     """
-    if config.optimizer not in OPTIMIZERS:
-        raise UsageError(
-            f"optimizer={config.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}."
-        )
-    return optax.chain(
-        OPTIMIZERS[config.optimizer](config, learning_rate(config)),
+    one_of("optimizer", config.optimizer, OPTIMIZERS)
+    try:
+        optimizer = OPTIMIZERS[config.optimizer](config, learning_rate(config))
+    except ValueError as error:
+        raise UsageError(f"optimizer={config.optimizer!r}: {error}") from error
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optimizer,
         optax.masked(optax.scale(config.matrix_lr_ratio), stacked_matrices),
     )
+    return optax.apply_if_finite(optimizer, ALWAYS_SKIP) if config.on_nan == "skip" else optimizer
+
+
+def field_of(state_type: str, field: str) -> Callable[[Any, Any], bool]:
+    """Filter of `optax.tree` functions: that field of the state of that name."""
+    key = optax.tree_utils.NamedTupleKey(state_type, field)
+    return lambda path, _: bool(path) and path[-1] == key
+
+
+def schedule_count(opt_state: Any) -> jax.Array:
+    """The count that the learning rate of the next update is computed from, int32 scalar."""
+    return optax.tree.get(opt_state, "count", filtering=field_of("ScaleByScheduleState", "count"))
+
+
+def skipped_updates(opt_state: Any) -> dict[str, jax.Array]:
+    """How many updates `on_nan="skip"` left out, and how many of them the last ones in a row."""
+    return {
+        "skipped": optax.tree.get(opt_state, "total_notfinite"),
+        "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
+    }
+
+
+def start_anew(new_state: Any, old_state: Any) -> Any:
+    """A new optimizer's state at the positions that an old one had got to.
+
+    The schedule goes on and GaLore counts on, which is to say that later refreshes fall on the
+    same updates as before; moments and subspaces are those of `new_state`.
+    """
+    count = schedule_count(old_state)
+    for state_type, field in (("ScaleByScheduleState", "count"), ("GaloreState", "step")):
+        filtering = field_of(state_type, field)
+        if optax.tree.get(new_state, field, filtering=filtering) is not None:
+            new_state = optax.tree.set(new_state, filtering, **{field: jnp.copy(count)})
+    return new_state

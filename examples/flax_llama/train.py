@@ -1,27 +1,53 @@
-"""Trains a LLaMA on the built-in text.
+"""Trains a LLaMA.
 
 python -m examples.flax_llama.train --preset 9m --optimizer galore_adamw --lr 0.01 --out runs/galore
+python -m examples.flax_llama.train --out runs/galore --resume
 """
 
+import contextlib
 import dataclasses
-import functools
-import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
-from tokenizers import Tokenizer
+from jax.experimental import multihost_utils
 
-from examples.flax_llama import data
-from examples.flax_llama.config import PRESETS, Config, UsageError
-from examples.flax_llama.model import Llama, Params, next_token_losses
-from examples.flax_llama.optimizers import learning_rate, make_optimizer
+from examples.flax_llama import run_log
+from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, last_settings
+from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.data import Data, open_data
+from examples.flax_llama.evaluate import make_evaluate
+from examples.flax_llama.model import Llama
+from examples.flax_llama.optimizers import make_optimizer, start_anew
+from examples.flax_llama.run_directory import (
+    SETTINGS,
+    SUBSPACE,
+    check_directory,
+    check_same,
+    config_of,
+    lock,
+    settings_of,
+    write_settings,
+)
 from examples.flax_llama.run_log import Record, RunLog
+from examples.flax_llama.step import (
+    State,
+    check_divides,
+    data_mesh,
+    make_update,
+    put_batch,
+    replicated,
+)
+from examples.flax_llama.tokenizer import Tokenizer
+
+RESUME = "python -m examples.flax_llama.train --resume --out "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,99 +56,248 @@ class Result:
 
     model: Llama
     tokenizer: Tokenizer
-    # One record per update: step (from 1), loss, lr, tokens_per_second.
+    # One record per update: step (from 1), loss, lr, grad_norm, update_norm, tokens,
+    # tokens_per_second, mfu or flops_per_second, and what `galore_optax.metrics` has.
     train: list[Record]
-    # One record per evaluation: step, valid_loss (nats per token), perplexity, bits_per_byte.
+    # One record per evaluation: step, valid_loss (nats per token), its standard_error, perplexity,
+    # and bits_per_byte where the bytes are known.
     valid: list[Record]
-
-
-def check_out(out: Path) -> None:
-    """Raises UsageError where writing to `out` could overwrite something."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"out={out} is not an empty directory: name another one or delete it.")
+    # Of device memory for an update, as XLA planned it; None where it does not tell.
+    update_bytes: int | None
 
 
 def train(config: Config) -> Result:
     """Trains one model; writes only if `config.out` is given, a directory that is new or empty.
 
+    With `config.resume` it goes on with the run that is there, to the same end, bit for bit, as if
+    there had been no interruption. SIGTERM or Ctrl-C saves a checkpoint and exits the program.
+
     Raises:
       UsageError: a setting cannot work; nothing has been written.
-      FloatingPointError: the loss is not finite any more.
+      FloatingPointError: the loss or a gradient is not finite any more; no checkpoint has it.
+      CheckpointError: a checkpoint could not be written.
     """
+    config = config.resolve()
     out = config.out
-    if out is not None:
-        check_out(out)
-    optimizer, schedule = make_optimizer(config), learning_rate(config)
-    corpus = data.load_corpus(config.tokenizer)
-    batches = data.train_batches(corpus.train, config.batch, config.seq, config.seed)
-    valid = data.valid_batches(corpus.valid, config.batch, config.seq)
-    shape = dataclasses.replace(
-        PRESETS[config.preset],
-        vocab_size=corpus.tokenizer.get_vocab_size(),
-        max_seq=config.seq,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
+    if out is not None and jax.process_index() == 0:
+        check_directory(out, resume=config.resume)
+    if out is not None and config.resume:
+        check_same(last_settings(out), config)
+    check_divides(config)
+    optimizer, mesh = make_optimizer(config), data_mesh()
+    dataset = open_dataset(config)
+    shape = config.shape(dataset.tokenizer.vocab_size)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
+
+    def initial_state() -> State:
+        params = nnx.to_pure_dict(nnx.state(Llama(shape, rngs=nnx.Rngs(config.seed)), nnx.Param))
+        return State(params, optimizer.init(params))
+
+    with contextlib.ExitStack() as stack:
+        stop, checkpoints, start = never, None, 0
+        if out is not None:
+            stop = stack.enter_context(stop_signals())
+            checkpoints = stack.enter_context(open_checkpoints(out, config, shape))
+            start = max(checkpoints.steps, default=0)
+        if checkpoints and start:
+            state = restore(checkpoints, start, config, initial_state, dataset, mesh)
+        else:
+            state = jax.jit(initial_state, out_shardings=replicated(mesh))()
+        log = stack.enter_context(open_log(config, shape, dataset.tokenizer, start))
+        # Compiled ahead, so that the tokens per second of the first update are those of an update.
+        example = put_batch(any_batch(config), config.accumulate, mesh)
+        update = make_update(config, graphdef, optimizer, mesh).lower(state, example).compile()
+        evaluate = make_evaluate(graphdef, mesh)
+        valid = dataset.valid.batches(config.batch // config.accumulate)
+        log.start_clock()
+        for step in range(start + 1, config.steps + 1):
+            batch = put_batch(next(dataset.train), config.accumulate, mesh)
+            state, metrics = update(state, batch)
+            log.update(step, metrics)
+            last, stopping, loss = step == config.steps, stop(step), None
+            if step % config.eval_every == 0 or last:
+                log.flush()
+                evaluation = evaluate(state.params, *valid)
+                loss = evaluation.loss
+                scores = {"valid_loss": loss, "standard_error": evaluation.standard_error}
+                log.evaluation({"step": step} | scores | dataset.valid.scores(loss))
+                log.start_clock()
+            if checkpoints and (
+                step % config.save_every == 0 or last or stopping or checkpoints.improves(loss)
+            ):
+                # First what may raise: an update that is not finite is never saved.
+                log.flush()
+                checkpoints.save(step, state, dataset.train, config, loss)
+                if stopping and not last:
+                    checkpoints.wait()
+                    print(f"Stopped after update {step}, which is saved. To go on:\n{RESUME}{out}")
+                    raise SystemExit(0)
+                log.start_clock()
+    model = nnx.merge(graphdef, state.params)
+    return Result(model, dataset.tokenizer, log.train, log.valid, planned_bytes(update))
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes of the arguments, results and temporary arrays of a program on one device."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
+
+
+def open_dataset(config: Config) -> Data:
+    """This process' part of the data."""
+    names = ("data", "valid_data", "tokenizer", "batch", "seq", "packing", "seed", "eval_tokens")
+    return open_data(
+        **{name: getattr(config, name) for name in names},
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        settings = {"train": dataclasses.asdict(config), "model": dataclasses.asdict(shape)}
-        (out / "config.json").write_text(json.dumps(settings, indent=2, default=str))
-        corpus.tokenizer.save(str(out / "tokenizer.json"))
 
-    graphdef, state = nnx.split(Llama(shape, rngs=nnx.Rngs(config.seed)), nnx.Param)
-    params = nnx.to_pure_dict(state)
-    opt_state = jax.jit(optimizer.init)(params)
 
-    def losses(params: Params, tokens_BxS1: jax.Array) -> jax.Array:
-        return next_token_losses(nnx.merge(graphdef, params), tokens_BxS1)
+def any_batch(config: Config) -> dict[str, np.ndarray]:
+    """A batch of this process, for its shape."""
+    rows = config.batch // jax.process_count()
+    return {
+        "tokens": np.zeros((rows, config.seq + 1), np.int32),
+        "mask": np.ones((rows, config.seq), bool),
+    }
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, opt_state, tokens_BxS1, count):
-        loss, grads = jax.value_and_grad(lambda p: losses(p, tokens_BxS1).mean())(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return params, opt_state, {"loss": loss, "lr": schedule(count)}
 
-    @jax.jit
-    def valid_sums(params, tokens_NxBxS1, mask_NxBxS):
-        """Summed losses (N,) of N batches, one after the other."""
-        return jax.lax.map(
-            lambda batch: jnp.sum(losses(params, batch[0]), where=batch[1]),
-            (tokens_NxBxS1, mask_NxBxS),
+@contextlib.contextmanager
+def open_checkpoints(out: Path, config: Config, shape: LlamaConfig) -> Iterator[Checkpoints]:
+    """The checkpoints in the run's directory, which is made, and kept from other processes."""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(out))
+            if not config.resume:
+                # Before anything else is there, so that it can be resumed however soon it ends.
+                write_settings(out, config, shape)
+        yield stack.enter_context(Checkpoints(out, keep=config.keep))
+
+
+def restore(
+    checkpoints: Checkpoints,
+    step: int,
+    config: Config,
+    initial_state: Callable[[], State],
+    dataset: Data,
+    mesh: jax.sharding.Mesh,
+) -> State:
+    """The state after `step` updates; moves the data to the batch after them."""
+    stored = config_of(checkpoints.settings(step))
+    anew = any(getattr(stored, name) != getattr(config, name) for name in SUBSPACE)
+    like = jax.eval_shape(initial_state)
+    if anew:
+        like = State(like.params, jax.eval_shape(make_optimizer(stored).init, like.params))
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), like
+    )
+    state = checkpoints.restore(step, like, dataset.train)
+    if anew:
+        init = jax.jit(make_optimizer(config).init, out_shardings=replicated(mesh))
+        state = State(state.params, start_anew(init(state.params), state.optimizer))
+    return state
+
+
+@contextlib.contextmanager
+def open_log(
+    config: Config, shape: LlamaConfig, tokenizer: Tokenizer, start: int
+) -> Iterator[RunLog]:
+    """The log of the run, on the first process, and what describes the run beside it."""
+    out = config.out if jax.process_index() == 0 else None
+    quiet = config.quiet or jax.process_index() > 0
+    if not quiet:
+        print(summary(config, shape, start))
+    with contextlib.ExitStack() as stack:
+        sinks = []
+        if out is not None:
+            tokenizer.save(out)
+            write_settings(out, config, shape)
+            if config.tensorboard:
+                sinks.append(stack.enter_context(run_log.tensorboard(out, start)))
+            if config.wandb:
+                settings = settings_of(config)
+                sinks.append(stack.enter_context(run_log.wandb(config.wandb, out, settings)))
+        yield stack.enter_context(
+            RunLog(
+                out,
+                start=start,
+                steps=config.steps,
+                flops_per_token=shape.flops_per_token,
+                sinks=sinks,
+                quiet=quiet,
+            )
         )
 
-    def evaluate(params: Params, step: int) -> Record:
-        sums = np.asarray(valid_sums(params, *valid), np.float64)
-        loss = float(sums.sum() / valid[1].sum())
-        return {"step": step, "valid_loss": loss, **corpus.scores(loss)}
 
-    # Compiled ahead, so that the tokens per second of the first update are those of an update.
-    compiled_update = update.lower(params, opt_state, batches[0], np.int32(0)).compile()
-    with RunLog(
-        out and out / "metrics.jsonl",
-        steps=config.steps,
-        tokens_per_step=config.batch * config.seq,
-        quiet=config.quiet,
-    ) as log:
-        for step in range(1, config.steps + 1):
-            count = np.int32(step - 1)
-            params, opt_state, metrics = compiled_update(
-                params, opt_state, batches[step - 1], count
-            )
-            log.update(step, metrics)
-            if step % config.eval_every == 0 or step == config.steps:
-                log.flush()
-                log.evaluation(evaluate(params, step))
-    if out is not None:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(out.absolute() / "checkpoint", params)
-    return Result(nnx.merge(graphdef, params), corpus.tokenizer, log.train, log.valid)
+def summary(config: Config, shape: LlamaConfig, start: int) -> str:
+    """What is about to be trained, in a few lines."""
+    rank = f", rank {config.rank}" if config.optimizer.startswith("galore") else ""
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    lines = [
+        f"LLaMA of {shape.num_params:,} parameters ({config.preset}), vocabulary "
+        f"{shape.vocab_size:,}; {shape.flops_per_token / 1e6:,.1f} MFLOP per token",
+        f"{config.optimizer}{rank}, peak learning rate {config.lr:g}; {config.steps:,} updates of "
+        f"{config.batch} x {config.seq} tokens, on {device}",
+    ]
+    if config.resume:
+        lines.append(f"Resuming after update {start}" if start else "No checkpoint yet: from 0")
+    return "\n".join(lines)
+
+
+def never(step: int) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Yields whether, by some update, SIGTERM or a first Ctrl-C has come; a second one kills."""
+    if jax.process_count() > 1:
+        # All must stop after the same update; JAX's own handler of SIGTERM sees to that.
+        yield multihost_utils.reached_preemption_sync_point
+    elif threading.current_thread() is not threading.main_thread():
+        yield never  # Python has signals in the main thread only
+    else:
+        received: list[int] = []
+        previous: dict[int, Any] = {}
+
+        def receive(number: int, _: object) -> None:
+            received.append(number)
+            signal.signal(number, previous[number])
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, receive)
+        try:
+            yield lambda step: bool(received)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def from_command_line(args: Sequence[str] | None = None) -> Config:
+    """The settings given; where a run is resumed, all others are its own."""
+    config = tyro.cli(Config, args=args)
+    if config.resume and config.out is not None and (config.out / SETTINGS).is_file():
+        stored = config_of(last_settings(config.out))
+        own = {"out": config.out, "resume": True, "new_subspace": False}
+        config = tyro.cli(Config, args=args, default=dataclasses.replace(stored, **own))
+    return config
+
+
+def hide_closed_loops(unraisable: Any) -> None:
+    """When a file cannot be written, Orbax' other writes complain that its event loop is closed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def main() -> None:
+    sys.unraisablehook = hide_closed_loops
     try:
-        result = train(tyro.cli(Config))
-    except UsageError as error:
+        result = train(from_command_line())
+    except (UsageError, CheckpointError, FloatingPointError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(" ".join(f"{name} {value:.4g}" for name, value in result.valid[-1].items()))
 

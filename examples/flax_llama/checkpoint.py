@@ -1,0 +1,229 @@
+"""Checkpoints of a run, written by Orbax while training goes on.
+
+Each holds the parameters, the optimizer's state, the position in the data, and the configuration.
+There is no generator of random numbers to save: initial weights and the order of the data are
+functions of the seed, which is in the configuration, and nothing else in training is random.
+"""
+
+import errno
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from orbax.checkpoint import checkpoint_managers
+
+from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.model import Llama
+from examples.flax_llama.run_directory import read_settings, settings_of
+from examples.flax_llama.step import State
+from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
+
+DIRECTORY = "checkpoints"
+
+# Orbax warns of options that are meant as they are, and logs the traceback of what it raises too.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+class Checkpoints:
+    """Context manager of the checkpoints of a run: the last `keep` ones and the best.
+
+    Leaving it waits until all are written.
+    """
+
+    def __init__(self, out: Path, *, keep: int = 1, read_only: bool = False):
+        def valid_loss(metrics: dict[str, float]) -> float:
+            return metrics["valid_loss"]
+
+        best = checkpoint_managers.BestN(
+            get_metric_fn=valid_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        policies = [checkpoint_managers.LatestN(keep), best]
+        self.path = out.absolute() / DIRECTORY
+        self._manager = ocp.CheckpointManager(
+            self.path,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=valid_loss,
+                best_mode="min",
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+            ),
+        )
+        self._writing: int | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            if error is None:
+                raise
+        finally:
+            self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """The numbers of updates after which there is a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def find(self, which: int | str) -> int:
+        """The number of updates of a checkpoint that is named by it, "last" or "best".
+
+        Raises:
+          UsageError: there is none.
+        """
+        named = {"last": self._manager.latest_step(), "best": self._manager.best_step()}
+        step = named.get(which, which) if isinstance(which, str) else which
+        if not isinstance(step, int) or step not in self.steps:
+            there = ", ".join(map(str, self.steps)) or "none"
+            raise UsageError(f"{self.path} has no checkpoint {which}: it has {there}.")
+        return step
+
+    def improves(self, valid_loss: float | None) -> bool:
+        """Whether a validation loss, if there is one, is lower than those of all checkpoints."""
+        if valid_loss is None:
+            return False
+        losses = [self._manager.metrics(step) for step in self.steps]
+        return all(valid_loss < loss["valid_loss"] for loss in losses if loss)
+
+    def save(
+        self,
+        step: int,
+        state: State,
+        batches: grain.DatasetIterator,
+        config: Config,
+        valid_loss: float | None = None,
+    ) -> None:
+        """Copies everything, then writes in the background; the next update may donate `state`.
+
+        Raises:
+          CheckpointError: this or an earlier one could not be written.
+        """
+        self.wait()
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            data=grain.checkpoint.CheckpointSave(batches),
+            settings=ocp.args.JsonSave(settings_of(config)),
+        )
+        finite = valid_loss is not None and math.isfinite(valid_loss)
+        metrics = {"valid_loss": valid_loss} if finite else None
+        self._writing = step
+        try:
+            self._manager.save(step, args=items, metrics=metrics)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+          CheckpointError: something could not be.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def settings(self, step: int) -> dict[str, Any]:
+        """The configuration a checkpoint was made with, as JSON."""
+        return self._restore(step, settings=ocp.args.JsonRestore())["settings"]
+
+    def restore(self, step: int, like: State, batches: grain.DatasetIterator) -> State:
+        """The state after `step` updates; moves `batches` to the batch after them.
+
+        Args:
+          step: of an existing checkpoint.
+          like: shapes, dtypes and shardings to restore to.
+          batches: of the same data.
+
+        Raises:
+          UsageError: the checkpoint cannot be read.
+        """
+        items = self._restore(
+            step,
+            params=ocp.args.StandardRestore(like.params),
+            optimizer=ocp.args.StandardRestore(like.optimizer),
+            data=grain.checkpoint.CheckpointRestore(batches),
+        )
+        return State(items["params"], items["optimizer"])
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """The parameters alone; otherwise as `restore`."""
+        return self._restore(step, params=ocp.args.StandardRestore(like))["params"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            others = [other for other in self.steps if other != step]
+            advice = (
+                f"To go on from update {others[-1]}, move that directory out of {self.path} first"
+                if others
+                else "There is no other checkpoint"
+            )
+            raise UsageError(
+                f"checkpoint {self.path / str(step)} cannot be read ({first_line(error)}). "
+                f"{advice}; nothing has been changed."
+            ) from error
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        full = os.strerror(errno.ENOSPC)
+        reason = "the disk is full" if full in str(error) else first_line(error)
+        whole = ", ".join(str(step) for step in self.steps if step != self._writing) or "none"
+        return CheckpointError(
+            f"the checkpoint after update {self._writing} could not be written to {self.path}: "
+            f"{reason}. Whole ones there: {whole}."
+        )
+
+
+def first_line(error: Exception) -> str:
+    """The beginning and the end of an error's first line, where the reason may be."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:80]} ... {line[-110:]}"
+
+
+def last_settings(out: Path) -> dict[str, Any]:
+    """The configuration of the last checkpoint of a run; of its start where there is none yet."""
+    if (out / DIRECTORY).is_dir():
+        with Checkpoints(out, read_only=True) as checkpoints:
+            if checkpoints.steps:
+                return checkpoints.settings(checkpoints.steps[-1])
+    return read_settings(out)["train"]
+
+
+def load_run(directory: Path, step: int | str = "last") -> tuple[Llama, Tokenizer]:
+    """The model, on one device, and the tokenizer of a run.
+
+    Args:
+      directory: the `out` of a run, which may go on meanwhile.
+      step: number of updates of a checkpoint; or "last", or "best" for the lowest validation loss.
+
+    Raises:
+      UsageError: there is no such run or checkpoint, or it cannot be read.
+    """
+    shape = LlamaConfig(**read_settings(directory)["model"])
+    abstract = nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract, nnx.Param)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(state)
+    )
+    if not (directory / DIRECTORY).is_dir():
+        raise UsageError(f"{directory} has no checkpoint yet.")
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        params = checkpoints.restore_params(checkpoints.find(step), like)
+    return nnx.merge(graphdef, params), load_tokenizer(directory)

@@ -1,0 +1,156 @@
+"""Perplexity of a trained LLaMA, with its standard error.
+
+python -m examples.flax_llama.evaluate --run runs/galore
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from examples.flax_llama.checkpoint import load_run
+from examples.flax_llama.config import UsageError, at_least_one
+from examples.flax_llama.data import open_data
+from examples.flax_llama.loss import token_losses
+from examples.flax_llama.model import Params
+from examples.flax_llama.run_directory import config_of, read_settings
+from examples.flax_llama.step import data_mesh, replicated
+from examples.flax_llama.tokenizer import load_tokenizer
+from examples.flax_llama.validation import Valid, open_valid
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Mean loss over some tokens."""
+
+    # Nats per token.
+    loss: float
+    # Of `loss`, from the spread between rows, since the tokens of one depend on each other.
+    standard_error: float
+    # Number of tokens predicted.
+    tokens: int
+
+
+def summarize(sums_R: np.ndarray, counts_R: np.ndarray) -> Evaluation:
+    """The mean over all tokens, from summed losses and numbers of tokens of each row.
+
+    The standard error is that of a ratio of two sums over rows drawn at random, linearized
+    (Cochran, Sampling Techniques, 1977, section 6.4); nan for a single row.
+    """
+    sums_R, counts_R = sums_R[counts_R > 0].astype(np.float64), counts_R[counts_R > 0]
+    rows, tokens = len(counts_R), int(counts_R.sum())
+    loss = float(sums_R.sum() / tokens)
+    squares = float(((sums_R - loss * counts_R) ** 2).sum())
+    error = math.sqrt(rows / (rows - 1) * squares) / tokens if rows > 1 else math.nan
+    return Evaluation(loss, error, tokens)
+
+
+def make_evaluate(
+    graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh
+) -> Callable[[Params, np.ndarray, np.ndarray], Evaluation]:
+    """Function of parameters, tokens (N, B, S + 1) and mask (N, B, S), the same on all processes.
+
+    The mask marks the targets that count. The N batches are computed one after the other, the rows
+    of one on all devices.
+    """
+    rows = PartitionSpec("data")
+
+    def of_device(params: Params, tokens_BxS1: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+        losses_BxS = token_losses(nnx.merge(graphdef, params), tokens_BxS1)
+        return jnp.sum(losses_BxS, axis=1, where=mask_BxS)
+
+    row_sums = jax.jit(
+        jax.shard_map(
+            of_device,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), rows, rows),
+            out_specs=rows,
+            check_vma=False,
+        ),
+        out_shardings=replicated(mesh),
+    )
+
+    def put(array: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, rows)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    def evaluate(params: Params, tokens_NxBxS1: np.ndarray, mask_NxBxS: np.ndarray) -> Evaluation:
+        pairs = zip(tokens_NxBxS1, mask_NxBxS, strict=True)
+        sums = [row_sums(params, put(tokens), put(mask)) for tokens, mask in pairs]
+        return summarize(np.concatenate(jax.device_get(sums)), mask_NxBxS.sum(axis=-1).reshape(-1))
+
+    return evaluate
+
+
+def valid_of_run(run: Path, data: str | None, tokens: int | None) -> Valid:
+    """The validation text of a run, or another one, in the run's tokens and rows."""
+    config = config_of(read_settings(run)["train"])
+    data = data or config.valid_data
+    rows = {"seq": config.seq, "packing": config.packing}
+    if data is not None:
+        return open_valid(data, load_tokenizer(run), num_tokens=tokens, **rows)
+    own = {"tokenizer": str(run), "batch": config.batch, "eval_tokens": tokens}
+    return open_data(config.data, **own, **rows).valid
+
+
+def evaluate(
+    run: Path,
+    data: str | None = None,
+    tokens: int | None = None,
+    step: str = "last",
+    batch: int = 16,
+) -> dict[str, float]:
+    """Perplexity of a trained LLaMA, with its standard error.
+
+    Args:
+      run: the --out directory of a training run.
+      data: text to evaluate on, all of it; of the kinds that can be trained on. By default, what
+        the run was validated on.
+      tokens: number of tokens to predict, exactly; all there are by default.
+      step: the checkpoint: "last", "best" for the lowest validation loss, or its number of updates.
+      batch: rows computed at a time, on each device.
+    """
+    at_least_one("batch", batch)
+    if tokens is not None:
+        at_least_one("tokens", tokens)
+    model, _ = load_run(run, int(step) if step.isdecimal() else step)
+    graphdef, params = nnx.split(model, nnx.Param)
+    mesh = data_mesh()
+    valid = valid_of_run(run, data, tokens)
+    result = make_evaluate(graphdef, mesh)(
+        jax.device_put(nnx.to_pure_dict(params), replicated(mesh)),
+        *valid.batches(batch * jax.device_count()),
+    )
+    scores = valid.scores(result.loss)
+    return {
+        "tokens": result.tokens,
+        "loss": result.loss,
+        "loss_standard_error": result.standard_error,
+        "perplexity": scores.pop("perplexity"),
+        # By the delta method: the derivative of exp(loss) is itself.
+        "perplexity_standard_error": math.exp(result.loss) * result.standard_error,
+        **scores,
+    }
+
+
+def main() -> None:
+    try:
+        scores = tyro.cli(evaluate)
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from None
+    for name in ("loss", "perplexity"):
+        print(f"{name:14} {scores[name]:.4f} +- {scores[f'{name}_standard_error']:.4f}")
+    if "bits_per_byte" in scores:
+        print(f"{'bits per byte':14} {scores['bits_per_byte']:.4f}")
+    print(f"{'tokens':14} {scores['tokens']:,}")
+
+
+if __name__ == "__main__":
+    main()

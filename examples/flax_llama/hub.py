@@ -1,0 +1,62 @@
+"""Documents of the Hugging Face hub, or of a local directory in its layout, by streaming."""
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from examples.flax_llama.config import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class HubShard:
+    """One shard of a streamed data set; a position is the state that `datasets` has after it."""
+
+    name: str
+    # A datasets.IterableDataset.
+    dataset: Any
+    index: int
+
+    def documents(self, position: Any = None) -> Iterator[tuple[str, Any]]:
+        # An object of its own for each pass, because it is what keeps the state.
+        shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
+        if position is not None:
+            shard.load_state_dict(position)
+        count = 0
+        try:
+            for example in shard:
+                text = example.get("text")
+                if not isinstance(text, str):
+                    raise UsageError(
+                        f"{self.name}: expected a string 'text' in every example, got "
+                        f"{ {name: str(value)[:40] for name, value in example.items()} }."
+                    )
+                yield text, shard.state_dict()
+                count += 1
+        except UsageError:
+            raise
+        # Whatever the network, pyarrow, fsspec or a decompressor raises.
+        except Exception as error:
+            raise UsageError(
+                f"{self.name}: shard {self.index}, {count} documents on, cannot be read: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def open_shards(data: str, split: str) -> list[HubShard]:
+    """The shards of "hf:NAME[:CONFIG[:SPLIT]]"; `split` is used where none is named."""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise UsageError(
+            f"data={data!r} needs the extra huggingface: pip install 'galore-optax[huggingface]'."
+        ) from error
+    name, config, named_split, *_ = [*data.removeprefix("hf:").split(":"), "", ""]
+    try:
+        dataset = datasets.load_dataset(
+            name, config or None, split=named_split or split, streaming=True
+        )
+    # Of a name, a configuration or a split that is not there, or a hub out of reach.
+    except (OSError, ValueError) as error:
+        raise UsageError(f"data={data!r}, split {named_split or split!r}: {error}") from error
+    return [HubShard(data, dataset, index) for index in range(dataset.num_shards)]

@@ -1,0 +1,140 @@
+"""One update, compiled: gradients of micro-batches, data parallel over a mesh, the optimizer.
+
+Sizes: K micro-batches, B sequences of a micro-batch, S tokens of a sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import galore_optax
+from examples.flax_llama.config import Config, UsageError
+from examples.flax_llama.loss import loss_sum
+from examples.flax_llama.model import Params
+from examples.flax_llama.optimizers import learning_rate, schedule_count, skipped_updates
+
+Metrics = dict[str, Any]
+
+
+class State(NamedTuple):
+    """What an update changes."""
+
+    params: Any
+    optimizer: Any
+
+
+class Batch(NamedTuple):
+    """The sequences of an update."""
+
+    tokens_KxBxS1: jax.Array
+    # The targets, tokens 1..S of each row, that count.
+    mask_KxBxS: jax.Array
+
+
+def data_mesh() -> jax.sharding.Mesh:
+    """All devices of all processes along one axis, "data"."""
+    return jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_divides(config: Config) -> None:
+    """Raises UsageError where the devices could not share each micro-batch equally."""
+    rows, devices = config.batch // config.accumulate, jax.device_count()
+    if rows % devices:
+        raise UsageError(
+            f"batch={config.batch} in accumulate={config.accumulate} micro-batches makes {rows} "
+            f"sequences each, which do not divide among {devices} devices: choose a multiple of "
+            f"{config.accumulate * devices}."
+        )
+
+
+def put_batch(batch: dict[str, np.ndarray], accumulate: int, mesh: jax.sharding.Mesh) -> Batch:
+    """This process' sequences of an update, on its devices, as its part of the whole batch."""
+    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    def put(rows: np.ndarray) -> jax.Array:
+        local = rows.reshape(accumulate, -1, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, local)
+
+    return Batch(put(batch["tokens"]), put(batch["mask"]))
+
+
+def make_gradients(
+    graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh
+) -> Callable[[Params, Batch], tuple[jax.Array, Params]]:
+    """Function of parameters and a batch: the mean loss of the targets, and its gradients.
+
+    Every device goes through its rows of one micro-batch after the other, and all are added up
+    over the devices once: sums over all targets, divided by their number, are the mean of one
+    big batch however its rows are split up and however many targets each has.
+    """
+
+    def of_device(params: Params, batch: Batch, targets: jax.Array) -> tuple[jax.Array, Params]:
+        def loss(params: Params, tokens_BxS1: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+            return loss_sum(nnx.merge(graphdef, params), tokens_BxS1, mask_BxS) / targets
+
+        if len(batch.tokens_KxBxS1) == 1:
+            micro = jax.tree.map(lambda x: x[0], batch)
+            return jax.lax.psum(jax.value_and_grad(loss)(params, *micro), "data")
+
+        def add(sums: Any, micro: Batch) -> tuple[Any, None]:
+            new = jax.value_and_grad(loss)(params, *micro)
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, new), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), (0.0, params))
+        total, gradients = jax.lax.psum(jax.lax.scan(add, zeros, batch)[0], "data")
+        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
+
+    rows = PartitionSpec(None, "data")
+    sharded = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        # The gradients are of this device's rows until the sum above, which the check forbids.
+        check_vma=False,
+    )
+
+    def gradients(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        return sharded(params, batch, jnp.maximum(batch.mask_KxBxS.sum(), 1))
+
+    return gradients
+
+
+def make_update(
+    config: Config,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> jax.stages.Wrapped:
+    """The jitted function from a state and a batch to the next state and metrics of the update.
+
+    The next state takes the memory of the one that is given.
+    """
+    gradients_of, schedule = make_gradients(graphdef, mesh), learning_rate(config)
+
+    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
+        loss, gradients = gradients_of(state.params, batch)
+        updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.params)
+        metrics = {
+            "loss": loss,
+            "lr": schedule(schedule_count(state.optimizer)),
+            "grad_norm": optax.tree.norm(gradients),
+            "update_norm": optax.tree.norm(updates),
+            "tokens": batch.mask_KxBxS.sum(),
+        }
+        metrics |= galore_optax.metrics(new_optimizer)
+        if config.on_nan == "skip":
+            metrics |= skipped_updates(new_optimizer)
+        return State(optax.apply_updates(state.params, updates), new_optimizer), metrics
+
+    return jax.jit(update, donate_argnums=0, out_shardings=replicated(mesh))

@@ -1,0 +1,197 @@
+"""Tokenizers behind one interface: bytes, byte-level BPE, any tokenizer.json, SentencePiece."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from examples.flax_llama.config import UsageError
+from examples.flax_llama.documents import Shard, sample
+
+END_OF_TEXT = "<|endoftext|>"
+# Names of the token that ends a document, in the families of tokenizers that are around.
+EOS_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+
+EXPECTED = (
+    'expected "bytes", "bpe:SIZE" with SIZE at least 256, a tokenizer.json, a SentencePiece '
+    ".model, or a directory with one of them."
+)
+
+# Characters of files or of the hub that "bpe:SIZE" is trained on.
+SAMPLE = 20_000_000
+# Texts encoded at a time: enough for all cores, and few enough for flat memory.
+ENCODE_BATCH = 64
+
+
+class Tokenizer(ABC):
+    """Turns texts into token ids and back.
+
+    Attributes:
+      vocab_size: one more than the largest id.
+      eos_id: the token that ends a document, None where there is none.
+      file_name: name of the file that `save` writes.
+    """
+
+    vocab_size: int
+    eos_id: int | None
+    file_name: str
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int32 (T,), with no token added at its start or end."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of some ids."""
+
+    @abstractmethod
+    def to_bytes(self) -> bytes:
+        """The contents of its file."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, int32 (T,)."""
+        return self.encode_batch([text])[0]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each document, ended by `eos_id` if there is one."""
+        end = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
+        return [np.append(ids, end) for ids in self.encode_batch(texts)]
+
+    def save(self, directory: Path) -> None:
+        """Writes the file that `load_tokenizer` finds in the directory."""
+        (directory / self.file_name).write_bytes(self.to_bytes())
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library, by the contents of a tokenizer.json."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, contents: str):
+        self._tokenizer = tokenizers.Tokenizer.from_str(contents)
+        # What a file may ask for; documents are cut and padded by the data pipeline alone.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A document that spells the name of a special token has not the token in it.
+        self._tokenizer.encode_special_tokens = True
+        vocab = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocab.values()) + 1
+        self.eos_id = next((vocab[name] for name in EOS_TOKENS if name in vocab), None)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        ids = []
+        for start in range(0, len(texts), ENCODE_BATCH):
+            some = list(texts[start : start + ENCODE_BATCH])
+            encodings = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
+            ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode(list(map(int, ids)))
+
+    def to_bytes(self) -> bytes:
+        return self._tokenizer.to_str().encode()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, by the contents of its file."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, contents: bytes):
+        self._contents = contents
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=contents)
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        ids = self._processor.encode(list(texts), out_type=int)
+        return [np.array(each, np.int32) for each in ids]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._processor.decode(list(map(int, ids)))
+
+    def to_bytes(self) -> bytes:
+        return self._contents
+
+
+def is_trained_here(spec: str) -> bool:
+    """Whether `train_tokenizer` makes this tokenizer, rather than `load_tokenizer`."""
+    return spec == "bytes" or spec.startswith("bpe:")
+
+
+def trained_size(spec: str) -> int:
+    """Vocabulary asked for by "bytes" or "bpe:SIZE"."""
+    if spec == "bytes":
+        return 256
+    match = re.fullmatch(r"bpe:(\d+)", spec)
+    if match is None or int(match[1]) < 256:
+        raise UsageError(f"tokenizer={spec!r}: {EXPECTED}")
+    return int(match[1])
+
+
+def train_tokenizer(texts: Iterable[str], spec: str, *, eos: bool) -> Tokenizer:
+    """Byte-level BPE of "bpe:SIZE"; of "bytes", which has no merges, and a token is a byte.
+
+    Args:
+      texts: to train on.
+      spec: "bytes" or "bpe:SIZE".
+      eos: add a token that ends documents: one of SIZE, and a 257th of "bytes".
+
+    Raises:
+      UsageError: it is neither.
+    """
+    special = [END_OF_TEXT] if eos else []
+    size = trained_size(spec) + (len(special) if spec == "bytes" else 0)
+    if size < 256 + len(special):
+        raise UsageError(
+            f"tokenizer={spec!r}: expected at least {256 + len(special)}, of all bytes and the "
+            "end of a document."
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator([] if spec == "bytes" else texts, trainer)
+    return JsonTokenizer(tokenizer.to_str())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, a SentencePiece .model, or a directory with either.
+
+    Raises:
+      UsageError: there is none, or the file is not one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = (JsonTokenizer.file_name, SentencePieceTokenizer.file_name)
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise UsageError(f"tokenizer={path}: expected {' or '.join(names)} in the directory.")
+        path = found[0]
+    if not path.is_file():
+        raise UsageError(f"tokenizer={str(path)!r}: there is no such file; {EXPECTED}")
+    try:
+        if path.suffix == ".json":
+            return JsonTokenizer(path.read_text(encoding="utf-8"))
+        if path.suffix == ".model":
+            return SentencePieceTokenizer(path.read_bytes())
+    # The two libraries raise bare Exception and RuntimeError.
+    except Exception as error:
+        raise UsageError(f"tokenizer={path} cannot be read as one: {error}") from error
+    raise UsageError(f"tokenizer={path}: expected a file called *.json or *.model.")
+
+
+def shard_tokenizer(spec: str, shards: Sequence[Shard], *, skip_held_out: bool) -> Tokenizer:
+    """The tokenizer of files or of the hub, trained on a sample if it is one to be trained."""
+    if not is_trained_here(spec):
+        return load_tokenizer(spec)
+    return train_tokenizer(sample(shards, SAMPLE, skip_held_out=skip_held_out), spec, eos=True)

@@ -1,0 +1,157 @@
+"""Tokenized documents: in memory, or in a directory that the tokenize command made.
+
+Such a directory holds `tokens.bin`, all documents one after the other; `ends.bin`, where each ends;
+`meta.json`; and the tokenizer's file.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from examples.flax_llama.config import UsageError
+from examples.flax_llama.documents import HELD_OUT
+from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
+
+META = "meta.json"
+TOKENS = "tokens.bin"
+ENDS = "ends.bin"
+DTYPES = ("uint16", "uint32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Documents as one array of tokens."""
+
+    # (T,) of an integer type.
+    ids: np.ndarray
+    # (D,) int64: the number of tokens up to the end of each document.
+    ends: np.ndarray
+    # Bytes of UTF-8 per token.
+    bytes_per_token: float
+
+    @classmethod
+    def join(cls, documents: list[np.ndarray], num_bytes: int) -> "Tokens":
+        """One array out of an array for each document, and the bytes of UTF-8 they have."""
+        ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
+        return cls(np.concatenate(documents), ends, num_bytes / int(ends[-1]))
+
+    def split(self) -> tuple["Tokens", "Tokens"]:
+        """The first documents, to train on, and the last ones, with about 5 % of the tokens.
+
+        Raises:
+          UsageError: the documents are too few.
+        """
+        held_out = int(np.searchsorted(self.ends, len(self.ids) * (1 - HELD_OUT))) + 1
+        if held_out >= len(self.ends):
+            raise UsageError(
+                f"The last of {len(self.ends)} documents has more than {HELD_OUT:.0%} of the "
+                "tokens: name other text to validate on with valid_data."
+            )
+        cut = self.ends[held_out - 1]
+        return (
+            Tokens(self.ids[:cut], self.ends[:held_out], self.bytes_per_token),
+            Tokens(self.ids[cut:], self.ends[held_out:] - cut, self.bytes_per_token),
+        )
+
+
+def is_tokenized(path: str) -> bool:
+    """Whether this is a directory that the tokenize command made."""
+    return (Path(path) / META).is_file()
+
+
+def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
+    """The tokens, as a memory map, and their tokenizer.
+
+    Raises:
+      UsageError: the directory is not what `write_tokens` wrote.
+    """
+    try:
+        meta = json.loads((directory / META).read_text())
+        dtype, count, documents = meta["dtype"], meta["tokens"], meta["documents"]
+        num_bytes = meta["bytes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{directory / META} is not of the tokenize command: {error!r}") from error
+    tokenizer = load_tokenizer(directory)
+    if dtype not in DTYPES or np.iinfo(dtype).max < tokenizer.vocab_size - 1:
+        raise UsageError(
+            f"{directory / META}: dtype={dtype!r} cannot hold the tokenizer's "
+            f"{tokenizer.vocab_size} ids: expected {smallest_dtype(tokenizer.vocab_size)}."
+        )
+    ids, ends = (
+        memory_map(directory / name, kind, size)
+        for name, kind, size in ((TOKENS, dtype, count), (ENDS, "int64", documents))
+    )
+    if ends[-1] != count:
+        raise UsageError(f"{directory / ENDS} is not of {TOKENS}: run the tokenize command again.")
+    return Tokens(ids, ends, num_bytes / count), tokenizer
+
+
+def smallest_dtype(vocab_size: int) -> str:
+    """The smaller type that holds all ids."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def memory_map(path: Path, dtype: str, count: int) -> np.ndarray:
+    """The array of a file that must have exactly `count` entries."""
+    size = path.stat().st_size if path.is_file() else 0
+    expected = count * np.dtype(dtype).itemsize
+    if size != expected or count < 1:
+        raise UsageError(
+            f"{path} has {size} bytes where {META} says {count} x {dtype}, {expected} bytes: "
+            "run the tokenize command again."
+        )
+    return np.memmap(path, dtype, mode="r")
+
+
+def check_new(path: Path) -> None:
+    """Raises UsageError where something would be overwritten."""
+    if path.exists():
+        raise UsageError(f"out={path} exists: name another one or delete it.")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write to that gets its name at the end, and disappears on an error."""
+    check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def write_tokens(directory: Path, groups: Iterable[list[str]], tokenizer: Tokenizer) -> Tokens:
+    """Writes documents, each ended by the tokenizer's `eos_id`, and returns them as a memory map.
+
+    Raises:
+      UsageError: the directory exists, a document cannot be read, or there are none; nothing is
+        left of the directory.
+    """
+    dtype = smallest_dtype(tokenizer.vocab_size)
+    tokens = documents = num_bytes = 0
+    with new_directory(directory) as partial:
+        with open(partial / TOKENS, "wb") as tokens_file, open(partial / ENDS, "wb") as ends_file:
+            for texts in groups:
+                encoded = tokenizer.encode_documents(texts)
+                ends = tokens + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
+                tokens_file.write(np.concatenate(encoded).astype(dtype).tobytes())
+                ends_file.write(ends.tobytes())
+                tokens = int(ends[-1])
+                documents += len(texts)
+                num_bytes += sum(len(text.encode()) for text in texts)
+        if tokens == 0:
+            raise UsageError("There are no documents to tokenize.")
+        meta = {"dtype": dtype, "tokens": tokens, "documents": documents, "bytes": num_bytes}
+        (partial / META).write_text(json.dumps(meta, indent=2) + "\n")
+        tokenizer.save(partial)
+    return load_tokens(directory)[0]

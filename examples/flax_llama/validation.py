@@ -1,0 +1,157 @@
+"""The tokens that a model is validated on: always the same, and each of them counts once."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from examples.flax_llama import documents
+from examples.flax_llama.config import UsageError
+from examples.flax_llama.rows import padded_rows
+from examples.flax_llama.tokenizer import Tokenizer
+from examples.flax_llama.tokens import Tokens, is_tokenized, load_tokens
+
+# Documents tokenized at a time: no more than a few too many are read.
+GROUP = 64
+# Of files and of the hub, so many tokens are taken by default: not all need fit into memory.
+DEFAULT_TOKENS = 1_000_000
+
+# Tokenized documents, with the bytes of UTF-8 that they have together.
+Group = tuple[list[np.ndarray], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Valid:
+    """Rows of tokens to validate on."""
+
+    # int32 (R, seq + 1).
+    rows: np.ndarray
+    # bool (R, seq): the targets that count.
+    mask: np.ndarray
+    # Bytes of UTF-8 per token.
+    bytes_per_token: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of targets that count."""
+        return int(self.mask.sum())
+
+    def batches(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """All rows in order, as int32 (N, batch, seq + 1) and masks, bool (N, batch, seq).
+
+        What it takes to fill the last batch is padding, and masked.
+        """
+        missing = -len(self.rows) % batch
+        rows, mask = (np.pad(x, ((0, missing), (0, 0))) for x in (self.rows, self.mask))
+        return rows.reshape(-1, batch, rows.shape[1]), mask.reshape(-1, batch, mask.shape[1])
+
+    def scores(self, loss: float) -> dict[str, float]:
+        """What a loss in nats per token is in other units."""
+        bits_per_byte = loss / math.log(2) / self.bytes_per_token
+        return {"perplexity": perplexity(loss), "bits_per_byte": bits_per_byte}
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss, infinite where that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def open_valid(
+    data: str, tokenizer: Tokenizer, *, seq: int, packing: bool = True, num_tokens: int | None
+) -> Valid:
+    """Rows of other text than the training data; arguments as of `open_data` and `read_valid`.
+
+    From the hub it is the split "validation", where `data` does not name one.
+    """
+    context = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    groups = open_groups(data, tokenizer, num_tokens)
+    return read_valid(groups, context, seq=seq, packing=packing, num_tokens=num_tokens)
+
+
+def open_groups(data: str, tokenizer: Tokenizer, num_tokens: int | None) -> Iterator[Group]:
+    """The documents of some data, tokenized, for `num_tokens` targets."""
+    if data == documents.BUILT_IN:
+        return encode_groups(documents.read_split()[1], tokenizer, num_tokens)
+    if not is_tokenized(data):
+        shards = documents.open_shards(data, split="validation")
+        return encode_groups(documents.texts(shards), tokenizer, num_tokens)
+    tokens, own = load_tokens(Path(data))
+    if own.to_bytes() != tokenizer.to_bytes():
+        raise UsageError(f"valid_data={data} was made by another tokenizer.")
+    return token_groups(tokens)
+
+
+def encode_groups(
+    texts: Iterable[str], tokenizer: Tokenizer, num_tokens: int | None
+) -> Iterator[Group]:
+    """Tokenizes documents as they are asked for; stops by itself where no number is given."""
+    tokens = 0
+    for group in documents.batched(texts, GROUP):
+        encoded = tokenizer.encode_documents(group)
+        yield encoded, sum(len(text.encode()) for text in group)
+        tokens += sum(map(len, encoded))
+        if num_tokens is None and tokens >= DEFAULT_TOKENS:
+            break
+
+
+def token_groups(tokens: Tokens) -> Iterator[Group]:
+    """The documents of an array, one by one."""
+    for ids in np.split(tokens.ids, tokens.ends[:-1]):
+        yield [ids], len(ids) * tokens.bytes_per_token
+
+
+def read_valid(
+    groups: Iterable[Group],
+    context: Sequence[int] | np.ndarray,
+    *,
+    seq: int,
+    packing: bool,
+    num_tokens: int | None,
+) -> Valid:
+    """The rows of the first `num_tokens` targets of some documents, of all by default.
+
+    Args:
+      groups: the documents, of which no more are read than it takes.
+      context: the token before the first one when packed; without one, that is no target.
+      seq: targets of a row.
+      packing: all documents are one text, a row's last token is the next one's first; else each
+        document is a row, cut or padded.
+      num_tokens: number of targets.
+
+    Raises:
+      UsageError: there are fewer targets, or none.
+    """
+    read: list[np.ndarray] = []
+    num_bytes, targets = 0.0, len(context) - 1 if packing else 0
+    for new, size in groups:
+        read += new
+        num_bytes += size
+        targets += sum(len(ids) if packing else min(len(ids) - 1, seq) for ids in new)
+        if num_tokens is not None and targets >= num_tokens:
+            break
+    if targets < (num_tokens or 1):
+        raise UsageError(
+            f"eval_tokens={num_tokens}: there are only {max(targets, 0)} tokens to validate on. "
+            "Of files, one document in twenty is kept for that; name other text with valid_data."
+        )
+    if packing:
+        rows, mask = covering_rows(np.concatenate([np.array(context, np.int32), *read]), seq)
+    else:
+        rows, mask = padded_rows(read, seq)
+    if num_tokens is not None:
+        mask &= np.cumsum(mask).reshape(mask.shape) <= num_tokens
+        # Rows of which nothing counts would cost time for nothing.
+        rows, mask = rows[mask.any(axis=1)], mask[mask.any(axis=1)]
+    return Valid(rows, mask, num_bytes / sum(map(len, read)))
+
+
+def covering_rows(tokens: np.ndarray, seq: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (R, seq + 1) and masks (R, seq) with every token but the first once as a target."""
+    targets = len(tokens) - 1
+    index = np.arange(-(-targets // seq))[:, None] * seq + np.arange(seq + 1)
+    return tokens[np.minimum(index, targets)].astype(np.int32), index[:, 1:] <= targets

@@ -1,0 +1,105 @@
+"""Runs of a tiny LLaMA on a tiny text, in this process and in others."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from examples.flax_llama.config import Config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def write_text(directory):
+    """JSON lines of a few hundred documents in which letters follow each other with a pattern."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), size=4)) for _ in range(20)]
+    documents = (" ".join(rng.choice(words, size=rng.integers(1, 40))) for _ in range(300))
+    path = directory / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return str(path)
+
+
+def tiny(data, **settings):
+    """Settings of a run that takes a second."""
+    shape = {"hidden": 16, "intermediate": 40, "layers": 2, "heads": 2, "rank": 4}
+    small = {"tokenizer": "bytes", "batch": 8, "seq": 20, "update_proj_gap": 8, "eval_tokens": 200}
+    shown = {"quiet": True, "tensorboard": False}
+    return Config(**shape | small | shown | {"data": data, "steps": 20, "lr": 0.03} | settings)
+
+
+def arguments(config):
+    """The command line that asks for a configuration."""
+    words = []
+    for name, value in vars(config).items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return words
+
+
+def start(*command, cache=None, devices=1):
+    """Starts Python in another process, on so many CPU devices, which caches what it compiles."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    if cache is not None:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, expected=0):
+    """Waits for a process, and returns what it printed."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == expected, output
+    return output
+
+
+def metrics(out):
+    """Records of a run without what depends on the machine's speed."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    speeds = ("tokens_per_second", "flops_per_second", "mfu")
+    return [{k: v for k, v in record.items() if k not in speeds} for record in records]
+
+
+def saved_arrays(out, step):
+    """All arrays of a checkpoint, by path, as NumPy reads them."""
+    arrays = {}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        for item in ("params", "optimizer"):
+            path = out.absolute() / "checkpoints" / str(step) / item
+            leaves = checkpointer.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
+            tree = checkpointer.restore(path, restore_args=as_numpy)
+            for key, leaf in jax.tree.leaves_with_path(tree):
+                arrays[f"{item}{jax.tree_util.keystr(key)}"] = leaf
+    return arrays
+
+
+def assert_same_end(one, other, step):
+    """Same metrics of every update and evaluation, and the same bits in the last checkpoint."""
+    assert metrics(one) == metrics(other)
+    left, right = saved_arrays(one, step), saved_arrays(other, step)
+    assert left.keys() == right.keys()
+    for path in left:
+        np.testing.assert_array_equal(left[path], right[path], err_msg=path)

@@ -1,0 +1,308 @@
+"""What a run's directory refuses, and what damaged or unfitting checkpoints come to."""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from flax_llama_runs import finish, metrics, saved_arrays, start, tiny, write_text
+
+from examples.flax_llama import checkpoint, run_directory, train
+from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, load_run
+from examples.flax_llama.config import UsageError
+from examples.flax_llama.evaluate import Evaluation
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A run with checkpoints after 4, 8 and 12 updates."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    config = tiny(text, steps=12, eval_every=4, update_proj_gap=3, keep=3, out=out)
+    return config, train.train(config)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of that run, to damage and to resume."""
+    config, _ = finished
+    shutil.copytree(config.out, tmp_path / "run")
+    return dataclasses.replace(config, out=tmp_path / "run", resume=True)
+
+
+def contents(directory):
+    return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def steps(config):
+    return sorted(int(path.name) for path in (config.out / "checkpoints").iterdir())
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(text, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.7, 2.6])
+    evaluations = {"standard_error": 0.1, "tokens": 9}
+
+    def make_evaluate(*_):
+        return lambda *_: Evaluation(loss=next(losses), **evaluations)
+
+    monkeypatch.setattr(train, "make_evaluate", make_evaluate)
+    out = tmp_path / "run"
+    config = tiny(text, optimizer="sgd", steps=10, eval_every=2, save_every=3, keep=2, out=out)
+    train.train(config)
+    # Saved: 3, 6, 9 as asked, 2 and 4 as the best so far, 10 as the last.
+    assert steps(config) == [4, 9, 10]
+    with Checkpoints(out, read_only=True) as checkpoints:
+        assert (checkpoints.find("best"), checkpoints.find("last")) == (4, 10)
+
+
+def test_the_final_checkpoint_is_the_trained_model(finished):
+    config, result = finished
+    model, tokenizer = load_run(config.out)
+    assert model.config == result.model.config
+    jax.tree.map(np.testing.assert_array_equal, params_of(model), params_of(result.model))
+    assert tokenizer.to_bytes() == result.tokenizer.to_bytes()
+    earlier, _ = load_run(config.out, 4)
+    expected = saved_arrays(config.out, 4)["params['norm']['scale']"]
+    np.testing.assert_array_equal(params_of(earlier)["norm"]["scale"], expected)
+    assert (expected != params_of(model)["norm"]["scale"]).any()
+
+
+@pytest.mark.parametrize("step", [5, "first"])
+def test_checkpoints_that_are_not_there_are_listed(finished, step):
+    config, _ = finished
+    with pytest.raises(UsageError, match=rf"no checkpoint {step}: it has 4, 8, 12"):
+        load_run(config.out, step)
+
+
+def test_what_is_no_run_is_refused(tmp_path, text):
+    with pytest.raises(UsageError, match=r"is not the directory of a run: it has no config.json"):
+        load_run(tmp_path)
+    with pytest.raises(UsageError, match="holds no run to resume: leave resume out"):
+        train.train(tiny(text, out=tmp_path, resume=True))
+
+
+def test_a_finished_run_is_resumed_to_its_end_at_once(copy, finished):
+    before = contents(copy.out / "checkpoints")
+    result = train.train(copy)
+    assert contents(copy.out / "checkpoints") == before
+    assert result.train == finished[1].train
+    assert result.valid == finished[1].valid
+
+
+def test_records_beyond_the_checkpoint_are_made_again_not_twice(copy, finished):
+    shutil.rmtree(copy.out / "checkpoints" / "12")
+    with open(copy.out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')  # as a run leaves it that is killed while writing
+    train.train(copy)
+    assert metrics(copy.out) == metrics(finished[0].out)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(copy, finished):
+    shutil.rmtree(copy.out / "checkpoints")
+    train.train(copy)
+    assert metrics(copy.out) == metrics(finished[0].out)
+
+
+@pytest.mark.parametrize("function", ["write_settings", "Checkpoints", "open_log"])
+def test_a_run_that_ends_while_it_starts_can_be_started_or_resumed(
+    text, tmp_path, monkeypatch, function
+):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    config = tiny(text, optimizer="sgd", steps=1, out=tmp_path / "run")
+    original = getattr(train, function)
+    monkeypatch.setattr(train, function, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config)
+    monkeypatch.setattr(train, function, original)
+    is_run = (config.out / "config.json").exists()
+    assert is_run == (function != "write_settings")
+    train.train(dataclasses.replace(config, resume=is_run))
+
+
+def hold(out, held, release):
+    with run_directory.lock(out):
+        held.set()
+        release.wait()
+
+
+def test_a_directory_in_use_is_refused_with_the_process_that_uses_it(copy):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(copy.out, held, release))
+    process.start()
+    try:
+        assert held.wait(60)
+        before = contents(copy.out)
+        for resume in (True, False):
+            with pytest.raises(UsageError, match=rf"run is in use by process {process.pid}\."):
+                train.train(dataclasses.replace(copy, resume=resume))
+        assert contents(copy.out) == before
+    finally:
+        release.set()
+        process.join()
+    train.train(copy)
+
+
+def test_a_run_is_locked_while_it_trains_and_no_longer(text, tmp_path, monkeypatch):
+    config = tiny(text, optimizer="sgd", steps=2, out=tmp_path / "run")
+    outcomes = []
+
+    def make_evaluate(*arguments):
+        with open(config.out / "lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                outcomes.append(file.read())
+        return original(*arguments)
+
+    original = train.make_evaluate
+    monkeypatch.setattr(train, "make_evaluate", make_evaluate)
+    train.train(config)
+    assert outcomes == [f"{os.getpid()}\n"]
+    with run_directory.lock(config.out):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.5}, r"of another configuration: lr was 0.03 and is 0.5\. "),
+        ({"steps": 24, "seed": 1}, "seed was 0 and is 1|steps was 12 and is 24"),
+        ({"rank": 5}, r"rank was 4 and is 5 \(new_subspace allows that\)"),
+        ({"optimizer": "adamw", "new_subspace": True}, "optimizer was 'galore_adamw' and is 'adam"),
+    ],
+)
+def test_another_configuration_is_refused_with_what_differs(copy, changes, message):
+    before = contents(copy.out)
+    with pytest.raises(UsageError, match=message):
+        train.train(dataclasses.replace(copy, **changes))
+    assert contents(copy.out) == before
+
+
+def test_settings_without_a_part_in_the_result_may_change(copy, finished):
+    shutil.rmtree(copy.out / "checkpoints" / "12")
+    changes = {"save_every": 1, "keep": 5, "quiet": False, "tensorboard": True}
+    train.train(dataclasses.replace(copy, **changes))
+    assert metrics(copy.out) == metrics(finished[0].out)
+    assert steps(copy) == [8, 9, 10, 11, 12]
+
+
+def test_a_new_subspace_keeps_parameters_data_and_schedule_alone(copy, finished):
+    shutil.rmtree(copy.out / "checkpoints" / "12")
+    result = train.train(dataclasses.replace(copy, rank=2, new_subspace=True, save_every=1, keep=9))
+    before, after = metrics(finished[0].out), metrics(copy.out)
+    rates = [[r["lr"] for r in records if "lr" in r] for records in (before, after)]
+    assert rates[0] == rates[1]
+    # The first update's loss and gradient are those of the same parameters on the same tokens.
+    ninth = [
+        next(r for r in records if r["step"] == 9 and "loss" in r) for records in (before, after)
+    ]
+    assert ninth[0]["loss"] == pytest.approx(ninth[1]["loss"], rel=1e-6)
+    assert ninth[0]["grad_norm"] == pytest.approx(ninth[1]["grad_norm"], rel=1e-5)
+    assert ninth[0]["update_norm"] != pytest.approx(ninth[1]["update_norm"], rel=1e-2)
+    saved = saved_arrays(copy.out, 9)
+    name = next(k for k in saved if "'mu'" in k and "down" in k)
+    assert saved[name].shape[-1] == 2 or saved[name].shape[-2] == 2
+    moments = saved_arrays(copy.out, 9)
+    counts = {k: int(v) for k, v in moments.items() if v.ndim == 0}
+    assert sorted(counts.values()) == [1, 9, 9]  # Adam's, the schedule's, GaLore's
+    assert json.loads((copy.out / "config.json").read_text())["train"]["rank"] == 2
+    # From here on it is a run of rank 2, whether new_subspace is repeated or not.
+    again = dataclasses.replace(copy, rank=2, new_subspace=True)
+    assert train.train(again).train == result.train
+
+
+def test_the_command_line_takes_what_is_not_given_from_the_run(copy):
+    given = ["--out", str(copy.out), "--resume"]
+    assert train.from_command_line(given) == dataclasses.replace(copy, resume=True).resolve()
+    assert train.from_command_line([*given, "--keep", "7"]).keep == 7
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer", "data", "settings"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(
+    copy, finished, item, damage
+):
+    broken = copy.out / "checkpoints" / "12"
+    if damage == "missing":
+        shutil.rmtree(broken / item)
+    else:
+        for path in (broken / item).rglob("*"):
+            if path.is_file():
+                os.truncate(path, path.stat().st_size // 2)
+    before = contents(copy.out)
+    message = (
+        rf"checkpoint {re.escape(str(broken))} cannot be read \(.+\)\. To go on from update 8, "
+        "move that directory out of .*checkpoints first; nothing has been changed"
+    )
+    with pytest.raises(UsageError, match=message):
+        train.train(copy)
+    assert contents(copy.out) == before
+    broken.rename(copy.out / "broken")
+    train.train(copy)
+    assert metrics(copy.out) == metrics(finished[0].out)
+
+
+def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(copy, monkeypatch):
+    shutil.rmtree(copy.out / "checkpoints" / "12")
+    before = contents(copy.out / "checkpoints")
+    config = dataclasses.replace(copy, save_every=1)
+    save = checkpoint.ocp.CheckpointManager.save
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
+    message = (
+        r"^the checkpoint after update 9 could not be written to .*: the disk is full\. Whole "
+    )
+    with pytest.raises(CheckpointError, match=message + r"ones there: 4, 8\.$"):
+        train.train(config)
+    assert contents(copy.out / "checkpoints") == before
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save)
+    train.train(config)
+
+
+LIMITED = """
+import resource, signal, sys
+from examples.flax_llama.train import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+main()
+"""
+
+
+def test_a_write_that_fails_in_the_background_is_one_line_too(copy):
+    shutil.rmtree(copy.out / "checkpoints" / "12")
+    before = contents(copy.out / "checkpoints")
+    output = finish(start("-c", LIMITED, "--out", copy.out, "--resume"), expected=1)
+    assert re.fullmatch(
+        r"error: the checkpoint after update 12 could not be written to .*File too large.*\. Whole "
+        r"ones there: 4, 8\.\n",
+        output,
+    )
+    now = contents(copy.out / "checkpoints")
+    assert {path: now[path] for path in before} == before
+    assert metrics(copy.out)[-1]["step"] == 12
+    train.train(copy)
+    assert steps(copy) == [4, 8, 12]

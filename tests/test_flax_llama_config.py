@@ -1,0 +1,132 @@
+"""Shapes and recipes against the published tables, and what a configuration refuses."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import tyro
+
+from examples.flax_llama.config import PRESETS, RECIPES, Config, LlamaConfig, UsageError
+
+# lr, rank, update_proj_gap, steps, batch, clip: of the paper, of its script, or a neighbour's.
+PUBLISHED = {
+    "60m": (0.01, 128, 200, 10_000, 512, 0.0),
+    "130m": (0.01, 256, 200, 20_000, 512, 0.0),
+    "250m": (0.01, 256, 200, 60_000, 512, 0.0),
+    "350m": (0.01, 256, 200, 60_000, 512, 0.0),
+    "1b": (0.01, 512, 200, 100_000, 512, 0.0),
+    "3b": (0.01, 512, 200, 100_000, 512, 0.0),
+    "7b": (0.005, 1024, 500, 150_000, 512, 1.0),
+}
+# Tokens of the published runs.
+TOKENS = {"60m": 1.1e9, "130m": 2.2e9, "1b": 13.1e9, "7b": 19.7e9}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_preset_is_resolved_to_the_published_recipe(preset):
+    config = Config(preset=preset).resolve()
+    names = ("lr", "rank", "update_proj_gap", "steps", "batch", "clip")
+    assert tuple(getattr(config, name) for name in names) == PUBLISHED[preset]
+    assert (config.scale, config.warmup, config.schedule, config.final_lr) == (
+        *(0.25, 0.1),
+        *("cosine", 0.1),
+    )
+    assert (config.weight_decay, config.seq) == (0.0, 256)
+    tokens = config.steps * config.batch * config.seq
+    assert tokens == pytest.approx(TOKENS.get(preset, tokens), rel=0.2)
+
+
+def test_small_presets_have_a_quarter_of_the_hidden_size_as_rank():
+    for preset in PRESETS.keys() - PUBLISHED.keys():
+        assert Config(preset=preset).resolve().rank == PRESETS[preset].hidden // 4
+    assert PRESETS.keys() == RECIPES.keys()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_the_shape_of_its_name(preset):
+    shape = Config(preset=preset).resolve().shape(32_000)
+    assert shape == PRESETS[preset]
+    millions = float(preset[:-1]) * (1000 if preset.endswith("b") else 1)
+    assert shape.num_params / 1e6 == pytest.approx(millions, rel=0.35)
+
+
+def test_what_is_given_goes_before_the_preset():
+    config = Config(preset="60m", lr=0.5, hidden=64, heads=4, steps=30, clip=0.0).resolve()
+    assert (config.lr, config.hidden, config.heads, config.steps) == (0.5, 64, 4, 30)
+    assert (config.layers, config.rank, config.eval_every, config.save_every) == (8, 16, 3, 3)
+    assert config.resolve() == config
+    assert None not in [
+        getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in {"vocab_size", "valid_data", "tokenizer", "eval_tokens", "b2"}
+        and field.name not in {"out", "wandb"}
+    ]
+
+
+def test_flops_are_six_for_each_entry_that_multiplies_and_attention():
+    shape = LlamaConfig(hidden=8, intermediate=20, layers=3, heads=2, vocab_size=50, max_seq=16)
+    matrices = 3 * (4 * 8 * 8 + 3 * 8 * 20) + 8 * 50
+    # Scores and weighted values: two products of (S, head) and (S, S) for each head, done three
+    # times (once forward, twice backward), two operations each.
+    attention = 3 * 3 * 2 * 2 * 2 * (16 * 16 * 4)
+    assert shape.flops_per_token == 6 * matrices + attention / 16
+    assert shape.num_params == matrices + 8 * 50 + 7 * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "8m"}, "preset='8m': expected one of 9m, 20m"),
+        ({"dtype": "float16"}, "dtype='float16': expected one of float32, bfloat16"),
+        ({"attention": "flash"}, "attention='flash': expected one of auto, xla, cudnn"),
+        ({"on_nan": "ignore"}, "on_nan='ignore': expected one of stop, skip"),
+        ({"rank": 128}, "rank=128: expected 1 to 127, less than the hidden size 128"),
+        ({"rank": 0}, "rank=0: expected 1 to 127"),
+        ({"hidden": 12, "heads": 4}, "hidden=12 does not divide into heads=4"),
+        ({"layers": 0}, "layers=0: expected at least 1"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"eval_every": 0}, "eval_every=0: expected at least 1"),
+        ({"save_every": -1}, "save_every=-1: expected at least 1"),
+        ({"keep": 0}, "keep=0: expected at least 1"),
+        ({"eval_tokens": 0}, "eval_tokens=0: expected at least 1"),
+        ({"accumulate": 0}, "accumulate=0: expected at least 1"),
+        ({"batch": 16, "accumulate": 3}, "batch=16 does not divide into accumulate=3"),
+        ({"lr": -1.0}, "lr=-1.0: expected a positive number"),
+        ({"scale": math.inf}, "scale=inf: expected a positive number"),
+        ({"clip": math.nan}, "clip=nan: expected 0 or more"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1: expected 0 or more"),
+        ({"warmup": 1.0}, "warmup=1.0: expected 0 <= warmup < 1"),
+        ({"b2": 1.0}, "b2=1.0: expected 0 <= b2 < 1"),
+        ({"final_lr": 1.5}, "final_lr=1.5: expected 0 <= final_lr <= 1"),
+        (
+            {"schedule": "wsd", "warmup": 0.5, "cooldown": 0.6},
+            "warmup=0.5 and cooldown=0.6 are more than all updates",
+        ),
+        ({"resume": True}, "resume needs the directory of the run"),
+        ({"wandb": "project"}, "wandb needs the directory of the run"),
+        ({"out": "runs/x", "new_subspace": True}, "new_subspace .* needs resume"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        Config(**settings).resolve()
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
+    config = Config(vocab_size=300).resolve()
+    assert config.shape(300).vocab_size == config.shape(256).vocab_size == 300
+    assert Config().resolve().shape(257).vocab_size == 257
+    with pytest.raises(UsageError, match=r"vocab_size=300 is smaller than the 301 tokens"):
+        config.shape(301)
+
+
+def test_help_explains_every_setting_and_names_all_presets(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(Config, args=["--help"])
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for field in dataclasses.fields(Config):
+        option = re.escape(f"--{field.name.replace('_', '-')}")
+        assert re.search(rf"{option}[ ,][^()]*\w+ \w+ \w+", shown), field.name
+    assert all(f"{preset}" in shown for preset in PRESETS)
+    assert "adamw wants about" in shown

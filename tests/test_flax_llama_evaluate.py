@@ -1,0 +1,123 @@
+"""Perplexity and its standard error against loops, formulas and the bootstrap."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from flax_llama_runs import finish, start, tiny, write_text
+
+from examples.flax_llama import evaluate, train
+from examples.flax_llama.checkpoint import load_run
+from examples.flax_llama.config import UsageError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    config = tiny(text, optimizer="adamw", out=tmp_path_factory.mktemp("runs") / "run")
+    return config, train.train(config)
+
+
+def losses_of(out, valid):
+    """Loss of each token that counts, by row, as the model's own logits give it."""
+    model, _ = load_run(out)
+    forward = nnx.jit(lambda model, tokens: model(tokens))
+    rows = []
+    for row, mask in zip(valid.rows, valid.mask, strict=True):
+        log_p = np.asarray(jax.nn.log_softmax(forward(model, row[None, :-1])[0]))
+        rows.append(-log_p[np.arange(len(mask)), row[1:]][mask])
+    return rows
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 16), (19, 3), (20, 16), (173, 7)])
+def test_loss_is_the_mean_over_exactly_so_many_tokens(run, tokens, batch):
+    config, _ = run
+    scores = evaluate.evaluate(config.out, tokens=tokens, batch=batch)
+    valid = train.open_dataset(dataclasses.replace(config, eval_tokens=tokens)).valid
+    losses = np.concatenate(losses_of(config.out, valid))
+    assert scores["tokens"] == len(losses) == tokens
+    assert scores["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+    bits = losses.mean() / math.log(2) / valid.bytes_per_token
+    assert scores["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_evaluation_repeats_what_training_found(run):
+    config, result = run
+    scores = evaluate.evaluate(config.out, tokens=config.eval_tokens)
+    last = result.valid[-1]
+    assert scores["loss"] == pytest.approx(last["valid_loss"], rel=1e-6)
+    assert scores["loss_standard_error"] == pytest.approx(last["standard_error"], rel=1e-4)
+    assert scores["perplexity_standard_error"] == pytest.approx(
+        scores["perplexity"] * scores["loss_standard_error"]
+    )
+
+
+def test_other_text_is_evaluated_whole(run, tmp_path):
+    config, _ = run
+    (tmp_path / "other.txt").write_text("abcd efgh " * 37)
+    scores = evaluate.evaluate(config.out, data=str(tmp_path / "other.txt"))
+    # Its bytes and the end of the document, with an end of a document as the first context.
+    assert scores["tokens"] == 371
+
+
+def test_standard_error_is_that_of_equal_rows_in_the_textbook_case():
+    sums = np.random.default_rng(0).normal(80.0, 9.0, size=50)
+    result = evaluate.summarize(sums, np.full(50, 20))
+    assert result.loss == pytest.approx(sums.mean() / 20)
+    assert result.standard_error == pytest.approx(np.std(sums / 20, ddof=1) / math.sqrt(50))
+    assert result.tokens == 1000
+
+
+def test_standard_error_is_that_of_resampled_rows_of_unequal_lengths():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 40, size=200)
+    sums = counts * (3 + 0.5 * rng.standard_normal(200)) + 0.02 * counts**2
+    result = evaluate.summarize(sums, counts)
+    picks = rng.integers(200, size=(4000, 200))
+    bootstrap = (sums[picks].sum(axis=1) / counts[picks].sum(axis=1)).std()
+    assert result.standard_error == pytest.approx(bootstrap, rel=0.05)
+
+
+def test_rows_without_targets_count_for_nothing():
+    sums, counts = np.array([3.0, 8.0, 0.0, 5.0]), np.array([1, 4, 0, 2])
+    assert evaluate.summarize(sums, counts) == evaluate.summarize(
+        sums[counts > 0], counts[counts > 0]
+    )
+    assert math.isnan(evaluate.summarize(sums[:1], counts[:1]).standard_error)
+
+
+def test_many_devices_find_what_one_does(run, tmp_path):
+    config, _ = run
+    command = ("-m", "examples.flax_llama.evaluate", "--run", config.out, "--tokens", 173)
+    output = finish(start(*command, "--batch", 2, devices=8))
+    scores = evaluate.evaluate(config.out, tokens=173)
+    assert f"loss           {scores['loss']:.4f} +- {scores['loss_standard_error']:.4f}" in output
+    assert f"perplexity     {scores['perplexity']:.4f}" in output
+    assert "tokens         173\n" in output
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens": 0}, "tokens=0: expected at least 1"),
+        ({"batch": 0}, "batch=0: expected at least 1"),
+        ({"step": "7"}, "no checkpoint 7: it has"),
+        ({"step": "worst"}, "no checkpoint worst: it has"),
+        ({"tokens": 10**9}, "there are only"),
+        ({"data": "missing.txt"}, "missing.txt"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(run, settings, message):
+    config, _ = run
+    with pytest.raises(UsageError, match=message):
+        evaluate.evaluate(config.out, **settings)

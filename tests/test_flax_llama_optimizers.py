@@ -1,0 +1,235 @@
+"""Every optimizer against Optax, and the schedules against their formulas."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_optax
+from examples.flax_llama import optimizers
+from examples.flax_llama.config import Config, UsageError
+from examples.flax_llama.model import dimension_numbers
+
+STEPS, LR = 10, 0.02
+
+
+def config(**settings):
+    shape = {"hidden": 16, "intermediate": 40, "layers": 2, "heads": 2, "rank": 4, "clip": 0.0}
+    return Config(**shape | {"steps": STEPS, "lr": LR, "update_proj_gap": 2} | settings).resolve()
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Paths and stacking of a model's parameters, few of them so that compilation is quick."""
+    rng = np.random.default_rng(100)
+
+    def leaf(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    return {
+        "embed": {"embedding": leaf(30, 8)},
+        "blocks": {
+            "mlp": {"down": {"kernel": leaf(2, 12, 8)}, "up": {"kernel": leaf(2, 8, 12)}},
+            "mlp_norm": {"scale": leaf(2, 8)},
+        },
+        "head": {"kernel": leaf(8, 30)},
+    }
+
+
+def gradients_at(params, step):
+    rng = np.random.default_rng(step)
+    return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+
+
+def trajectory(tx, params, steps=3):
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(steps):
+        updates, state = update(gradients_at(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def constant(**settings):
+    return config(schedule="constant", warmup=0.0, **settings)
+
+
+def mask(params):
+    names = {"scale"}
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in names, params)
+
+
+PLAIN = {
+    "adamw": optax.adamw(LR, 0.8, 0.95, 1e-6, weight_decay=0.1, mask=mask),
+    "lion": optax.lion(LR, 0.8, 0.95, weight_decay=0.1, mask=mask),
+    "sgd": optax.chain(
+        optax.trace(0.7), optax.add_decayed_weights(0.1, mask), optax.scale_by_learning_rate(LR)
+    ),
+    # Optax does not multiply Adafactor's decay by the learning rate.
+    "adafactor": optax.adafactor(
+        LR,
+        min_dim_size_to_factor=3,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=0.1 * LR,
+        weight_decay_mask=mask,
+    ),
+}
+SETTINGS = {"weight_decay": 0.1, "b1": 0.8, "b2": 0.95, "eps": 1e-6}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("in_galore", [False, True])
+def test_an_optimizer_is_that_of_optax(params, name, in_galore):
+    settings = SETTINGS | ({"momentum": 0.7} if name == "sgd" else {})
+    expected = PLAIN[name]
+    if in_galore:
+        expected = galore_optax.galore(
+            expected, rank=4, update_proj_gap=2, weight_dimension_numbers=dimension_numbers
+        )
+    chosen = f"galore_{name}" if in_galore else name
+    tx = optimizers.make_optimizer(constant(optimizer=chosen, **settings))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        trajectory(tx, params),
+        trajectory(expected, params),
+    )
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_decay_moves_everything_but_the_norms(params, name):
+    plain, decayed = (
+        trajectory(
+            optimizers.make_optimizer(constant(optimizer=name, weight_decay=decay)), params, 1
+        )
+        for decay in (0.0, 0.5)
+    )
+    expected = jax.tree.map(lambda p, m: -LR * 0.5 * p if m else 0 * p, params, mask(params))
+    jax.tree.map(
+        lambda a, b, e: np.testing.assert_allclose(a - b, e, atol=1e-6), decayed, plain, expected
+    )
+
+
+def test_galore_projects_the_stacked_kernels_alone(params):
+    state = optimizers.make_optimizer(config(optimizer="galore_adamw")).init(params)
+    subspace = optax.tree.get(state, "subspace")
+    paths = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree.leaves_with_path((subspace.left, subspace.right))
+    }
+    assert paths == {
+        "0/blocks/mlp/up/kernel": (2, 8, 4),
+        "1/blocks/mlp/down/kernel": (2, 8, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"projector": "power_iteration"}, {"projector": "power_iteration"}),
+        ({"stagger": True, "update_proj_gap": 3}, {"stagger": True, "update_proj_gap": 3}),
+        ({"refresh": "lazy"}, {"refresh": "lazy"}),
+    ],
+)
+def test_subspaces_are_chosen_how_and_when_the_settings_say(params, settings, options):
+    expected = galore_optax.galore(
+        optax.adamw(LR),
+        **{"rank": 4, "update_proj_gap": 2, "weight_dimension_numbers": dimension_numbers}
+        | {"diagnostics": True, **options},
+    )
+    tx = optimizers.make_optimizer(constant(optimizer="galore_adamw", **settings))
+    states = tx.init(params), expected.init(params)
+    updates = jax.jit(tx.update), jax.jit(expected.update)
+    for step in range(5):
+        gradients = gradients_at(params, step)
+        states = [u(gradients, s, params)[1] for u, s in zip(updates, states, strict=True)]
+    one, other = (optax.tree.get(state, "subspace") for state in states)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
+
+
+def test_gradients_are_clipped_before_everything_else_and_zero_does_not_clip(params):
+    unclipped = trajectory(optimizers.make_optimizer(constant(optimizer="sgd")), params, 1)
+    gradients = gradients_at(params, 0)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)))
+    clipped = trajectory(optimizers.make_optimizer(constant(optimizer="sgd", clip=2.0)), params, 1)
+    jax.tree.map(
+        lambda p, a, b, g: (
+            np.testing.assert_allclose(p - a, LR * g, atol=1e-6),
+            np.testing.assert_allclose(p - b, LR * g * 2 / norm, atol=1e-6),
+        ),
+        *(params, unclipped, clipped, gradients),
+    )
+
+
+def fraction(schedule, k, warmup):
+    """Of the peak, at the k-th of 10 updates."""
+    if k <= warmup:
+        return k / warmup
+    progress = (k - warmup) / (STEPS - warmup)
+    return {
+        "cosine": 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - 0.9 * progress,
+        "constant": 1.0,
+        "wsd": 1 - 0.9 * max(0, k - 6) / 4,
+    }[schedule]
+
+
+@pytest.mark.parametrize("schedule", optimizers.SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_schedules_rise_to_the_peak_and_end_at_the_last_update(schedule, warmup):
+    rate = optimizers.learning_rate(
+        config(schedule=schedule, warmup=warmup / STEPS, cooldown=0.4, final_lr=0.1)
+    )
+    expected = [LR * fraction(schedule, k, warmup) for k in range(1, STEPS + 1)]
+    np.testing.assert_allclose([rate(count) for count in range(STEPS)], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore_adamw"])
+def test_an_update_that_is_not_finite_is_skipped_whole(params, name):
+    tx = optimizers.make_optimizer(config(optimizer=name, on_nan="skip"))
+    state, update = tx.init(params), jax.jit(tx.update)
+    _, state = update(gradients_at(params, 0), state, params)
+    bad = gradients_at(params, 1)
+    bad["head"]["kernel"] = bad["head"]["kernel"].at[3, 2].set(jnp.nan)
+    updates, after = update(bad, state, params)
+    assert all((np.asarray(u) == 0).all() for u in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
+    assert optimizers.schedule_count(after) == 1
+    assert optimizers.skipped_updates(after) == {"skipped": 1, "skipped_in_a_row": 1}
+    _, after = update(gradients_at(params, 2), after, params)
+    assert optimizers.schedule_count(after) == 2
+    assert optimizers.skipped_updates(after) == {"skipped": 1, "skipped_in_a_row": 0}
+
+
+def test_a_state_started_anew_keeps_its_positions_alone(params):
+    old_tx = optimizers.make_optimizer(config(rank=4))
+    old, update = old_tx.init(params), jax.jit(old_tx.update)
+    for step in range(5):
+        _, old = update(gradients_at(params, step), old, params)
+    tx = optimizers.make_optimizer(config(rank=3))
+    fresh = tx.init(params)
+    state = optimizers.start_anew(fresh, old)
+    assert optimizers.schedule_count(state) == optax.tree.get(state, "step") == 5
+    assert optimizers.schedule_count(fresh) == 0
+    for name in ("mu", "nu", "subspace"):
+        before, after = optax.tree.get(fresh, name), optax.tree.get(state, name)
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+    _, state = jax.jit(tx.update)(gradients_at(params, 5), state, params)
+    due = optax.tree.get(state, "subspace").due["blocks"]["mlp"]["down"]["kernel"]
+    # Chosen at once, and again when the run would have: at multiples of the gap, 2.
+    np.testing.assert_array_equal(due, [6, 6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "adam"}, "optimizer='adam': expected one of adamw, adafactor, lion, sgd, g"),
+        ({"schedule": "step"}, "schedule='step': expected one of cosine, linear, constant, wsd"),
+        ({"projector": "none"}, "projector must be one of svd"),
+        ({"refresh": "never"}, "refresh"),
+    ],
+)
+def test_unknown_names_list_what_there_is(settings, message):
+    with pytest.raises(UsageError, match=message):
+        optimizers.make_optimizer(config(**settings))

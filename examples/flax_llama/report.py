@@ -1,0 +1,312 @@
+"""What a comparison of optimizers found: a table in Markdown, and its pictures."""
+
+import dataclasses
+import math
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+from examples.flax_llama.config import Config
+from examples.flax_llama.plot import STYLE, Curves, draw_losses, read_metrics
+from examples.flax_llama.run_directory import settings_of
+from examples.flax_llama.validation import perplexity
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that has ended."""
+
+    # Of its directory.
+    name: str
+    optimizer: str
+    seed: int
+    # The settings that a sweep can change.
+    settings: dict[str, Any]
+    # valid_loss, nats per token after the last update; its standard_error; bits_per_byte;
+    # tokens_per_second, of all updates together; parameter_bytes, projector_bytes, moment_bytes
+    # (of all other state of the optimizer), and update_bytes, of an update as XLA planned it, where
+    # it tells. Empty where the run diverged.
+    scores: dict[str, float]
+    # Why it could not go on.
+    diverged: str | None
+
+    @property
+    def loss(self) -> float:
+        """Nats per held-out token, infinite where the run diverged."""
+        return self.scores.get("valid_loss", math.inf)
+
+    @property
+    def outcome(self) -> str:
+        """In a few words."""
+        if self.diverged:
+            return f"diverged: {self.diverged}"
+        return f"validation loss {self.loss:.4f} ± {self.scores['standard_error']:.4f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs of several optimizers on the same tokens."""
+
+    # The settings of all runs as they were given, where a sweep does not change them.
+    given: Config
+    # As it was given.
+    sweep: Sequence[str]
+    # Optimizer: setting: values to try.
+    grids: Mapping[str, Mapping[str, Sequence[Any]]]
+    # In the order of training.
+    runs: Sequence[Run]
+    # The best of each optimizer, from every seed.
+    best: Mapping[str, Sequence[Run]]
+
+    @property
+    def seeds(self) -> int:
+        return max(len(runs) for runs in self.best.values())
+
+    @property
+    def swept(self) -> list[str]:
+        """The learning rate, and the other settings that the optimizers were given values of."""
+        return list(dict.fromkeys(["lr", *(name for grid in self.grids.values() for name in grid)]))
+
+    @property
+    def command(self) -> str:
+        """What makes the same comparison."""
+        words = ["python -m examples.flax_llama.compare --optimizers", *self.best]
+        words += ["--sweep", *self.sweep] if self.sweep else []
+        words += ["--seeds", str(self.seeds)] if self.seeds > 1 else []
+        for field in dataclasses.fields(self.given):
+            value = getattr(self.given, field.name)
+            if value != field.default:
+                option = field.name.replace("_", "-")
+                if isinstance(value, bool):
+                    words.append(f"--{option}" if value else f"--no-{option}")
+                else:
+                    words += [f"--{option}", shlex.quote(str(value))]
+        return " ".join(words)
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the curves."""
+        return {
+            "command": self.command,
+            "settings": settings_of(self.given.resolve()),
+            "best": {
+                name: {
+                    "runs": [run.name for run in runs],
+                    **dict(zip(("loss", "standard_error"), mean_loss(runs), strict=True)),
+                }
+                for name, runs in self.best.items()
+            },
+            "runs": [dataclasses.asdict(run) for run in self.runs],
+        }
+
+
+def mean_loss(runs: Sequence[Run]) -> tuple[float, float]:
+    """Mean validation loss over seeds and its standard error; that over the text for one seed."""
+    losses = [run.loss for run in runs]
+    if math.inf in losses:
+        return math.inf, math.nan
+    if len(losses) == 1:
+        return losses[0], runs[0].scores["standard_error"]
+    return statistics.mean(losses), statistics.stdev(losses) / math.sqrt(len(losses))
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def table(comparison: Comparison) -> list[str]:
+    """The best runs, a line for each optimizer, in Markdown."""
+    first, *_ = comparison.best
+    reference, _ = mean_loss(comparison.best[first])
+    header = [
+        *("optimizer", *comparison.swept, "validation loss", f"/ {first}", "perplexity"),
+        *("optimizer state", "memory of an update", "tokens/s"),
+    ]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name, runs in comparison.best.items():
+        run, (loss, error) = runs[0], mean_loss(runs)
+        settings = [
+            str(run.settings[k]) if k == "lr" or k in comparison.grids[name] else ""
+            for k in comparison.swept
+        ]
+        if not math.isfinite(loss):
+            lines.append([name, *settings, "diverged", *[""] * 5])
+            continue
+        state = run.scores["projector_bytes"] + run.scores["moment_bytes"]
+        speed = statistics.median(run.scores["tokens_per_second"] for run in runs)
+        lines.append(
+            [
+                *(name, *settings, f"{loss:.4f} ± {error:.4f}", f"{loss / reference:.4f}"),
+                f"{perplexity(loss):.2f} ± {perplexity(loss) * error:.2f}",
+                *(size(state), size(run.scores.get("update_bytes", math.nan)), f"{speed:,.0f}"),
+            ]
+        )
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def edges(comparison: Comparison) -> list[str]:
+    """Says where the best value is the last one that was tried in some direction."""
+    return [
+        f"The best {setting} of {name}, {best:g}, is the "
+        f"{'smallest' if best == min(values) else 'largest'} that was tried: a better one may lie "
+        "beyond."
+        for name, grid in comparison.grids.items()
+        for setting, values in grid.items()
+        if len(values) > 1 and not isinstance(values[0], str)
+        for best in [comparison.best[name][0].settings[setting]]
+        if best in (min(values), max(values))
+    ]
+
+
+def markdown(comparison: Comparison, machine: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """The report."""
+    config = comparison.given.resolve()
+    tokens = config.steps * config.batch * config.seq
+    spread = (
+        f"mean over {comparison.seeds} seeds ± standard error of that mean"
+        if comparison.seeds > 1
+        else "± standard error over the rows of the held-out text"
+    )
+    chosen = (
+        " Of each optimizer it shows the settings of lowest validation loss among those tried."
+        if len(comparison.runs) > len(comparison.best) * comparison.seeds
+        else ""
+    )
+    held = max(run.scores.get("parameter_bytes", 0) for run in comparison.runs)
+    parameters = held // jnp.dtype(config.param_dtype).itemsize
+    lines = [
+        f"# {', '.join(comparison.best)}",
+        "",
+        f"LLaMA of {parameters:,} parameters ({config.param_dtype}), {config.steps:,} updates "
+        f"of {config.batch} x {config.seq} tokens ({tokens:,} in all) of `{config.data}`: for "
+        f"every optimizer the same tokens in the same order.{chosen}",
+        "",
+        *table(comparison),
+        "",
+        f"Loss: nats per token, {spread}. Optimizer state: by `galore_optax.memory_report`. Memory "
+        "of an update: arguments, results and temporary arrays, as XLA planned the compiled update "
+        "(`memory_analysis`). Tokens/s: all of training, GaLore's refreshes included.",
+        "",
+        *(line for edge in edges(comparison) for line in (edge, "")),
+        *(line for picture in pictures for line in (f"![{picture}]({picture})", "")),
+        "## All runs",
+        "",
+        "| run | validation loss | perplexity | tokens/s |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for run in comparison.runs:
+        if run.diverged:
+            lines.append(f"| {run.name} | {run.outcome} | | |")
+        else:
+            lines.append(
+                f"| {run.name} | {run.loss:.4f} ± {run.scores['standard_error']:.4f} "
+                f"| {perplexity(run.loss):.2f} | {run.scores['tokens_per_second']:,.0f} |"
+            )
+    where = ", ".join(f"{name} {value}" for name, value in machine.items())
+    lines += ["", "Made by", "", "```", comparison.command, "```", "", f"on {where}."]
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(comparison: Comparison, out: Path) -> None:
+    """Losses of the best run of each optimizer, from the first seed."""
+    best = {name: runs[0].name for name, runs in comparison.best.items()}
+    curves = [Curves(name, *read_metrics(out / run)) for name, run in best.items()]
+    figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    draw_losses(panel, curves, width=max(1, comparison.given.resolve().steps // 50))
+    panel.legend()
+    figure.savefig(out / "losses.png", dpi=150)
+    plt.close(figure)
+
+
+def draw_sweep(comparison: Comparison, out: Path) -> None:
+    """Validation loss over the first setting of each sweep, a line per values of the others."""
+    grids = {
+        name: [setting for setting, values in grid.items() if len(values) > 1]
+        for name, grid in comparison.grids.items()
+    }
+    grids = {name: settings for name, settings in grids.items() if settings}
+    figure, panels = plt.subplots(
+        *(1, len(grids)),
+        figsize=(4.5 * len(grids), 4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, (name, (x, *others)) in zip(panels[0], grids.items(), strict=True):
+        best = comparison.best[name][0]
+        runs = [run for run in comparison.runs if run.optimizer == name and run.seed == best.seed]
+        lines: dict[str, list[Run]] = {}
+        for run in runs:
+            label = ", ".join(f"{setting} {run.settings[setting]}" for setting in others)
+            lines.setdefault(label, []).append(run)
+        values = sorted({run.settings[x] for run in runs})
+        numeric = not isinstance(values[0], str)
+        places = values if numeric else range(len(values))
+        place = dict(zip(values, places, strict=True))
+        for label in sorted(lines):
+            points = sorted(
+                (place[run.settings[x]], run.loss, run.scores.get("standard_error", math.nan))
+                for run in lines[label]
+            )
+            panel.errorbar(*np.array(points).T, fmt="o-", label=label)
+        panel.plot(place[best.settings[x]], best.loss, "k*", markersize=14, label="best", zorder=3)
+        panel.set(title=name, xlabel=x, xscale="log" if numeric and values[0] > 0 else "linear")
+        panel.set_xticks(places, [f"{value:g}" if numeric else value for value in values])
+        panel.minorticks_off()
+        panel.legend()
+    losses = [run.loss for run in comparison.runs if math.isfinite(run.loss)]
+    chosen = [best[0].loss for best in comparison.best.values() if math.isfinite(best[0].loss)]
+    if chosen and max(losses) > (top := 1.25 * max(chosen)):
+        # What went wrong altogether would press all else together.
+        panels[0, 0].set_ylim(top=top)
+    panels[0, 0].set_ylabel("validation loss, nats per token")
+    figure.savefig(out / "sweep.png", dpi=150)
+    plt.close(figure)
+
+
+def draw_bytes(comparison: Comparison, out: Path) -> None:
+    """Bytes of parameters and optimizer state, and of all that an update needs."""
+    best = {name: runs[0].scores for name, runs in comparison.best.items() if runs[0].scores}
+    names = list(best)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 1.6 + 0.5 * len(names)), sharey=True, layout="constrained"
+    )
+    start = np.zeros(len(names))
+    for part, color in {"parameter": "C7", "moment": "C0", "projector": "C1"}.items():
+        width = np.array([scores[f"{part}_bytes"] / 1e6 for scores in best.values()])
+        left.barh(names, width, left=start, label=f"{part}s", color=color)
+        start += width
+    update = np.array([scores.get("update_bytes", 0) / 1e6 for scores in best.values()])
+    right.barh(names, update, color="C2")
+    left.set_title("parameters and optimizer state")
+    right.set_title("memory of an update, as XLA plans it")
+    left.invert_yaxis()
+    for panel, totals in ((left, start), (right, update)):
+        panel.grid(visible=False)
+        panel.set(xlabel="MB", xlim=(0, 1.15 * totals.max()))
+        for name, total in zip(names, totals, strict=True):
+            panel.annotate(
+                *(f"{total:,.1f}", (total, name)),
+                **{"xytext": (4, 0), "textcoords": "offset points", "va": "center"},
+            )
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(out / "bytes.png", dpi=150)
+    plt.close(figure)
+
+
+def write_report(comparison: Comparison, machine: Mapping[str, Any], out: Path) -> None:
+    """Writes report.md and its pictures."""
+    pictures = {"losses.png": draw_curves}
+    if any(len(values) > 1 for grid in comparison.grids.values() for values in grid.values()):
+        pictures["sweep.png"] = draw_sweep
+    if any(runs[0].scores for runs in comparison.best.values()):
+        pictures["bytes.png"] = draw_bytes
+    with plt.rc_context(STYLE):
+        for draw in pictures.values():
+            draw(comparison, out)
+    (out / "report.md").write_text(markdown(comparison, machine, list(pictures)))

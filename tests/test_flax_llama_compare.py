@@ -1,0 +1,303 @@
+"""Comparisons of tiny runs: what is trained, what is chosen, and what the report says of it."""
+
+import dataclasses
+import json
+import math
+import shlex
+
+import jax
+import numpy as np
+import pytest
+import tyro
+from flax import nnx
+from flax_llama_runs import metrics, tiny, write_text
+
+from examples.flax_llama import compare as module
+from examples.flax_llama import train as training
+from examples.flax_llama.checkpoint import load_run
+from examples.flax_llama.compare import compare, parse_sweep, search
+from examples.flax_llama.config import UsageError
+from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.report import mean_loss
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+OPTIMIZERS = ("adamw", "galore_adamw")
+SWEEP = ("adamw=0.01,0.03", "adamw.matrix-lr-ratio=0.5", "galore_adamw=0.01,0.03")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def done(text, tmp_path_factory):
+    """A comparison of six runs."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    shared = tiny(text, steps=6, eval_every=6, save_every=2, out=out)
+    return shared, compare(shared, OPTIMIZERS, SWEEP, seeds=2)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The names of the runs that are trained."""
+    names = []
+
+    def train(config):
+        names.append(config.out.name)
+        return training.train(config)
+
+    monkeypatch.setattr(module, "train", train)
+    return names
+
+
+def rows(report, start):
+    """The cells of the table in a report that begins with a line."""
+    lines = report.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(start))
+    table = lines[first + 2 :]
+    table = table[: next(i for i, line in enumerate(table) if not line.startswith("|"))]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_sweeps_are_of_the_learning_rate_unless_they_name_a_setting():
+    words = ["adamw=0.1,0.2", "lion=1e-3", "lion.weight-decay=0,0.1,0.1", "lion.projector=svd,rows"]
+    assert parse_sweep(words, ["adamw", "lion", "sgd"]) == {
+        "adamw": {"lr": [0.1, 0.2]},
+        "lion": {"lr": [0.001], "weight_decay": [0.0, 0.1], "projector": ["svd", "rows"]},
+        "sgd": {},
+    }
+
+
+@pytest.mark.parametrize(
+    "word", ["adamw", "adamw=", "adamw=fast", "lion=0.1", "adamw.batch=4", "adamw.rank=0.5", "=0.1"]
+)
+def test_other_words_in_a_sweep_are_refused_with_what_is_right(word):
+    with pytest.raises(UsageError, match=rf"sweep='{word}': .* OPTIMIZER=RATE.* of adamw, sgd and"):
+        parse_sweep([word], ["adamw", "sgd"])
+
+
+@pytest.mark.parametrize("best", [(0, 0), (1, 2), (4, 1), (2, 3)])
+def test_a_search_ends_where_no_single_value_is_better(best):
+    tried = set()
+
+    def loss(settings):
+        point = settings["x"], settings["y"]
+        tried.add(point)
+        dx, dy = point[0] - best[0], point[1] - best[1]
+        return dx**2 + dy**2 + 0.5 * dx * dy
+
+    grid = {"x": range(5), "y": range(4)}
+    assert search(grid, loss) == {"x": best[0], "y": best[1]}
+    assert {(x, best[1]) for x in range(5)} | {(best[0], y) for y in range(4)} <= tried
+
+
+def test_a_search_with_its_best_in_the_middle_tries_a_cross_and_one_of_nothing_a_point():
+    tried = []
+
+    def loss(settings):
+        tried.append(tuple(settings.values()))
+        return sum(abs(value) for value in settings.values())
+
+    search({"x": [-1, 0, 1], "y": [-1, 0, 1]}, loss)
+    assert set(tried) == {(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)}
+    assert search({}, loss) == {}
+    assert search({"x": [1, 2]}, lambda _: math.inf) == {"x": 1}
+
+
+def test_each_optimizer_is_compared_at_its_best_from_every_seed(done):
+    shared, comparison = done
+    losses = {run.name: metrics(shared.out / run.name)[-1]["valid_loss"] for run in comparison.runs}
+    assert len(losses) == len(comparison.runs) == 6
+    assert {run.name: run.loss for run in comparison.runs} == losses
+    for name, (first, second) in comparison.best.items():
+        swept = [run for run in comparison.runs if run.optimizer == name and run.seed == 0]
+        assert first == min(swept, key=lambda run: run.loss)
+        assert (second.settings, second.seed) == (first.settings, 1)
+    for run in comparison.runs:
+        settings = json.loads((shared.out / run.name / "config.json").read_text())["train"]
+        assert settings["matrix_lr_ratio"] == (0.5 if run.optimizer == "adamw" else 1.0)
+        assert settings["lr"] == run.settings["lr"]
+        assert (shared.out / run.name / "checkpoints" / "6").is_dir()
+
+
+def test_runs_of_one_seed_begin_alike_and_see_the_same_tokens(done):
+    shared, comparison = done
+    first_losses = {0: set(), 1: set()}
+    for run in comparison.runs:
+        first_losses[run.seed].add(metrics(shared.out / run.name)[0]["loss"])
+    assert [len(losses) for losses in first_losses.values()] == [1, 1]
+    assert first_losses[0] != first_losses[1]
+
+
+def test_the_table_has_losses_ratios_bytes_and_speeds(done):
+    shared, comparison = done
+    report = (shared.out / "report.md").read_text()
+    table = rows(report, "| optimizer")
+    assert [row[0] for row in table] == list(OPTIMIZERS)
+    reference = np.mean([run.loss for run in comparison.best["adamw"]])
+    for row, (name, runs) in zip(table, comparison.best.items(), strict=True):
+        losses = [run.loss for run in runs]
+        mean, error = np.mean(losses), np.std(losses, ddof=1) / 2**0.5
+        assert mean_loss(runs) == (pytest.approx(mean), pytest.approx(error))
+        assert row[1:3] == [str(runs[0].settings["lr"]), "0.5" if name == "adamw" else ""]
+        assert row[3:5] == [f"{mean:.4f} ± {error:.4f}", f"{mean / reference:.4f}"]
+        assert row[5] == f"{math.exp(mean):.2f} ± {math.exp(mean) * error:.2f}"
+        config = dataclasses.replace(shared, optimizer=name).resolve()
+        model, _ = load_run(shared.out / runs[0].name)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        state = sum(x.nbytes for x in jax.tree.leaves(make_optimizer(config).init(params)))
+        assert row[6] == f"{state / 1e6:.1f} MB"
+        scores = runs[0].scores
+        held = scores["projector_bytes"] + scores["moment_bytes"]
+        assert held == pytest.approx(state, abs=200)
+        # Parameters, state, and the gradients between them.
+        assert scores["update_bytes"] > 2 * scores["parameter_bytes"] + held
+    assert len(rows(report, "| run")) == 6
+
+
+def test_one_seed_has_the_standard_error_of_the_text(done):
+    _, comparison = done
+    run = comparison.runs[0]
+    assert mean_loss([run]) == (run.loss, run.scores["standard_error"])
+
+
+def test_the_report_shows_pictures_and_says_where_a_better_value_may_lie(done):
+    shared, comparison = done
+    report = (shared.out / "report.md").read_text()
+    for name in ("losses.png", "sweep.png", "bytes.png"):
+        assert f"({name})" in report
+        assert (shared.out / name).read_bytes().startswith(b"\x89PNG")
+    for name, rates in (("adamw", (0.01, 0.03)), ("galore_adamw", (0.01, 0.03))):
+        best = comparison.best[name][0].settings["lr"]
+        side = {min(rates): "smallest", max(rates): "largest"}.get(best)
+        told = [line for line in report.splitlines() if line.startswith(f"The best lr of {name},")]
+        assert len(told) == (side is not None)
+        assert all(f"{best:g}, is the {side} that was tried" in line for line in told)
+
+
+def test_the_command_in_the_report_asks_for_the_same_comparison(done, text):
+    shared, comparison = done
+    results = json.loads((shared.out / "results.json").read_text())
+    assert f"```\n{results['command']}\n```" in (shared.out / "report.md").read_text()
+    prefix, command = results["command"].split(" --", 1)
+    assert prefix == "python -m examples.flax_llama.compare"
+    asked = {}
+
+    def take(given, optimizers, sweep, seeds):
+        asked.update(given=given, optimizers=optimizers, sweep=sweep, seeds=seeds)
+
+    take.__annotations__ = {k: v for k, v in compare.__annotations__.items() if k != "return"}
+    take.__annotations__["given"] = take.__annotations__.pop("shared")
+    tyro.cli(take, args=shlex.split(f"--{command}"))
+    assert asked == {"given": shared, "optimizers": OPTIMIZERS, "sweep": SWEEP, "seeds": 2}
+    assert results["runs"] == [dataclasses.asdict(run) for run in comparison.runs]
+
+
+def test_finished_runs_are_not_trained_again_and_new_values_are(done, trained):
+    shared, comparison = done
+    before = (shared.out / "report.md").read_text()
+    assert compare(shared, OPTIMIZERS, SWEEP, seeds=2) == comparison
+    assert trained == []
+    assert (shared.out / "report.md").read_text() == before
+    more = compare(shared, ("galore_adamw",), ("galore_adamw=0.01,0.02,0.03",))
+    assert trained == ["galore_adamw-lr0.02-seed0"]
+    assert len(more.runs) == 3
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(done, trained, text, tmp_path, monkeypatch):
+    shared, comparison = done
+    first = comparison.runs[0]
+    word = f"adamw={first.settings['lr']}"
+    shared_here = dataclasses.replace(shared, out=tmp_path / "out")
+    update = training.RunLog.update
+
+    def interrupted(log, step, values):
+        if step == 5:
+            raise KeyboardInterrupt
+        update(log, step, values)
+
+    monkeypatch.setattr(training.RunLog, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(shared_here, ("adamw",), (word, SWEEP[1]))
+    out = tmp_path / "out" / first.name
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["2", "4"]
+    seen = []
+
+    def recorded(log, step, values):
+        seen.append(step)
+        update(log, step, values)
+
+    monkeypatch.setattr(training.RunLog, "update", recorded)
+    (run,) = compare(shared_here, ("adamw",), (word, SWEEP[1])).runs
+    assert seen == [5, 6]
+    assert metrics(out) == metrics(shared.out / first.name)
+    assert run.loss == first.loss
+
+
+def test_a_rate_that_diverges_loses_and_is_not_trained_again(text, tmp_path, trained):
+    shared = tiny(text, steps=3, warmup=0.0, clip=0.0, out=tmp_path / "out")
+    comparison = compare(shared, ("sgd",), ("sgd=0.1,1e38",))
+    assert comparison.best["sgd"][0].settings["lr"] == 0.1
+    (diverged,) = [run for run in comparison.runs if run.diverged]
+    assert diverged.loss == math.inf
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert ["sgd-lr1e+38-seed0", diverged.outcome, "", ""] in rows(report, "| run")
+    trained.clear()
+    compare(shared, ("sgd",), ("sgd=0.1,1e38",))
+    assert trained == []
+
+
+def test_optimizers_that_all_diverge_are_reported_so(text, tmp_path):
+    shared = tiny(text, steps=3, warmup=0.0, clip=0.0, lr=1e38, out=tmp_path / "out")
+    compare(shared, ("sgd",))
+    (row,) = rows((tmp_path / "out" / "report.md").read_text(), "| optimizer")
+    assert row[:3] == ["sgd", "1e+38", "diverged"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "message"),
+    [
+        ({"out": None}, (), "A comparison needs a directory: name it by out"),
+        ({"resume": True}, (), "resume: leave it out"),
+        ({}, ("galore_adamw.rank=4,16",), "rank=16: expected 1 to 15"),
+        ({}, ("galore_adamw.projector=svd,none",), "projector must be one of svd"),
+        ({"batch": 0}, (), "batch=0: expected at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_run(
+    text, tmp_path, trained, settings, words, message
+):
+    shared = tiny(text, **{"out": tmp_path / "out"} | settings)
+    with pytest.raises(UsageError, match=message):
+        compare(shared, OPTIMIZERS, words)
+    assert trained == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_optimizer_or_no_seed_is_refused(text, tmp_path):
+    shared = tiny(text, out=tmp_path / "out")
+    with pytest.raises(UsageError, match=r"optimizers: 'adam' is none of adamw, adafactor"):
+        compare(shared, ("adam",))
+    with pytest.raises(UsageError, match="seeds=0: expected at least 1"):
+        compare(shared, seeds=0)
+
+
+def test_a_directory_of_something_else_is_left_alone(text, tmp_path):
+    (tmp_path / "kept").write_text("old")
+    with pytest.raises(UsageError, match="neither empty nor of a comparison"):
+        compare(tiny(text, out=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_runs_with_other_settings_are_not_mixed(done):
+    shared, _ = done
+    with pytest.raises(UsageError, match="of another configuration: steps was 6 and is 7"):
+        compare(dataclasses.replace(shared, steps=7), OPTIMIZERS, SWEEP)
+
+
+def test_errors_of_the_command_line_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["compare", "--sweep", "adamw", "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit, match=r"^error: sweep='adamw'"):
+        module.main()

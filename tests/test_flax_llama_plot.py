@@ -1,0 +1,144 @@
+"""Pictures of runs: what is read from metrics, what is drawn of it, and what is refused."""
+
+import json
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from examples.flax_llama import plot
+from examples.flax_llama.config import UsageError
+
+
+def write_run(out, steps=30, energy=False, every=10, **changed):
+    """Metrics as a run writes them, a line for each update and evaluation."""
+    out.mkdir(parents=True)
+    with open(out / "metrics.jsonl", "w") as file:
+        for step in range(1, steps + 1):
+            record = {"step": step, "loss": 3 / step, "lr": 0.1, "grad_norm": 1.0, "tokens": 8}
+            record |= {"tokens_per_second": 100.0} | ({"captured_energy": 0.5} if energy else {})
+            file.write(json.dumps(record | changed.get(f"at_{step}", {})) + "\n")
+            if step % every == 0:
+                valid = {"step": step, "valid_loss": 4 / step, "standard_error": 0.1}
+                file.write(json.dumps(valid) + "\n")
+    return out
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are closed, by the titles of their panels."""
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    yield lambda: {panel.get_title() or "loss": panel for panel in figures[-1].axes}
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def lines(panel):
+    return {line.get_label(): line.get_xydata() for line in panel.get_lines()}
+
+
+def test_means_are_of_the_finite_values_among_the_last_ones():
+    values = np.array([1.0, math.nan, 4.0, 7.0, math.nan, math.nan, math.nan])
+    expected = [
+        np.nanmean(window) if np.isfinite(window).any() else math.nan
+        for window in (values[max(0, i - 2) : i + 1] for i in range(len(values)))
+    ]
+    np.testing.assert_allclose(plot.moving_mean(values, 3), expected)
+    np.testing.assert_array_equal(plot.moving_mean(values, 1), values)
+
+
+def test_losses_and_held_out_points_with_their_errors_are_those_of_the_files(tmp_path, drawn):
+    run = write_run(tmp_path / "run")
+    plot.plot((run,), tmp_path / "run.png", smooth=5)
+    panel = drawn()["loss"]
+    (steps, losses) = lines(panel)["run"].T
+    np.testing.assert_array_equal(steps, np.arange(1, 31))
+    means = [np.mean([3 / k for k in range(max(1, n - 4), n + 1)]) for n in range(1, 31)]
+    np.testing.assert_allclose(losses, means)
+    points, _, (bars,) = panel.containers[0]
+    np.testing.assert_allclose(points.get_xydata(), [(10, 0.4), (20, 0.2), (30, 4 / 30)])
+    heights = [np.ptp(bar[:, 1]) for bar in bars.get_segments()]
+    np.testing.assert_allclose(heights, 0.2)
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_speed_is_all_tokens_over_all_time(tmp_path, drawn):
+    fast = {"at_2": {"tokens_per_second": 1e9}}
+    plot.plot((write_run(tmp_path / "run", 2, **fast),), tmp_path / "run.png", smooth=2)
+    (line,) = drawn()["tokens per second"].get_lines()
+    # Eight tokens at 100 per second, and eight in no time.
+    np.testing.assert_allclose(line.get_ydata(), [100, 200], rtol=1e-6)
+
+
+def test_panels_are_those_that_any_run_has_and_skip_the_others(tmp_path, drawn):
+    plain = write_run(tmp_path / "plain")
+    plot.plot((plain,), tmp_path / "one.png")
+    assert plot.PANELS["captured_energy"] not in drawn()
+    galore = write_run(tmp_path / "galore", energy=True)
+    plot.plot((plain, galore), tmp_path / "two.png")
+    panels = drawn()
+    assert panels.keys() == {"loss", *plot.PANELS.values()}
+    empty, energy = panels[plot.PANELS["captured_energy"]].get_lines()
+    assert len(empty.get_xydata()) == 0
+    np.testing.assert_array_equal(energy.get_ydata(), 0.5)
+
+
+def test_names_are_what_the_directories_do_not_share(tmp_path):
+    same = [write_run(tmp_path / kind / "run") for kind in ("a", "b")]
+    assert [run.name for run in plot.read_curves(same)] == ["a/run", "b/run"]
+    assert [run.name for run in plot.read_curves(same[:1])] == ["run"]
+
+
+def test_a_run_in_progress_and_updates_that_were_skipped_are_drawn(tmp_path, drawn):
+    run = write_run(tmp_path / "run", at_7={"loss": None, "grad_norm": None})
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 31, "lo')
+    plot.plot((run,), tmp_path / "run.png", smooth=1)
+    losses = lines(drawn()["loss"])["run"]
+    assert len(losses) == 30
+    assert np.flatnonzero(np.isnan(losses[:, 1])).tolist() == [6]
+
+
+def test_a_run_without_evaluations_or_of_one_update_is_drawn(tmp_path):
+    plot.plot((write_run(tmp_path / "run", 1),), tmp_path / "run.png")
+    assert (tmp_path / "run.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"runs=.*run is not the directory of a run: it has no metrics\.jsonl"),
+        ("", "has no update yet"),
+        ('{"step": 1, "lo', "has no update yet"),
+        ('{"step": 1, "loss": 2.0}\nhello\n', r"metrics\.jsonl:2 is not a record of a run: 'hello"),
+        ('{"loss": 2.0}\n', r"metrics\.jsonl:1 is not a record"),
+        ("[1]\n", r"metrics\.jsonl:1 is not a record"),
+    ],
+)
+def test_what_is_no_run_is_refused(tmp_path, content, message):
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "run" / "metrics.jsonl").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        plot.plot((tmp_path / "run",), tmp_path / "run.png")
+    assert not (tmp_path / "run.png").exists()
+
+
+@pytest.mark.parametrize("out", ["run.doc", "missing/run.png"])
+def test_a_picture_that_cannot_be_written_is_a_usage_error(tmp_path, out):
+    run = write_run(tmp_path / "run", 2)
+    with pytest.raises(UsageError, match=r"out=.* cannot be written"):
+        plot.plot((run,), tmp_path / out)
+
+
+def test_the_command_takes_several_directories_and_tells_errors_in_a_line(tmp_path, monkeypatch):
+    runs = [str(write_run(tmp_path / name, 3)) for name in ("a", "b")]
+    command = ["plot", "--runs", *runs, "--out", str(tmp_path / "both.svg")]
+    monkeypatch.setattr("sys.argv", command)
+    plot.main()
+    assert "<svg" in (tmp_path / "both.svg").read_text()
+    monkeypatch.setattr("sys.argv", [*command, "--smooth", "0"])
+    with pytest.raises(SystemExit, match=r"^error: smooth=0: expected at least 1"):
+        plot.main()

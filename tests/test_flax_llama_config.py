@@ -103,6 +103,7 @@ def test_flops_are_six_for_each_entry_that_multiplies_and_attention():
             {"schedule": "wsd", "warmup": 0.5, "cooldown": 0.6},
             "warmup=0.5 and cooldown=0.6 are more than all updates",
         ),
+        ({"optimizer": "adamw", "int8_weights": True}, "int8_weights needs an optimizer in GaLore"),
         ({"resume": True}, "resume needs the directory of the run"),
         ({"wandb": "project"}, "wandb needs the directory of the run"),
         ({"out": "runs/x", "new_subspace": True}, "new_subspace .* needs resume"),

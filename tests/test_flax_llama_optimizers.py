@@ -63,6 +63,7 @@ def mask(params):
 
 PLAIN = {
     "adamw": optax.adamw(LR, 0.8, 0.95, 1e-6, weight_decay=0.1, mask=mask),
+    "adamw_8bit": galore_optax.adamw_8bit(LR, 0.8, 0.95, 1e-6, weight_decay=0.1, mask=mask),
     "lion": optax.lion(LR, 0.8, 0.95, weight_decay=0.1, mask=mask),
     "sgd": optax.chain(
         optax.trace(0.7), optax.add_decayed_weights(0.1, mask), optax.scale_by_learning_rate(LR)
@@ -224,7 +225,7 @@ def test_a_state_started_anew_keeps_its_positions_alone(params):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "adam"}, "optimizer='adam': expected one of adamw, adafactor, lion, sgd, g"),
+        ({"optimizer": "adam"}, "optimizer='adam': expected one of adamw, adafactor, lion, sgd, adamw_8bit, g"),
         ({"schedule": "step"}, "schedule='step': expected one of cosine, linear, constant, wsd"),
         ({"projector": "none"}, "projector must be one of svd"),
         ({"refresh": "never"}, "refresh"),

@@ -20,7 +20,7 @@ from flax_llama_runs import (
 
 # A refresh is due every 8 updates: the checkpoint after 12 is in the middle of a gap.
 SAVED, STEPS = 12, 24
-OPTIMIZERS = ("adamw", "galore_adamw", "galore_adafactor")
+OPTIMIZERS = ("adamw", "galore_adamw", "galore_adafactor", "q_galore_adamw")
 TRAIN = """
 import sys
 from pathlib import Path, PosixPath

@@ -5,6 +5,7 @@ There is no generator of random numbers to save: initial weights and the order o
 functions of the seed, which is in the configuration, and nothing else in training is random.
 """
 
+import dataclasses
 import errno
 import logging
 import math
@@ -18,10 +19,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
+import galore_optax
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.model import Llama
-from examples.flax_llama.run_directory import read_settings, settings_of
-from examples.flax_llama.step import State
+from examples.flax_llama.run_directory import config_of, read_settings, settings_of
+from examples.flax_llama.step import State, initial_params
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
 
 DIRECTORY = "checkpoints"
@@ -215,15 +217,19 @@ def load_run(directory: Path, step: int | str = "last") -> tuple[Llama, Tokenize
     Raises:
       UsageError: there is no such run or checkpoint, or it cannot be read.
     """
-    shape = LlamaConfig(**read_settings(directory)["model"])
-    abstract = nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract, nnx.Param)
+    settings = read_settings(directory)
+    # The machine may be another one than that of the run.
+    shape = dataclasses.replace(LlamaConfig(**settings["model"]), attention="auto")
+    config = config_of(settings["train"])
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(state)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        jax.eval_shape(lambda: initial_params(config, shape)),
     )
     if not (directory / DIRECTORY).is_dir():
         raise UsageError(f"{directory} has no checkpoint yet.")
     with Checkpoints(directory, read_only=True) as checkpoints:
         params = checkpoints.restore_params(checkpoints.find(step), like)
-    return nnx.merge(graphdef, params), load_tokenizer(directory)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
+    model = nnx.merge(graphdef, galore_optax.dequantize_params(params))
+    return model, load_tokenizer(directory)

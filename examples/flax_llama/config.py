@@ -106,6 +106,7 @@ class Recipe:
     update_proj_gap: int = 200
     # 0 does not clip.
     clip: float = 0.0
+    q_galore_lr: float = 0.015
 
 
 # 60m to 7b are published (same paper and its scripts); 250m borrows from 350m, 3b from 1b. The
@@ -116,11 +117,13 @@ RECIPES = {
     "35m": Recipe(rank=96, steps=1000, batch=16, clip=1.0),
     "60m": Recipe(rank=128, steps=10_000),
     "130m": Recipe(rank=256, steps=20_000),
-    "250m": Recipe(rank=256, steps=60_000),
-    "350m": Recipe(rank=256, steps=60_000),
-    "1b": Recipe(rank=512, steps=100_000),
-    "3b": Recipe(rank=512, steps=100_000),
-    "7b": Recipe(rank=1024, steps=150_000, lr=0.005, update_proj_gap=500, clip=1.0),
+    "250m": Recipe(rank=256, steps=60_000, q_galore_lr=0.01),
+    "350m": Recipe(rank=256, steps=60_000, q_galore_lr=0.01),
+    "1b": Recipe(rank=512, steps=100_000, q_galore_lr=0.01),
+    "3b": Recipe(rank=512, steps=100_000, q_galore_lr=0.01),
+    "7b": Recipe(
+        rank=1024, steps=150_000, lr=0.005, q_galore_lr=0.004, update_proj_gap=500, clip=1.0
+    ),
 }
 
 # None in a `Config` as it is given, a value in a resolved one, which a type cannot tell apart.
@@ -166,7 +169,8 @@ class Config:
     # Validation tokens per evaluation; all there are by default.
     eval_tokens: int | None = None
 
-    # adamw, adafactor, lion, sgd, or any of them in GaLore: galore_adamw, galore_adafactor, ...
+    # adamw, adafactor, lion, sgd, adamw_8bit, or any of them in GaLore: galore_adamw, ...; or
+    # q_galore_adamw, which is galore_adamw_8bit with 4-bit projectors, lazy refresh, int8 weights.
     optimizer: str = "galore_adamw"
     # Peak learning rate; the preset's is GaLore's AdamW (0.01; 0.005 for 7b), whose matrices move
     # by `scale` times that. Plain adamw wants about 0.001 to 0.005, lion a third of adamw's.
@@ -203,8 +207,9 @@ class Config:
     # How GaLore chooses a subspace: svd or eigh, exactly; randomized_svd or power_iteration, nearly
     # as well and faster; rows or dct, out of given vectors; gaussian or orthonormal, at random.
     projector: str = "svd"
-    # When it does: periodic, or lazy, which is less and less often where a subspace stands still.
-    refresh: str = "periodic"
+    # When it does: periodic, or lazy, which is less and less often where a subspace stands still;
+    # lazy by default with q_galore_adamw alone.
+    refresh: FromPreset[str] = None
     # Spread the choices for the layers' matrices over the updates from one to the next.
     stagger: bool = False
 
@@ -218,6 +223,11 @@ class Config:
     dtype: str = "float32"
     # float32 or bfloat16, of parameters.
     param_dtype: str = "float32"
+    # Keep the layers' matrices in 8 bits, with an optimizer in GaLore; by default with
+    # q_galore_adamw alone.
+    int8_weights: FromPreset[bool] = None
+    # Round bfloat16 parameters at random when they are updated, so that small updates are not lost.
+    stochastic_rounding: bool = False
     # auto, xla or cudnn; auto is cudnn on an NVIDIA GPU with 16-bit activations.
     attention: str = "auto"
     # Compute activations again in the backward pass instead of keeping them: less memory, slower.
@@ -269,12 +279,16 @@ class Config:
         filled: dict[str, Any] = {
             name: getattr(preset, name) for name in ("hidden", "intermediate", "layers", "heads")
         } | dataclasses.asdict(recipe)
+        filled |= {"refresh": "periodic", "int8_weights": False}
+        if self.optimizer.startswith("q_galore"):
+            filled |= {"lr": recipe.q_galore_lr, "refresh": "lazy", "int8_weights": True}
         if self.hidden is not None:
             filled["rank"] = max(1, self.hidden // 4)
         filled["eval_every"] = max(1, min((self.steps or recipe.steps) // 10, 1000))
         filled["save_every"] = self.eval_every or filled["eval_every"]
         config = dataclasses.replace(
-            self, **{name: value for name, value in filled.items() if getattr(self, name) is None}
+            self,
+            **{name: value for name, value in filled.items() if getattr(self, name, value) is None},
         )
         config._check()
         return config
@@ -328,6 +342,10 @@ class Config:
         for name in ("cooldown", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name}={getattr(self, name)}: expected 0 <= {name} <= 1.")
+        if self.int8_weights and "galore" not in self.optimizer:
+            raise UsageError(
+                f"int8_weights needs an optimizer in GaLore; optimizer={self.optimizer!r} is none."
+            )
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise UsageError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} are more than all updates."

@@ -229,6 +229,7 @@ class Llama(nnx.Module):
 
         def layer(x_BxSxD: jax.Array, inputs: tuple[nnx.State, Cache | None]):
             params, layer_cache = inputs
+            params = galore_optax.dequantize_params(params)  # one layer at a time
             return nnx.merge(graphdef, params)(x_BxSxD, angles, layer_cache)
 
         # Products with kernels are kept for the backward pass, or with `remat` nothing is; all else
@@ -245,13 +246,17 @@ class Llama(nnx.Module):
         return self.norm(x_BxSxD), cache
 
 
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, galore_optax.QuantizedArray)
+
+
 def stacked_matrices(params: Params) -> Params:
-    """Tree of bool: which leaves are the layers' linear kernels, (L, in, out)."""
+    """Tree of bool: which leaves are the layers' linear kernels, (L, in, out), quantized or not."""
 
     def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
         return path[0].key == "blocks" and path[-1].key == "kernel"
 
-    return jax.tree.map_with_path(is_matrix, params)
+    return jax.tree.map_with_path(is_matrix, params, is_leaf=is_quantized)
 
 
 def dimension_numbers(params: Params) -> Params:

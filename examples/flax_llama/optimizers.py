@@ -93,7 +93,11 @@ def sgd(config: Config, schedule: optax.Schedule) -> optax.GradientTransformatio
     )
 
 
-def in_galore(inner: Optimizer) -> Optimizer:
+def adamw_8bit(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return galore_optax.low_bit(adamw(config, schedule))
+
+
+def in_galore(inner: Optimizer, projector_dtype: str | None = None) -> Optimizer:
     """The same optimizer, with the layers' matrices in the subspace of their gradients."""
 
     def make(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -103,6 +107,7 @@ def in_galore(inner: Optimizer) -> Optimizer:
             update_proj_gap=config.update_proj_gap,
             scale=config.scale,
             projector=config.projector,
+            projector_dtype=projector_dtype,
             refresh=config.refresh,
             stagger=config.stagger,
             diagnostics=True,
@@ -112,8 +117,16 @@ def in_galore(inner: Optimizer) -> Optimizer:
     return make
 
 
-PLAIN: dict[str, Optimizer] = {"adamw": adamw, "adafactor": adafactor, "lion": lion, "sgd": sgd}
+PLAIN: dict[str, Optimizer] = {
+    "adamw": adamw,
+    "adafactor": adafactor,
+    "lion": lion,
+    "sgd": sgd,
+    "adamw_8bit": adamw_8bit,
+}
 OPTIMIZERS = PLAIN | {f"galore_{name}": in_galore(inner) for name, inner in PLAIN.items()}
+# Its weights are in 8 bits and its refreshes lazy, too, which are settings of their own.
+OPTIMIZERS["q_galore_adamw"] = in_galore(adamw_8bit, projector_dtype="int4")
 
 # More than a run ever skips: `optax.apply_if_finite` applies what comes after that many.
 ALWAYS_SKIP = 2**30

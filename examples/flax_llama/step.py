@@ -14,9 +14,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax
-from examples.flax_llama.config import Config, UsageError
+from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.loss import loss_sum
-from examples.flax_llama.model import Params
+from examples.flax_llama.model import Llama, Params, dimension_numbers, is_quantized
 from examples.flax_llama.optimizers import learning_rate, schedule_count, skipped_updates
 
 Metrics = dict[str, Any]
@@ -35,6 +35,16 @@ class Batch(NamedTuple):
     tokens_KxBxS1: jax.Array
     # The targets, tokens 1..S of each row, that count.
     mask_KxBxS: jax.Array
+
+
+def initial_params(config: Config, shape: LlamaConfig) -> Params:
+    """The parameters that a run of a resolved configuration starts from."""
+    params = nnx.to_pure_dict(nnx.state(Llama(shape, rngs=nnx.Rngs(config.seed)), nnx.Param))
+    if config.int8_weights:
+        params = galore_optax.quantize_params(
+            params, rank=config.rank, weight_dimension_numbers=dimension_numbers
+        )
+    return params
 
 
 def data_mesh() -> jax.sharding.Mesh:
@@ -82,17 +92,22 @@ def make_gradients(
         def loss(params: Params, tokens_BxS1: jax.Array, mask_BxS: jax.Array) -> jax.Array:
             return loss_sum(nnx.merge(graphdef, params), tokens_BxS1, mask_BxS) / targets
 
+        value_and_grad = galore_optax.value_and_grad(loss)
         if len(batch.tokens_KxBxS1) == 1:
             micro = jax.tree.map(lambda x: x[0], batch)
-            return jax.lax.psum(jax.value_and_grad(loss)(params, *micro), "data")
+            return jax.lax.psum(value_and_grad(params, *micro), "data")
 
         def add(sums: Any, micro: Batch) -> tuple[Any, None]:
-            new = jax.value_and_grad(loss)(params, *micro)
+            new = value_and_grad(params, *micro)
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, new), None
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), (0.0, params))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(jnp.shape(x), jnp.float32), (0.0, params), is_leaf=is_quantized
+        )
         total, gradients = jax.lax.psum(jax.lax.scan(add, zeros, batch)[0], "data")
-        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
+        return total, jax.tree.map(
+            lambda p, g: g.astype(p.dtype), params, gradients, is_leaf=is_quantized
+        )
 
     rows = PartitionSpec(None, "data")
     sharded = jax.shard_map(
@@ -135,6 +150,11 @@ def make_update(
         metrics |= galore_optax.metrics(new_optimizer)
         if config.on_nan == "skip":
             metrics |= skipped_updates(new_optimizer)
-        return State(optax.apply_updates(state.params, updates), new_optimizer), metrics
+        # Of its own for every update, for what is rounded at random.
+        key = jax.random.fold_in(jax.random.key(config.seed), schedule_count(state.optimizer))
+        params = galore_optax.apply_updates(
+            state.params, updates, key, round_bfloat16=config.stochastic_rounding
+        )
+        return State(params, new_optimizer), metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=replicated(mesh))

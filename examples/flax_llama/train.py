@@ -19,6 +19,7 @@ import tyro
 from flax import nnx
 from jax.experimental import multihost_utils
 
+import galore_optax
 from examples.flax_llama import run_log
 from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, last_settings
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
@@ -41,6 +42,7 @@ from examples.flax_llama.step import (
     State,
     check_divides,
     data_mesh,
+    initial_params,
     make_update,
     put_batch,
     replicated,
@@ -90,7 +92,7 @@ def train(config: Config) -> Result:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
 
     def initial_state() -> State:
-        params = nnx.to_pure_dict(nnx.state(Llama(shape, rngs=nnx.Rngs(config.seed)), nnx.Param))
+        params = initial_params(config, shape)
         return State(params, optimizer.init(params))
 
     with contextlib.ExitStack() as stack:
@@ -133,7 +135,7 @@ def train(config: Config) -> Result:
                     print(f"Stopped after update {step}, which is saved. To go on:\n{RESUME}{out}")
                     raise SystemExit(0)
                 log.start_clock()
-    model = nnx.merge(graphdef, state.params)
+    model = nnx.merge(graphdef, galore_optax.dequantize_params(state.params))
     return Result(model, dataset.tokenizer, log.train, log.valid, planned_bytes(update))
 
 

@@ -1,0 +1,100 @@
+"""Runs whose weights and state are in few bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax_llama_runs import tiny, write_text
+
+import galore_optax
+from examples.flax_llama.checkpoint import load_run
+from examples.flax_llama.config import Config
+from examples.flax_llama.model import Llama, is_quantized
+from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.step import initial_params
+from examples.flax_llama.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("q_galore")
+    text = write_text(directory)
+    settings = {"optimizer": "q_galore_adamw", "steps": 30, "accumulate": 2}
+    return train(tiny(text, out=directory / "run", **settings)), directory / "run"
+
+
+def test_q_galore_is_lazy_with_int8_weights_at_its_own_rate_unless_told_otherwise():
+    config = Config(preset="60m", optimizer="q_galore_adamw").resolve()
+    assert (config.lr, config.refresh, config.int8_weights) == (0.015, "lazy", True)
+    told = {"lr": 0.02, "refresh": "periodic", "int8_weights": False}
+    config = Config(preset="60m", optimizer="q_galore_adamw", **told).resolve()
+    assert (config.lr, config.refresh, config.int8_weights) == (0.02, "periodic", False)
+    config = Config(preset="60m").resolve()
+    assert (config.lr, config.refresh, config.int8_weights) == (0.01, "periodic", False)
+
+
+def test_weights_moments_and_projectors_are_in_few_bits():
+    config = Config(preset="9m", optimizer="q_galore_adamw").resolve()
+    shape = config.shape(2048)
+    params = jax.eval_shape(lambda: initial_params(config, shape))
+    kernels = jax.tree.leaves(params["blocks"]["mlp"], is_leaf=is_quantized)
+    assert [kernel.scheme for kernel in kernels] == ["int8"] * 3
+    assert not is_quantized(params["embed"]["embedding"])
+    report = galore_optax.memory_report(make_optimizer(config), params)
+    matrices = 4 * (4 * 128**2 + 3 * 128 * 352)
+    dense = 2 * 2048 * 128 + 9 * 128
+    assert report.parameters == pytest.approx(1.0195 * matrices + 4 * dense, rel=1e-3)
+    projectors = 4 * 7 * 128 * 32
+    assert report.projectors == pytest.approx(0.5195 * projectors, rel=1e-3)
+    moments = 2 * 4 * (4 * 128 + 3 * 352) * 32
+    assert report.moments == pytest.approx(
+        1.0156 * (moments + 2 * 2 * 2048 * 128) + 2 * 4 * 9 * 128, rel=1e-3
+    )
+
+
+def test_a_q_galore_run_learns_and_its_model_is_that_of_its_checkpoint(run):
+    result, out = run
+    losses = [record["loss"] for record in result.train]
+    assert np.mean(losses[-5:]) < losses[0] - 1
+    assert result.valid[-1]["valid_loss"] < losses[0] - 1
+    model, _ = load_run(out)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(result.model))
+    # At most 255 values in a block of 256.
+    block = np.asarray(model.blocks.mlp.up.kernel[...][0]).ravel()[:256]
+    assert len(np.unique(block)) < 256
+
+
+def test_forward_dequantizes_the_weights_where_it_uses_them():
+    config = tiny("austen", optimizer="q_galore_adamw").resolve()
+    shape = config.shape(50)
+    params = initial_params(config, shape)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
+    tokens = jnp.arange(40).reshape(2, 20)
+
+    def logits(params):
+        return nnx.merge(graphdef, params)(tokens)
+
+    dense = galore_optax.dequantize_params(params)
+    np.testing.assert_allclose(logits(params), logits(dense), atol=1e-6)
+    _, gradients = galore_optax.value_and_grad(lambda p: logits(p).std())(params)
+    expected = jax.grad(lambda p: logits(p).std())(dense)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), gradients, expected
+    )
+
+
+def test_bfloat16_parameters_rounded_at_random_move_by_updates_too_small_for_the_nearest():
+    settings = {"optimizer": "sgd", "lr": 1.0, "clip": 1e-2, "param_dtype": "bfloat16"}
+    settings |= {"tokenizer": "bytes", "steps": 5, "eval_tokens": 200}
+
+    def moved(stochastic_rounding):
+        config = tiny("austen", **settings, stochastic_rounding=stochastic_rounding)
+        result = train(config)
+        config = config.resolve()
+        start = initial_params(config, result.model.config)
+        end = nnx.to_pure_dict(nnx.state(result.model, nnx.Param))
+        return bool(jnp.any(start["norm"]["scale"] != end["norm"]["scale"]))
+
+    assert moved(True)
+    assert not moved(False)

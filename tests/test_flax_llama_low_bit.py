@@ -85,16 +85,16 @@ def test_forward_dequantizes_the_weights_where_it_uses_them():
 
 
 def test_bfloat16_parameters_rounded_at_random_move_by_updates_too_small_for_the_nearest():
-    settings = {"optimizer": "sgd", "lr": 1.0, "clip": 1e-2, "param_dtype": "bfloat16"}
+    settings = {"optimizer": "sgd", "lr": 1e-2, "clip": 1e-2, "param_dtype": "bfloat16"}
     settings |= {"tokenizer": "bytes", "steps": 5, "eval_tokens": 200}
 
     def moved(stochastic_rounding):
         config = tiny("austen", **settings, stochastic_rounding=stochastic_rounding)
         result = train(config)
         config = config.resolve()
-        start = initial_params(config, result.model.config)
-        end = nnx.to_pure_dict(nnx.state(result.model, nnx.Param))
-        return bool(jnp.any(start["norm"]["scale"] != end["norm"]["scale"]))
+        start = initial_params(config, result.model.config)["head"]["kernel"]
+        # Entries whose neighbours in bfloat16 are 1e-4 away, twice as far as all updates together.
+        return jnp.sum((result.model.head.kernel[...] != start) & (jnp.abs(start) > 0.016))
 
-    assert moved(True)
-    assert not moved(False)
+    assert moved(True) > 10
+    assert moved(False) == 0

@@ -225,7 +225,10 @@ def test_a_state_started_anew_keeps_its_positions_alone(params):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "adam"}, "optimizer='adam': expected one of adamw, adafactor, lion, sgd, adamw_8bit, g"),
+        (
+            {"optimizer": "adam"},
+            "optimizer='adam': expected one of adamw, adafactor, lion, sgd, adamw_8bit, g",
+        ),
         ({"schedule": "step"}, "schedule='step': expected one of cosine, linear, constant, wsd"),
         ({"projector": "none"}, "projector must be one of svd"),
         ({"refresh": "never"}, "refresh"),

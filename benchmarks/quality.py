@@ -17,8 +17,11 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 from typing import Any
+
+import jax
 
 from benchmarks.machine import machine
 from examples.flax_llama import demo
@@ -199,7 +202,10 @@ def main() -> None:
             raise SystemExit(f"--only has {sorted(unknown)}; expected some of {list(compared)}")
         compared = {name: compared[name] for name in args.only}
     path = args.out.with_suffix(".json") if args.out else None
-    rows = measure(Record(path, args.steps), compared)
+    with tempfile.TemporaryDirectory() as cache:
+        # The seeds of a setting have one program.
+        jax.config.update("jax_compilation_cache_dir", cache)
+        rows = measure(Record(path, args.steps), compared)
     print(f"\n{table(rows)}")
     if args.out:
         plot(rows, args.out.with_suffix(".png"))

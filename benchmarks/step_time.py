@@ -9,7 +9,7 @@ hits all alike, and ratios are medians over neighbouring steps; one peer at a ti
 holds the states of the baselines and of one peer (name fewer baselines where that is too much).
 Weight decay is on everywhere, and all project the same leaves at the same rank. What is written:
 
-- `ordinary`: a step on which no projector is refreshed, median; the ratios are of these.
+- `ordinary`: a step on which no projector is refreshed, median; the ratios beside are of these.
 - `refresh`: a step on which all are. The median of those after the first, or the first, where one
   takes seconds and where there is no other.
 - `mean`: ordinary + (refresh - ordinary) / 200, what a step costs on average at T = 200. Staggered,
@@ -21,7 +21,7 @@ Weight decay is on everywhere, and all project the same leaves at the same rank.
 "same sides" projects the sides that `optax.contrib.galore` projects, the long ones and the rows of
 a square matrix: `side="long"` with `side="left"` for square leaves, by `optax.partition`. It is
 the comparison of equal arithmetic on ordinary steps; its projector is power_iteration, to have its
-basis soon. The other peers project the published side, `"short"`. "torch" is GaLore's AdamW in
+bases soon. The other peers project the published side, `"short"`. "torch" is GaLore's AdamW in
 eager PyTorch, where that is installed.
 
 Gradients are independent normal numbers, the same on every step: benchmarks/projectors.py has the
@@ -50,6 +50,19 @@ RATE, DECAY = 1e-3, 0.1
 CONTRIB, ADAMW = "optax.contrib.galore", "optax.adamw"
 BASELINES = (ADAMW, CONTRIB)
 STAGGERED = "power_iteration, staggered"
+COLUMNS = (
+    ("ordinary", "ordinary_ms", ".1f"),
+    ("/contrib", "ratio_to_contrib", ".3f"),
+    ("/adamw", "ratio_to_adamw", ".3f"),
+    ("refresh", "refresh_ms", ".0f"),
+    ("mean", "mean_ms", ".1f"),
+    ("/contrib", "mean_ratio_to_contrib", ".3f"),
+    ("/adamw", "mean_ratio_to_adamw", ".3f"),
+    ("spike", "spike", ".2f"),
+    ("noise", "noise", ".2f"),
+    ("compile", "compile_ms", ".0f"),
+    ("bytes", "state_bytes", ".3g"),
+)
 PEERS = ("same sides", *PROJECTORS, STAGGERED, "torch")
 
 
@@ -159,7 +172,8 @@ def summarize(
     `times` has the baselines first, whose own rows are complete where this is the row of a peer.
     """
     row, mine = rows[name], times[name]
-    plain = [i for i, number in enumerate(refreshed) if number == 0]
+    # All steps, where there are more matrices than steps in a period.
+    plain = [i for i, number in enumerate(refreshed) if number == 0] or range(len(mine))
     ordinary = statistics.median(mine[i] for i in plain)
     noise = max(mine[i] for i in plain) / ordinary
     if name == ADAMW:
@@ -188,27 +202,13 @@ def summarize(
 
 def table(result: dict[str, Any]) -> str:
     """The result for reading."""
-    heads = ("ordinary", "/contrib", "/adamw", "refresh", "mean", "/contrib", "/adamw")
     lines = [
         f"LLaMA-{result['model']}, rank {result['rank']}, T = {GAP}; times in ms",
-        f"{'':28}"
-        + "".join(f"{head:>10}" for head in (*heads, "spike", "noise", "compile", "state MB")),
+        f"{'':28}" + "".join(f"{head:>10}" for head, _, _ in COLUMNS),
     ]
-    keys = ("ordinary_ms", "ratio_to_contrib", "ratio_to_adamw", "refresh_ms", "mean_ms")
-    keys += ("mean_ratio_to_contrib", "mean_ratio_to_adamw", "spike", "noise", "compile_ms")
     for name, row in result["optimizers"].items():
-        values = [row.get(key) for key in keys] + [row["state_bytes"] / 1e6]
-        formats = [
-            ""
-            if x is None
-            else f"{x:.0f}"
-            if i in (3, 9, 10)
-            else f"{x:.1f}"
-            if i in (0, 4)
-            else f"{x:.3f}"
-            for i, x in enumerate(values)
-        ]
-        lines.append(f"{name:28}" + "".join(f"{text:>10}" for text in formats))
+        cells = ("" if row.get(key) is None else f"{row[key]:{form}}" for _, key, form in COLUMNS)
+        lines.append(f"{name:28}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
 

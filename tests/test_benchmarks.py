@@ -26,7 +26,9 @@ def tiny_model(monkeypatch):
 
 def run_main(monkeypatch, module, *arguments):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    cache = jax.config.jax_compilation_cache_dir
     module.main()
+    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def test_step_time_writes_what_it_prints(monkeypatch, tmp_path, capsys):

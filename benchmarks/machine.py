@@ -17,6 +17,8 @@ def machine() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
+        # Threads of the LAPACK that JAX calls on the CPU; all cores where it is not said.
+        "openblas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")},
     }

@@ -1,166 +1,229 @@
-"""Time of one ordinary optimizer step, beside optax.adamw and optax.contrib.galore, in one run.
+"""Time of an optimizer step beside optax.adamw and optax.contrib.galore, in one run.
 
     python -m benchmarks.step_time --model 60m --steps 30
+    python -m benchmarks.step_time --model 350m --steps 12 --baselines optax.contrib.galore \
+        --peers "same sides" power_iteration "power_iteration, staggered"
 
-Ordinary means that no projector is refreshed; the refresh of all matrices on the first step is
-reported on its own. The optimizers take turns, step by step, so that a drift of the machine's
-speed hits all alike, and ratios are medians over pairs of neighbouring steps. Galore projects the
-same leaves at the same rank on the same side in both implementations: `optax.contrib.galore`
-takes the long side, and the rows of a square matrix, so "same sides" is `side="long"` with
-`side="left"` for square leaves, by `optax.partition`. The published side, `"short"`, is listed
-beside. Weight decay is on everywhere.
+Each peer takes turns with the baselines, step by step, so that a drift of the machine's speed
+hits all alike, and ratios are medians over neighbouring steps; one peer at a time, so that memory
+holds the states of the baselines and of one peer (name fewer baselines where that is too much).
+Weight decay is on everywhere, and all project the same leaves at the same rank. What is written:
+
+- `ordinary`: a step on which no projector is refreshed, median; the ratios beside are of these.
+- `refresh`: a step on which all are. The median of those after the first, or the first, where one
+  takes seconds and where there is no other.
+- `mean`: ordinary + (refresh - ordinary) / 200, what a step costs on average at T = 200. Staggered,
+  from the steps measured: ordinary + extra time per refreshed matrix * matrices / 200.
+- `spike`: the longest step over the median step. Staggered, of the steps measured, which are
+  some in a row out of the period of 200, with their share of refreshes; else refresh / ordinary.
+- `noise`: the longest ordinary step over their median, which is the machine's doing.
+
+"same sides" projects the sides that `optax.contrib.galore` projects, the long ones and the rows of
+a square matrix: `side="long"` with `side="left"` for square leaves, by `optax.partition`. It is
+the comparison of equal arithmetic on ordinary steps; its projector is power_iteration, to have its
+bases soon. The other peers project the published side, `"short"`. "torch" is GaLore's AdamW in
+eager PyTorch, where that is installed.
+
+Gradients are independent normal numbers, the same on every step: benchmarks/projectors.py has the
+time of a basis of matrices with the spectrum of real gradients.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
 import pathlib
 import statistics
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import galore_optax
 from benchmarks.machine import machine
-from examples.flax_llama.config import PRESETS
+from benchmarks.runs import OptaxRun, Run, paired_ratio, refresh_times, take_turns
+from benchmarks.shapes import RANKS, is_projected, matrices, normal_like, unstacked_llama
+from galore_optax.projectors import PROJECTORS
 
-RANKS = {"9m": 32, "20m": 64, "35m": 96, "60m": 128, "130m": 256, "350m": 256, "1b": 512}
-NEVER = 2**30
+GAP = 200
+RATE, DECAY = 1e-3, 0.1
+CONTRIB, ADAMW = "optax.contrib.galore", "optax.adamw"
+BASELINES = (ADAMW, CONTRIB)
+STAGGERED = "power_iteration, staggered"
+COLUMNS = (
+    ("ordinary", "ordinary_ms", ".1f"),
+    ("/contrib", "ratio_to_contrib", ".3f"),
+    ("/adamw", "ratio_to_adamw", ".3f"),
+    ("refresh", "refresh_ms", ".0f"),
+    ("mean", "mean_ms", ".1f"),
+    ("/contrib", "mean_ratio_to_contrib", ".3f"),
+    ("/adamw", "mean_ratio_to_adamw", ".3f"),
+    ("spike", "spike", ".2f"),
+    ("noise", "noise", ".2f"),
+    ("compile", "compile_ms", ".0f"),
+    ("bytes", "state_bytes", ".3g"),
+)
+PEERS = ("same sides", *PROJECTORS, STAGGERED, "torch")
 
 
-def unstacked_llama(name: str, key: jax.Array) -> dict[str, Any]:
-    """Random arrays with the shapes of a LLaMA whose layers are not stacked, kernels (in, out)."""
-    config = PRESETS[name]
-    d, f = config.hidden, config.intermediate
-    layer = {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d)}
-    layer |= {"gate": (d, f), "up": (d, f), "down": (f, d), "norm_1": (d,), "norm_2": (d,)}
-    shapes = {
-        "embed": (config.vocab_size, d),
-        "layers": [layer] * config.layers,
-        "norm": (d,),
-        "head": (d, config.vocab_size),
-    }
-    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    keys = jax.random.split(key, len(leaves))
-    normal = zip(keys, leaves, strict=True)
-    return treedef.unflatten([0.02 * jax.random.normal(k, shape) for k, shape in normal])
+def make_run(name: str, params: Any, gradients: Any, rank: int) -> Run:
+    """The optimizer of that name, compiled, at its first step."""
+    projected = jax.tree_util.tree_map_with_path(is_projected, params)
+    if name == "torch":
+        from benchmarks import torch_galore
+
+        return torch_galore.TorchRun(params, projected, torch_galore.Settings(rank, RATE, DECAY))
+    return OptaxRun(make_optimizer(name, params, projected, rank), params, gradients)
 
 
-def optimizers(params: Any, rank: int) -> dict[str, optax.GradientTransformation]:
-    """The optimizers to compare, all with weight decay, by name."""
-    rate, decay = 1e-3, 0.1
-    matrix = {
-        path: "layers" in jax.tree_util.keystr(path) and leaf.ndim == 2
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-    def tree(kind):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: kind() if matrix[path] else None, params
-        )
-
-    ours = functools.partial(
-        galore_optax.galore_adamw, rate, weight_decay=decay, rank=rank, update_proj_gap=NEVER
-    )
-    squares = jax.tree.map(lambda leaf: leaf.shape[0] == leaf.shape[-1], params)
-    return {
-        "optax.adamw": optax.adamw(rate, weight_decay=decay),
-        "optax.contrib.galore": optax.contrib.galore(
-            rate,
+def make_optimizer(
+    name: str, params: Any, projected: Any, rank: int
+) -> optax.GradientTransformation:
+    """The optimizer of that name, which projects these leaves."""
+    adamw = optax.adamw(RATE, weight_decay=DECAY)
+    ours = functools.partial(galore_optax.galore, adamw, rank=rank, update_proj_gap=GAP)
+    if name == ADAMW:
+        return adamw
+    if name == CONTRIB:
+        numbers = optax.contrib.GaLoreDimensionNumbers()
+        return optax.contrib.galore(
+            RATE,
             rank=rank,
-            update_proj_gap=NEVER,
+            # Its first step refreshes, and no other: it takes more than GAP steps here.
+            update_proj_gap=2**30,
             scale=0.25,
-            weight_decay=decay,
-            weight_dimension_numbers=tree(optax.contrib.GaLoreDimensionNumbers),
-        ),
-        "galore_optax same sides": optax.partition(
-            {True: ours(side="left"), False: ours(side="long")}, squares
-        ),
-        "galore_optax short": ours(),
-    }
+            weight_decay=DECAY,
+            weight_dimension_numbers=jax.tree.map(lambda p: numbers if p else None, projected),
+        )
+    if name == "same sides":
+        squares = jax.tree.map(lambda leaf: leaf.shape[0] == leaf.shape[-1], params)
+        ours = functools.partial(ours, projector="power_iteration")
+        return optax.partition({True: ours(side="left"), False: ours(side="long")}, squares)
+    if name == STAGGERED:
+        return ours(projector="power_iteration", stagger=True)
+    return ours(projector=name)
 
 
-def measure(model: str, steps: int, seed: int) -> dict[str, Any]:
+def measure(
+    model: str, steps: int, peers: list[str], baselines: list[str], seed: int = 0
+) -> dict[str, Any]:
     """Runs the comparison and returns what is written as JSON; times in milliseconds."""
+    if not 0 < steps < GAP // 2:
+        raise SystemExit(f"steps must be 1 to {GAP // 2 - 1}, less than a period; got {steps}")
     keys = jax.random.split(jax.random.key(seed))
-    params, gradients = (unstacked_llama(model, key) for key in keys)
-    rank = RANKS[model]
-    runs = {}
-    for name, tx in optimizers(params, rank).items():
+    params, gradients = (normal_like(unstacked_llama(model), key) for key in keys)
+    rank, count = RANKS[model], sum(matrices(model).values())
+    if "torch" in peers and not torch_is_available():
+        print("torch is left out: PyTorch is not installed for this device", flush=True)
+        peers = [name for name in peers if name != "torch"]
+    fixed: dict[str, Run] = {}
+    rows: dict[str, Any] = {}
 
-        def step(params, state, gradients, tx=tx):
-            updates, state = tx.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
+    def start(name: str) -> Run:
+        nonlocal params
+        run = make_run(name, params, gradients, rank)
+        params, refreshes = refresh_times(
+            run, params, gradients, most=0 if name == STAGGERED else 3
+        )
+        rows[name] = {"first_step_ms": refreshes[0], "compile_ms": run.compile_ms}
+        rows[name]["state_bytes"] = run.state_bytes
+        rows[name]["refresh_ms"] = statistics.median(refreshes[1:] or refreshes)
+        print(f"{name}: first step {refreshes[0]:.0f} ms", flush=True)
+        return run
 
-        compiled = jax.jit(step, donate_argnums=(0, 1))
-        carry = (jax.tree.map(jnp.copy, params), tx.init(params))
-        start = time.perf_counter()
-        compiled = compiled.lower(*carry, gradients).compile()
-        compile_ms = 1e3 * (time.perf_counter() - start)
-        state_bytes = sum(x.nbytes for x in jax.tree.leaves(carry[1]))
-        carry, first_ms = _timed(compiled, carry, gradients)
-        runs[name] = {
-            "compile_ms": compile_ms,
-            "first_step_ms": first_ms,
-            "state_bytes": state_bytes,
-            "compiled": compiled,
-            "carry": carry,
-            "times": [],
-        }
-        print(f"{name}: first step {first_ms:.0f} ms, compiled in {compile_ms:.0f} ms", flush=True)
-    for i in range(steps + 2):
-        for run in runs.values():
-            run["carry"], elapsed = _timed(run["compiled"], run["carry"], gradients)
-            if i >= 2:
-                run["times"].append(elapsed)
+    def turns(name: str | None) -> None:
+        nonlocal params
+        runs = fixed if name is None else {**fixed, name: start(name)}
+        params, times, refreshed = take_turns(runs, params, gradients, steps)
+        for each in [name] if name else fixed:
+            summarize(rows, each, times, refreshed[each], count)
 
-    def ratio(a, b):
-        pairs = zip(runs[a]["times"], runs[b]["times"], strict=True)
-        return statistics.median(x / y for x, y in pairs)
-
+    for name in baselines:
+        fixed[name] = start(name)
+    turns(None)
+    for name in peers:
+        turns(name)
     return {
         "benchmark": "step_time",
         "machine": machine(),
         "model": model,
         "rank": rank,
+        "matrices": count,
+        "update_proj_gap": GAP,
         "steps": steps,
-        "optimizers": {
-            name: {
-                "median_ms": statistics.median(run["times"]),
-                "min_ms": min(run["times"]),
-                "max_ms": max(run["times"]),
-                **{k: run[k] for k in ("first_step_ms", "compile_ms", "state_bytes")},
-                "ratio_to_contrib": ratio(name, "optax.contrib.galore"),
-                "ratio_to_adamw": ratio(name, "optax.adamw"),
-            }
-            for name, run in runs.items()
-        },
+        "optimizers": rows,
     }
 
 
-def _timed(compiled, carry, gradients):
-    start = time.perf_counter()
-    carry = jax.block_until_ready(compiled(*carry, gradients))
-    return carry, 1e3 * (time.perf_counter() - start)
+def torch_is_available() -> bool:
+    """Whether PyTorch is installed, for the device that JAX computes on."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    from benchmarks import torch_galore
+
+    return torch_galore.computes_where_jax_does()
+
+
+def summarize(
+    rows: dict[str, Any], name: str, times: dict[str, list[float]], refreshed: list[int], count: int
+) -> None:
+    """Adds to a row what steps in turns with the baselines say, `count` matrices refreshed or not.
+
+    `times` has the baselines first, whose own rows are complete where this is the row of a peer.
+    """
+    row, mine = rows[name], times[name]
+    # All steps, where there are more matrices than steps in a period.
+    plain = [i for i, number in enumerate(refreshed) if number == 0] or range(len(mine))
+    ordinary = statistics.median(mine[i] for i in plain)
+    noise = max(mine[i] for i in plain) / ordinary
+    if name == ADAMW:
+        row["refresh_ms"], mean, spike = None, ordinary, noise
+    elif any(refreshed):
+        extra = sum(mine[i] - ordinary for i, number in enumerate(refreshed) if number)
+        mean = ordinary + extra / sum(refreshed) * count / GAP
+        spike = max(mine) / statistics.median(mine)
+        row |= {"times_ms": mine, "refreshed": refreshed}
+        busy = [t for t, number in zip(mine, refreshed, strict=True) if number]
+        row["refreshing_step_ms"] = statistics.median(busy)
+    else:
+        mean = ordinary + (row["refresh_ms"] - ordinary) / GAP
+        spike = row["refresh_ms"] / ordinary
+    row |= {"ordinary_ms": ordinary, "mean_ms": mean, "spike": spike, "noise": noise}
+    for baseline, short in {CONTRIB: "contrib", ADAMW: "adamw"}.items():
+        if baseline not in times:
+            continue
+        theirs = times[baseline]
+        ratio = paired_ratio([mine[i] for i in plain], [theirs[i] for i in plain])
+        their_ordinary = statistics.median(theirs)
+        their_refresh = rows[baseline]["refresh_ms"] if baseline == CONTRIB else their_ordinary
+        their_mean = their_ordinary + (their_refresh - their_ordinary) / GAP
+        row |= {f"ratio_to_{short}": ratio, f"mean_ratio_to_{short}": mean / their_mean}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for reading."""
+    lines = [
+        f"LLaMA-{result['model']}, rank {result['rank']}, T = {GAP}; times in ms",
+        f"{'':28}" + "".join(f"{head:>10}" for head, _, _ in COLUMNS),
+    ]
+    for name, row in result["optimizers"].items():
+        cells = ("" if row.get(key) is None else f"{row[key]:{form}}" for _, key, form in COLUMNS)
+        lines.append(f"{name:28}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(RANKS), default="60m")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--model", choices=RANKS, default="60m")
+    parser.add_argument("--steps", type=int, default=30, help="of each optimizer beside each peer")
+    parser.add_argument("--peers", nargs="*", choices=(*PEERS, *BASELINES), default=[*PEERS])
+    parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=[*BASELINES])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
-    result = measure(args.model, args.steps, args.seed)
-    print(f"\n{'':25}{'median ms':>10}{'/ contrib':>11}{'/ adamw':>9}{'state MB':>10}")
-    for name, row in result["optimizers"].items():
-        print(
-            f"{name:25}{row['median_ms']:10.1f}{row['ratio_to_contrib']:11.3f}"
-            f"{row['ratio_to_adamw']:9.2f}{row['state_bytes'] / 1e6:10.1f}"
-        )
+    peers = [name for name in args.peers if name not in args.baselines]
+    result = measure(args.model, args.steps, peers, args.baselines, args.seed)
+    print(f"\n{table(result)}")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 

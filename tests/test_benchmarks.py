@@ -1,0 +1,215 @@
+"""The benchmarks run, and compute what they say."""
+
+import json
+import statistics
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_optax
+from benchmarks import compile_time, gradients, projectors, quality, runs, shapes, step_time
+from examples.flax_llama.config import LlamaConfig
+
+TINY = LlamaConfig(hidden=16, intermediate=24, layers=2, heads=1, vocab_size=32)
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    monkeypatch.setitem(shapes.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(shapes.RANKS, "tiny", 4)
+
+
+def run_main(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    cache = jax.config.jax_compilation_cache_dir
+    module.main()
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def test_step_time_writes_what_it_prints(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "times.json"
+    peers = ["same sides", "rows", step_time.STAGGERED]
+    run_main(
+        monkeypatch, step_time, "--model", "tiny", "--steps", 30, "--peers", *peers, "--out", path
+    )
+    result = json.loads(path.read_text())
+    assert list(result["optimizers"]) == [*step_time.BASELINES, *peers]
+    printed = capsys.readouterr().out
+    for name, row in result["optimizers"].items():
+        (line,) = (x for x in printed.splitlines() if x.startswith(f"{name}   "))
+        assert f"{row['ratio_to_contrib']:.3f}" in line.split()
+    assert result["optimizers"][step_time.CONTRIB]["ratio_to_contrib"] == 1
+    # 14 matrices over 200 steps: places 0 to 2 on steps 0, 14 and 28.
+    assert sum(result["optimizers"][step_time.STAGGERED]["refreshed"]) == 2
+    # Adam's moments, of two (16, 24) matrices and alike, and one basis each.
+    moments = sum(2 * 4 * count * n for (_, n), count in shapes.matrices("tiny").items())
+    full = 2 * (2 * 32 * 16 + 5 * 16)
+    bases = 14 * 16 * 4
+    counters = 14 * 2 + 2
+    expected = 4 * (moments + full + bases + counters)
+    assert result["optimizers"]["rows"]["state_bytes"] == expected
+
+
+def rows_of(name, contrib_refresh, my_refresh):
+    return {
+        step_time.CONTRIB: {"refresh_ms": contrib_refresh},
+        step_time.ADAMW: {"refresh_ms": None},
+        name: {"refresh_ms": my_refresh},
+    }
+
+
+def test_mean_step_is_that_of_a_period_with_one_refresh():
+    rows = rows_of("svd", 2000.0, 1000.0)
+    times = {step_time.ADAMW: [5.0] * 4, step_time.CONTRIB: [10.0] * 4, "svd": [8, 9, 10, 11]}
+    step_time.summarize(rows, "svd", times, [0] * 4, 56)
+    mine = statistics.mean([1000] + 199 * [9.5])
+    contrib = statistics.mean([2000] + 199 * [10])
+    assert rows["svd"]["mean_ms"] == pytest.approx(mine)
+    assert rows["svd"]["mean_ratio_to_contrib"] == pytest.approx(mine / contrib)
+    assert rows["svd"]["mean_ratio_to_adamw"] == pytest.approx(mine / 5)
+    assert rows["svd"]["ratio_to_contrib"] == pytest.approx(0.95)
+    assert rows["svd"]["spike"] == pytest.approx(1000 / 9.5)
+
+
+def test_mean_staggered_step_is_that_of_a_period_in_which_each_matrix_is_refreshed_once():
+    rows = rows_of("staggered", 2000.0, 300.0)
+    times = {step_time.CONTRIB: [10.0] * 5, "staggered": [8.0, 8.0, 11.0, 8.0, 13.0]}
+    step_time.summarize(rows, "staggered", times, [0, 0, 1, 0, 1], 50)
+    row = rows["staggered"]
+    assert row["ordinary_ms"] == 8
+    assert row["mean_ms"] == pytest.approx(statistics.mean(25 * [11] + 25 * [13] + 150 * [8]))
+    assert row["spike"] == pytest.approx(13 / 8)
+    assert "mean_ratio_to_adamw" not in row
+
+
+def test_refresh_times_are_of_steps_that_refresh_all_matrices():
+    params = {"a": jnp.ones((6, 9)), "b": jnp.ones((8, 6))}
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    run = runs.OptaxRun(galore_optax.galore(optax.sgd(0.1), rank=2), params, grads)
+    params, times = runs.refresh_times(run, params, grads, most=2)
+    assert len(times) == 3
+    assert run.refreshes() == 6
+    runs.take_turns({"galore": run}, params, grads, steps=3)
+    assert run.refreshes() == 6
+
+
+def test_torch_peer_takes_the_steps_of_galore_adamw():
+    torch_galore = pytest.importorskip("benchmarks.torch_galore", exc_type=ImportError)
+    rng = np.random.default_rng(0)
+    tree = {"tall": (9, 5), "wide": (5, 8), "square": (6, 6), "norm": (5,)}
+    start, *stream = (
+        {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in tree.items()}
+        for _ in range(8)
+    )
+    # Its bases are those of SVD without a rule for signs, so that only the first one is compared.
+    settings = torch_galore.Settings(rank=2, learning_rate=0.1, update_proj_gap=100)
+    projected = {name: len(shape) == 2 for name, shape in tree.items()}
+    peer = torch_galore.TorchRun(start, projected, settings)
+    adamw = optax.adamw(0.1, weight_decay=0.1)
+    tx = galore_optax.galore(adamw, rank=2, update_proj_gap=100)
+    params, state = start, tx.init(start)
+    for grads in stream:
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        peer.step(start, grads)
+    for mine, theirs in zip(jax.tree.leaves(params), peer.parameters, strict=True):
+        np.testing.assert_allclose(mine, theirs.weight.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_synthetic_matrix_has_the_spectrum():
+    matrix, values = gradients.synthetic(12, 20, np.array([1.0, 0.1, 0.01]))
+    np.testing.assert_allclose(values[[0, -1]], [1.0, 0.01])
+    np.testing.assert_allclose(np.linalg.svd(matrix, compute_uv=False), values, rtol=1e-4)
+
+
+def test_projectors_are_measured_against_the_best_that_a_basis_can_capture():
+    rows = projectors.on_shape(24, 40, 6, np.array([1.0, 0.1]), repeats=2, svd_seconds=1)
+    assert list(rows) == list(projectors.NAMES)
+    assert rows["svd"]["energy"] == pytest.approx(1, abs=1e-4)
+    assert rows["eigh"]["energy"] == pytest.approx(1, abs=1e-4)
+    for row in rows.values():
+        assert 0 < row["energy"] < 1 + 1e-4
+        assert row["ms"] > 0
+    result = projectors.whole_model("tiny", dict.fromkeys(shapes.matrices("tiny"), rows))
+    assert result["svd"]["speedup"] == pytest.approx(1)
+    assert result["svd"]["seconds"] == pytest.approx(14 * rows["svd"]["ms"] / 1e3)
+
+
+def test_projectors_on_gradients_of_a_trained_model(tmp_path):
+    before, now = gradients.of_trained_model("9m", steps=1, batches=2, rows=2, seq=16)
+    assert {path: stack.shape for path, stack in now.items()} == {
+        **{f"attention/{name}/kernel": (4, 128, 128) for name in "kqvo"},
+        **{f"mlp/{name}/kernel": (4, 128, 352) for name in ("gate", "up", "down")},
+    }
+    assert np.any(before["mlp/up/kernel"] != now["mlp/up/kernel"])
+    few = [{path: stack[:1] for path, stack in g.items() if "/o/" in path} for g in (before, now)]
+    rows = projectors.on_real_gradients(*few)
+    assert rows["eigh"]["energy_min"] == pytest.approx(1, abs=1e-3)
+    assert 0.9 < rows["power_iteration, first"]["energy_min"] <= 1 + 1e-4
+    spectrum = gradients.mean_spectrum(now)
+    assert spectrum[0] == 1
+    synthetic = {"refresh": {name: {"seconds": 1.0} for name in projectors.NAMES}}
+    result = {"real": {"9m": {"projectors": rows}}, "synthetic": {"tiny": synthetic}}
+    projectors.plot(result | {"machine": {"device": "any"}}, tmp_path / "projectors.png")
+    assert (tmp_path / "projectors.png").stat().st_size > 0
+
+
+def fake_train(calls):
+    """Losses that are least at a learning rate of 0.16 and worse without a subspace."""
+
+    def train(config):
+        calls.append(config)
+        loss = 4 + abs(np.log2(config.lr / 0.16)) + 0.01 * config.seed
+        loss += 0.1 * (config.update_proj_gap == config.steps)
+        return types.SimpleNamespace(valid=[{"valid_loss": loss}])
+
+    return train
+
+
+def test_quality_sweeps_compares_and_goes_on(monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr(quality, "train", fake_train(calls))
+    arguments = ("--steps", 7, "--out", tmp_path / "quality", "--only", "svd, first step only")
+    run_main(monkeypatch, quality, *arguments)
+    summary = json.loads((tmp_path / "quality.json").read_text())["summary"]
+    assert {name: row["setting"]["lr"] for name, row in summary.items()} == dict.fromkeys(
+        [quality.ADAMW, quality.SVD, "svd, first step only"], pytest.approx(0.16)
+    )
+    losses = np.array([4.1, 4.11, 4.12])
+    row = summary["svd, first step only"]
+    np.testing.assert_allclose(row["losses"], losses)
+    np.testing.assert_allclose(row["loss"], 4.11)
+    np.testing.assert_allclose(row["loss_error"], losses.std(ddof=1) / 3**0.5)
+    np.testing.assert_allclose(row["percent_over_svd"], np.mean(10 / (losses - 0.1)))
+    assert (tmp_path / "quality.png").stat().st_size > 0
+    assert "left" in capsys.readouterr().out
+    done = len(calls)
+    run_main(monkeypatch, quality, *arguments)
+    assert len(calls) == done
+
+
+def test_quality_trains_the_demo():
+    setting = {**quality.SWEPT[quality.ADAMW], "lr": 0.01}
+    assert 6 < quality.Record(None, steps=1).loss(setting, seed=0) < 9
+
+
+def test_compile_time_of_stacked_and_unstacked_layers(monkeypatch, tmp_path):
+    path = tmp_path / "compile.json"
+    run_main(
+        monkeypatch,
+        compile_time,
+        *("--projectors", "rows", "--model", "tiny", "--layers", 2, 3, "--unstacked", "tiny"),
+        *("--out", path),
+    )
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["model"] for row in rows] == [
+        "tiny, 2 stacked layers",
+        "tiny, 3 stacked layers",
+        "tiny unstacked",
+    ]
+    assert rows[2]["hlo_characters"] > rows[1]["hlo_characters"] > 0

@@ -4,7 +4,7 @@
 
 Each setting is trained from three seeds, which are those of the weights and of the order of the
 data. Learning rates are swept by factors of two with the first seed: that of AdamW, at the ratio
-of the matrices' learning rate that benchmarks/learning.py found, and that of GaLore with exact SVD
+of the matrices' learning rate found in benchmarks/results/compare, and that of GaLore with exact SVD
 every 50 updates. All settings of GaLore then take the latter, so that they differ in nothing but
 the subspaces. A difference from exact SVD is that of runs with the same seed.
 

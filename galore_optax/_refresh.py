@@ -127,8 +127,7 @@ def refresh_leaf(
     Raises:
       ValueError: the projector returns bases of another shape than (m, r).
     """
-    view, keys = sides.view, sides.keys
-    batch = view.batch
+    view, batch = sides.view, sides.view.batch
 
     def one(matrix: jax.Array, old: Subspace, key: jax.Array, place: jax.Array) -> Subspace:
         # Not by jnp.max, which loses a nan on the CPU.
@@ -180,6 +179,7 @@ def refresh_leaf(
         return subspace._replace(due=due)
 
     def all_of_leaf(matrices: jax.Array, old: Subspace) -> Subspace:
+        keys = sides.keys
         if not batch:
             return one(matrices, old, keys[0], jnp.asarray(turn.first, jnp.int32))
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), (matrices, old))

@@ -30,4 +30,4 @@ def program(layers, projector, stagger):
 )
 def test_program_is_as_long_for_64_stacked_layers_as_for_4(projector, stagger):
     sizes = [len(program(layers, projector, stagger)) for layers in (4, 16, 64)]
-    assert max(sizes) < 1.1 * min(sizes)
+    assert max(sizes[1:]) < 1.1 * sizes[0]

@@ -149,5 +149,5 @@ def test_a_run_killed_again_and_again_loses_what_came_after_the_last_checkpoint_
     output = finish(process)
     resumed = int(re.search(r"Resuming after update (\d+)", output)[1])
     # One checkpoint may still have been on its way to the disk.
-    assert done - resumed < 2 * config.save_every
+    assert done - resumed <= 2 * config.save_every
     assert_same_end(long_run.out, config.out, config.steps)

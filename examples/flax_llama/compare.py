@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
-from flax import nnx
 
 import galore_optax
 from benchmarks.machine import machine
@@ -30,7 +30,7 @@ from examples.flax_llama.run_directory import (
     lock,
     read_settings,
 )
-from examples.flax_llama.step import check_divides
+from examples.flax_llama.step import check_divides, initial_params
 from examples.flax_llama.train import train
 
 RESULTS = "results.json"
@@ -113,7 +113,8 @@ def run(config: Config, out: Path) -> Run:
     except FloatingPointError as error:
         diverged = str(error)
     else:
-        params = nnx.to_pure_dict(nnx.state(result.model, nnx.Param))
+        shape = result.model.config
+        params = jax.eval_shape(lambda: initial_params(config, shape))
         memory = galore_optax.memory_report(make_optimizer(config), params)
         last = result.valid[-1]
         scores = {k: last[k] for k in ("valid_loss", "standard_error", "bits_per_byte")}

@@ -154,7 +154,7 @@ class Config:
 
     # Text to train on: "austen" (built in); a file or a glob, several with commas between, of plain
     # text (.txt) or JSON lines (.jsonl, field "text"), also as .gz, .xz or .zst; a directory made
-    # by examples.flax_llama.tokens; "hf:NAME" or "hf:NAME:CONFIG", streamed from Hugging Face.
+    # by examples.flax_llama.tokenize; "hf:NAME[:CONFIG[:SPLIT]]", streamed from Hugging Face.
     data: str = "austen"
     # Text to validate on, likewise; by default a part of `data` that is then not trained on.
     valid_data: str | None = None
@@ -166,7 +166,8 @@ class Config:
     packing: bool = True
     # Tokens per sequence.
     seq: int = 256
-    # Validation tokens per evaluation; all there are by default.
+    # Validation tokens per evaluation; by default all there are, of files and of Hugging Face data
+    # about the first million.
     eval_tokens: int | None = None
 
     # adamw, adafactor, lion, sgd, adamw_8bit, or any of them in GaLore: galore_adamw, ...; or

@@ -9,8 +9,6 @@ from datetime import datetime
 from pathlib import Path
 
 import jax
-import matplotlib.pyplot as plt
-import numpy as np
 import tyro
 from flax import nnx
 from rich.console import Console
@@ -21,10 +19,11 @@ from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.data import Data, unigram_loss
 from examples.flax_llama.generate import generate
 from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.plot import plot
 from examples.flax_llama.run_directory import check_directory
 from examples.flax_llama.train import Result, open_dataset, train
 
-# The best of the sweeps in benchmarks/learning.py.
+# The best of the sweeps in benchmarks/results/compare.
 GALORE = Config(
     optimizer="galore_adamw",
     tokenizer="bpe:2048",
@@ -50,31 +49,6 @@ def comparison(dataset: Data, results: dict[str, Result]) -> Table:
             name, f"{loss:.3f}", f"{scores['perplexity']:.1f}", f"{scores['bits_per_byte']:.3f}"
         )
     return table
-
-
-def plot(results: dict[str, Result], path: Path) -> None:
-    """Training loss, averaged over a few updates, and the held-out losses as points."""
-    figure, axes = plt.subplots(layout="constrained")
-    for name, result in results.items():
-        losses = np.array([record["loss"] for record in result.train])
-        width = min(10, len(losses))
-        smoothed = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-        (line,) = axes.plot(np.arange(width, len(losses) + 1), smoothed, label=f"{name}, training")
-        axes.plot(
-            [record["step"] for record in result.valid],
-            [record["valid_loss"] for record in result.valid],
-            "o",
-            color=line.get_color(),
-            label=f"{name}, held out",
-        )
-    axes.set(
-        title="LLaMA 9m on six novels of Jane Austen",
-        xlabel="update",
-        ylabel="cross entropy (nats per token)",
-    )
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def demo(out: Path | None = None, steps: int = GALORE.steps) -> None:
@@ -103,7 +77,7 @@ def demo(out: Path | None = None, steps: int = GALORE.steps) -> None:
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     print(galore_optax.memory_report(make_optimizer(galore), params))
     print(f"\nGaLore's model continues:\n{generate(model, tokenizer, PROMPT)}\n")
-    plot(results, out / "loss.png")
+    plot((galore.out, adamw.out), out / "loss.png")
     print(f"Wrote {out / 'loss.png'}; sample on with")
     print(f"python -m examples.flax_llama.sample --run {galore.out}")
 

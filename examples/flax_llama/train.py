@@ -96,6 +96,7 @@ def train(config: Config) -> Result:
         return State(params, optimizer.init(params))
 
     with contextlib.ExitStack() as stack:
+        stack.callback(dataset.train.close)
         stop, checkpoints, start = never, None, 0
         if out is not None:
             stop = stack.enter_context(stop_signals())

@@ -4,9 +4,9 @@
 
 Each setting is trained from three seeds, which are those of the weights and of the order of the
 data. Learning rates are swept by factors of two with the first seed: that of AdamW, at the ratio
-of the matrices' learning rate found in benchmarks/results/compare, and that of GaLore with exact SVD
-every 50 updates. All settings of GaLore then take the latter, so that they differ in nothing but
-the subspaces. A difference from exact SVD is that of runs with the same seed.
+of the matrices' learning rate found in benchmarks/results/compare, and that of GaLore with exact
+SVD every 50 updates. All settings of GaLore then take the latter, so that they differ in nothing
+but the subspaces. A difference from exact SVD is that of runs with the same seed.
 
 The learning rates are swept on until a neighbour on each side is worse. Settings that are in the
 JSON file already are not run again, so that it can be stopped at any time.

@@ -77,7 +77,7 @@ def demo(out: Path | None = None, steps: int = GALORE.steps) -> None:
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     print(galore_optax.memory_report(make_optimizer(galore), params))
     print(f"\nGaLore's model continues:\n{generate(model, tokenizer, PROMPT)}\n")
-    plot((galore.out, adamw.out), out / "loss.png")
+    plot((out / galore.optimizer, out / adamw.optimizer), out / "loss.png")
     print(f"Wrote {out / 'loss.png'}; sample on with")
     print(f"python -m examples.flax_llama.sample --run {galore.out}")
 

@@ -35,8 +35,9 @@ demo: $(READY)  ## train a small LLaMA with GaLore and with AdamW
 	$(BIN)/python -m examples.flax_llama.demo
 
 # Two processes, since most of the time goes into compilation; one on a GPU, whose memory each takes.
+# The threads of their SVDs would wait for each other.
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest $(if $(CUDA),,-n 2 --dist loadfile)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(CUDA),,-n 2 --dist loadfile)
 
 lint: $(READY)  ## check format and style
 	$(BIN)/ruff format --check

@@ -31,7 +31,14 @@ from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.run_log import peak_flops
-from examples.flax_llama.step import State, data_mesh, make_update, put_batch, replicated
+from examples.flax_llama.step import (
+    State,
+    data_mesh,
+    initial_params,
+    make_update,
+    put_batch,
+    replicated,
+)
 from examples.flax_llama.train import open_dataset, planned_bytes
 
 # Sequences of an update that an 80 GB device has room for, and the time.
@@ -53,7 +60,7 @@ def train(settings: dict[str, Any], deadline: float) -> dict[str, Any]:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
 
     def initial_state() -> State:
-        params = nnx.to_pure_dict(nnx.state(Llama(shape, rngs=nnx.Rngs(0)), nnx.Param))
+        params = initial_params(config, shape)
         return State(params, optimizer.init(params))
 
     start = time.perf_counter()

@@ -231,6 +231,9 @@ class _Settings:
     seed: int | jax.Array
     diagnostics: bool
 
+    def __post_init__(self):
+        self.timing.check(self.projector)
+
     def init_subspace(self, view: LeafView) -> Subspace:
         if not isinstance(view, MatrixView):
             return Subspace()

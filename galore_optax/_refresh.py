@@ -12,7 +12,7 @@ import optax
 from galore_optax._matrix import moment_dtype
 from galore_optax._state import GaloreState
 from galore_optax._subspace import ABSENT, Sides, Subspace, is_absent
-from galore_optax.projectors import orient
+from galore_optax.projectors import Projector, orient
 
 _NEVER = 2**31 - 1  # the last step that an int32 can count
 
@@ -25,6 +25,7 @@ class Lazy:
     Once that is full, and whenever its mean reaches the threshold, the matrix' own gap doubles.
     The similarity is (|P_new^T P_old|_F^2 / r - r / m) / (1 - r / m), of an orthonormal basis
     (m, r): 1 for the same subspace, 0 on average for two random ones, whatever their basis.
+    Random projectors cannot be combined with it: their subspaces never stand still.
 
     Attributes:
       threshold: of the mean similarity. The paper's 0.4 is of the cosine of one singular vector,
@@ -63,6 +64,14 @@ class Timing:
             )
         if not isinstance(self.stagger, bool | np.bool):
             raise TypeError(f"stagger must be a bool; got {self.stagger!r}")
+
+    def check(self, projector: Projector) -> None:
+        """Raises for a projector that cannot be combined with this."""
+        if self.lazy is not None and not projector.stored:
+            raise ValueError(
+                'refresh="lazy" is for subspaces that can stand still; those of the projectors '
+                'gaussian and orthonormal are random ones. Use refresh="periodic" with these.'
+            )
 
     @property
     def lazy(self) -> Lazy | None:
@@ -119,7 +128,7 @@ def refresh_leaf(
         step of each matrix' own and every T steps from there.
       timing: whether matrices are staggered, and whether their gaps grow.
       force: whether to take all matrices as due.
-      allowed: whether matrices that are due may be refreshed now, unless they are forced.
+      allowed: whether matrices may be refreshed now.
 
     Returns:
       The subspace to use from this step on, and the step for the leaf that comes next.
@@ -187,7 +196,7 @@ def refresh_leaf(
         new = jax.lax.map(lambda arguments: one(*arguments), (*flat, keys, places))
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), new)
 
-    due = jnp.asarray(True) if force else jnp.any(step >= subspace.due) & allowed
+    due = allowed if force else jnp.any(step >= subspace.due) & allowed
     # JAX would take what both branches pass through out of the conditional, hence the addition.
     return jax.lax.cond(
         due, lambda: (all_of_leaf(matrices, subspace), step + 0), lambda: (subspace, step)
@@ -202,6 +211,9 @@ def refresh(
     For users who decide themselves when to refresh, such as under a ``jax.vmap`` over seeds, where
     ``lax.cond`` runs both of its branches. Ordinary steps are then
     ``tx.update(grads, state, params, refresh=False)``, whose program has no factorization.
+
+    In the middle of a step of several gradients (``accumulation_steps``) it does nothing, since
+    those that are there already belong to the old subspaces.
 
     Args:
       tx: a galore, in any wrappers that pass on extra arguments, such as ``optax.chain``.

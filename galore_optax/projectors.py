@@ -323,8 +323,11 @@ def _leading_eigenvectors(gram: jax.Array, rank: int) -> jax.Array:
 
 def _cosines(columns: jax.Array, size: int, dtype: Any) -> jax.Array:
     """Columns of the (size, size) orthonormal DCT-II matrix, (size, r)."""
-    # Reduced modulo the period as integers: in float32 the product itself would be too coarse.
-    steps = (2 * jnp.arange(size)[:, None] + 1) * columns % (4 * size)
+    # Reduced modulo the period as integers, since in float32 the product would be too coarse; in
+    # two steps, since in int32 it overflows beyond 2^15 rows.
+    odd, period = 2 * jnp.arange(size)[:, None] + 1, 4 * size
+    steps = odd * (columns // 256) % period * 256 + odd * (columns % 256)
+    steps %= period
     scale = jnp.where(columns == 0, 1.0, 2**0.5) / size**0.5
     return (scale * jnp.cos(jnp.pi / (2 * size) * steps)).astype(dtype)
 

@@ -78,6 +78,16 @@ def test_a_due_refresh_takes_the_first_gradient_of_its_step():
     assert counts == [1] * (2 * K) + [2] * (2 * K)
 
 
+def test_a_refresh_by_hand_in_the_middle_of_a_step_waits_for_the_next():
+    tx = make(optax.identity(), K)
+    params = tree(0)
+    _, middle = jax.jit(tx.update)(tree(1), tx.init(params), params)
+    chex.assert_trees_all_equal(galore_optax.refresh(tx, tree(2), middle, params), middle)
+    for i in range(K - 1):
+        _, middle = jax.jit(tx.update)(tree(i), middle, params)
+    assert galore_optax.refresh(tx, tree(2), middle, params).subspace.refreshes["w"] == 2
+
+
 def test_accumulator_has_rank_r_and_the_state_is_stable():
     tx = make(optax.scale_by_adam(), K)
     params = tree(0)

@@ -174,6 +174,13 @@ def test_arguments_of_the_refresh(arguments, error, says):
     assert_says(caught, says)
 
 
+@pytest.mark.parametrize("projector", ["gaussian", "orthonormal"])
+def test_lazy_refresh_of_random_subspaces(projector):
+    with pytest.raises(ValueError, match="is for subspaces that can stand still") as caught:
+        galore_optax.galore(INNER, projector=projector, refresh="lazy")
+    assert_says(caught, 'refresh="lazy"', 'Use refresh="periodic"')
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -209,6 +209,13 @@ def test_dct_takes_the_cosines_that_capture_most():
     np.testing.assert_allclose(chosen.max(axis=0), 1, atol=1e-5)
 
 
+def test_cosines_of_more_rows_than_an_int32_can_square():
+    key = jax.random.key(0)
+    basis = resolve("orthonormal", {})(jax.ShapeDtypeStruct((100_000, 1), jnp.float32), 8, key=key)
+    basis = np.asarray(basis, np.float64)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(8), atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["rows", "dct"])
 def test_what_stays_selected_keeps_its_column(name):
     g = matrix_of((30, 14))

@@ -1,8 +1,8 @@
 """Checkpoints of a run, written by Orbax while training goes on.
 
 Each holds the parameters, the optimizer's state, the position in the data, and the configuration.
-There is no generator of random numbers to save: initial weights and the order of the data are
-functions of the seed, which is in the configuration, and nothing else in training is random.
+There is no generator of random numbers to save: initial weights, the order of the data, random
+projectors and rounding are functions of the seed, which is in the configuration, and of counts.
 """
 
 import dataclasses

@@ -174,7 +174,9 @@ def compare(
     resolved = shared.resolve()
 
     def configure(optimizer: str, seed: int, settings: Settings) -> Config:
-        return dataclasses.replace(resolved, optimizer=optimizer, seed=seed, **settings)
+        # Resolved with the optimizer, which has defaults of its own.
+        changed: Settings = {"optimizer": optimizer, "seed": seed, **settings}
+        return dataclasses.replace(shared, **changed).resolve()
 
     for optimizer, grid in grids.items():
         for values in itertools.product(*grid.values()):

@@ -111,9 +111,10 @@ def evaluate(
 
     Args:
       run: the --out directory of a training run.
-      data: text to evaluate on, all of it; of the kinds that can be trained on. By default, what
-        the run was validated on.
-      tokens: number of tokens to predict, exactly; all there are by default.
+      data: text to evaluate on, of the kinds that can be trained on. By default, what the run was
+        validated on.
+      tokens: number of tokens to predict, exactly; by default all there are, of files and of
+        Hugging Face data about the first million.
       step: the checkpoint: "last", "best" for the lowest validation loss, or its number of updates.
       batch: rows computed at a time, on each device.
     """

@@ -59,7 +59,7 @@ def adamw(config: Config, schedule: optax.Schedule) -> optax.GradientTransformat
     return optax.adamw(
         schedule,
         config.b1,
-        config.b2 or 0.999,
+        0.999 if config.b2 is None else config.b2,
         config.eps,
         weight_decay=config.weight_decay,
         mask=not_norm,
@@ -80,7 +80,11 @@ def adafactor(config: Config, schedule: optax.Schedule) -> optax.GradientTransfo
 
 def lion(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
     return optax.lion(
-        schedule, config.b1, config.b2 or 0.99, weight_decay=config.weight_decay, mask=not_norm
+        schedule,
+        config.b1,
+        0.99 if config.b2 is None else config.b2,
+        weight_decay=config.weight_decay,
+        mask=not_norm,
     )
 
 
@@ -101,8 +105,7 @@ def in_galore(inner: Optimizer, projector_dtype: str | None = None) -> Optimizer
     """The same optimizer, with the layers' matrices in the subspace of their gradients."""
 
     def make(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-        return galore_optax.galore(
-            inner(config, schedule),
+        galore = galore_optax.galore(
             rank=config.rank,
             update_proj_gap=config.update_proj_gap,
             scale=config.scale,
@@ -113,6 +116,7 @@ def in_galore(inner: Optimizer, projector_dtype: str | None = None) -> Optimizer
             diagnostics=True,
             weight_dimension_numbers=dimension_numbers,
         )
+        return galore_optax.chain(galore, inner(config, schedule))
 
     return make
 

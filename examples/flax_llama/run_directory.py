@@ -20,7 +20,7 @@ EMPTY = {LOCK, PARTIAL}
 # What a resumed run may change: none of it has a part in what is computed.
 FREE = {
     *("eval_every", "save_every", "keep"),
-    *("out", "resume", "new_subspace", "tensorboard", "wandb", "quiet"),
+    *("out", "resume", "new_subspace", "tensorboard", "wandb", "distributed", "quiet"),
 }
 SUBSPACE = {"rank", "projector", "refresh", "stagger", "update_proj_gap", "scale"}
 
@@ -35,6 +35,11 @@ def check_directory(out: Path, *, resume: bool) -> None:
     if (out / LOCK).is_file():
         with lock(out):
             pass
+    check_contents(out, resume=resume)
+
+
+def check_contents(out: Path, *, resume: bool) -> None:
+    """The part of `check_directory` that can be done while holding the lock."""
     if resume:
         if not (out / SETTINGS).is_file():
             raise UsageError(

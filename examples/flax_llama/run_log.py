@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ MOST_SKIPPED = 10
 # documentation of Cloud TPU. The first match counts.
 PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -46,7 +48,9 @@ PEAK_FLOPS = {
 
 def peak_flops(device_kind: str) -> float | None:
     """Operations per second that a device could do at most, None where that is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
+    # A name stands for all that begin with its words: "NVIDIA L4" not for "NVIDIA L40".
+    known = (peak for name, peak in PEAK_FLOPS.items() if re.match(rf"{name}\b", device_kind))
+    return next(known, None)
 
 
 class RunLog:

@@ -30,6 +30,7 @@ from examples.flax_llama.optimizers import make_optimizer, start_anew
 from examples.flax_llama.run_directory import (
     SETTINGS,
     SUBSPACE,
+    check_contents,
     check_directory,
     check_same,
     config_of,
@@ -175,6 +176,8 @@ def open_checkpoints(out: Path, config: Config, shape: LlamaConfig) -> Iterator[
         if jax.process_index() == 0:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(out))
+            # Another run may have come and gone while the data was read.
+            check_contents(out, resume=config.resume)
             if not config.resume:
                 # Before anything else is there, so that it can be resumed however soon it ends.
                 write_settings(out, config, shape)
@@ -238,7 +241,7 @@ def open_log(
 
 def summary(config: Config, shape: LlamaConfig, start: int) -> str:
     """What is about to be trained, in a few lines."""
-    rank = f", rank {config.rank}" if config.optimizer.startswith("galore") else ""
+    rank = f", rank {config.rank}" if "galore" in config.optimizer else ""
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     lines = [
         f"LLaMA of {shape.num_params:,} parameters ({config.preset}), vocabulary "
@@ -299,7 +302,10 @@ def hide_closed_loops(unraisable: Any) -> None:
 def main() -> None:
     sys.unraisablehook = hide_closed_loops
     try:
-        result = train(from_command_line())
+        config = from_command_line()
+        if config.distributed:
+            jax.distributed.initialize()
+        result = train(config)
     except (UsageError, CheckpointError, FloatingPointError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(" ".join(f"{name} {value:.4g}" for name, value in result.valid[-1].items()))

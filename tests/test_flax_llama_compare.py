@@ -61,6 +61,20 @@ def rows(report, start):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
+def test_every_optimizer_has_its_own_defaults(text, tmp_path, monkeypatch):
+    configs = []
+
+    def train(config):
+        configs.append(config)
+        config.out.mkdir(parents=True)
+        raise FloatingPointError("it is enough to know what would be trained")
+
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "write_report", lambda *_: None)
+    compare(tiny(text, out=tmp_path / "out"), ("galore_adamw", "q_galore_adamw"))
+    assert [(c.int8_weights, c.refresh) for c in configs] == [(False, "periodic"), (True, "lazy")]
+
+
 def test_sweeps_are_of_the_learning_rate_unless_they_name_a_setting():
     words = ["adamw=0.1,0.2", "lion=1e-3", "lion.weight-decay=0,0.1,0.1", "lion.projector=svd,rows"]
     assert parse_sweep(words, ["adamw", "lion", "sgd"]) == {

@@ -428,7 +428,11 @@ def test_a_batch_larger_than_the_data_is_refused(sources, kind, packing):
         ("files", {"tokenizer": "words"}, "tokenizer='words': there is no such file"),
         ("files", {"batch": 5, "process_count": 2}, "batch=5: expected a multiple of 2 processes"),
         ("files", {"seed": -1}, "seed=-1: expected 0 to 4294967295"),
-        ("files", {"eval_tokens": 400}, "eval_tokens=400: there are only 350 tokens"),
+        (
+            "files",
+            {"eval_tokens": 400},
+            "There are only 350 tokens to validate on, of 400 asked for",
+        ),
         ("files", {"data": "none.txt"}, "data=none.txt does not exist"),
         ("files", {"valid_data": "none.txt"}, "data=none.txt does not exist"),
         ("hub", {"valid_data": "hf:."}, "data='hf:.', split 'validation'"),

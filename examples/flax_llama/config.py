@@ -174,7 +174,8 @@ class Config:
     # q_galore_adamw, which is galore_adamw_8bit with 4-bit projectors, lazy refresh, int8 weights.
     optimizer: str = "galore_adamw"
     # Peak learning rate; the preset's is GaLore's AdamW (0.01; 0.005 for 7b), whose matrices move
-    # by `scale` times that, or Q-GaLore's (0.015, 0.01 or 0.004). Plain adamw wants about 0.001 to 0.005, lion a third of adamw's.
+    # by `scale` times that, or Q-GaLore's (0.015, 0.01 or 0.004). Plain adamw wants about 0.001 to
+    # 0.005, lion a third of adamw's.
     lr: FromPreset[float] = None
     # Factor of `lr` for the layers' matrices; GaLore's `scale` already is one.
     matrix_lr_ratio: float = 1.0

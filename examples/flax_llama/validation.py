@@ -137,9 +137,9 @@ def read_valid(
     if targets < (num_tokens or 1):
         wanted = "" if num_tokens is None else f", of {num_tokens} asked for"
         raise UsageError(
-            f"There are only {max(targets, 0)} tokens to validate on{wanted}. Of files, one document "
-            "in twenty is kept for that, where a text file counts as one for every 16 KiB; name "
-            "other text with valid_data."
+            f"There are only {max(targets, 0)} tokens to validate on{wanted}. Of files, one "
+            "document in twenty is kept for that, where a text file counts as one for every "
+            "16 KiB; name other text with valid_data."
         )
     if packing:
         rows, mask = covering_rows(np.concatenate([np.array(context, np.int32), *read]), seq)

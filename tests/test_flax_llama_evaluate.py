@@ -113,7 +113,7 @@ def test_many_devices_find_what_one_does(run, tmp_path):
         ({"batch": 0}, "batch=0: expected at least 1"),
         ({"step": "7"}, "no checkpoint 7: it has"),
         ({"step": "worst"}, "no checkpoint worst: it has"),
-        ({"tokens": 10**9}, "there are only"),
+        ({"tokens": 10**9}, "There are only"),
         ({"data": "missing.txt"}, "missing.txt"),
     ],
 )

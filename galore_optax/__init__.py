@@ -3,6 +3,7 @@
 from galore_optax import projectors
 from galore_optax._chain import chain
 from galore_optax._galore import galore
+from galore_optax._layerwise import Layerwise, layerwise
 from galore_optax._low_bit import LowBitState, low_bit
 from galore_optax._matrix import DEFAULT_EXCLUDE, DimensionNumbers
 from galore_optax._memory import LeafGroup, MemoryReport, memory_report
@@ -23,6 +24,7 @@ __all__ = [
     "DEFAULT_EXCLUDE",
     "DimensionNumbers",
     "GaloreState",
+    "Layerwise",
     "Lazy",
     "LeafGroup",
     "LowBitState",
@@ -39,6 +41,7 @@ __all__ = [
     "galore_adamw_8bit",
     "galore_lion",
     "galore_sgd",
+    "layerwise",
     "low_bit",
     "memory_report",
     "metrics",

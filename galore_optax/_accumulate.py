@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from galore_optax._part import Part
 from galore_optax._subspace import ABSENT, is_absent
 
 
@@ -48,6 +49,7 @@ def accumulate(
     low_rank: list[jax.Array],
     treedef: Any,
     steps: int,
+    part: Part,
     finish: Callable[[list[jax.Array]], Any],
     wait: Callable[[], Any],
 ) -> tuple[Any, Any]:
@@ -58,6 +60,7 @@ def accumulate(
       low_rank: the low-rank gradients of the micro-batch.
       treedef: of the accumulated tree.
       steps: micro-batches of a step.
+      part: whether this is the mean of all of them already.
       finish: makes a result from the mean of all low-rank gradients of a step.
       wait: makes a result of the same shapes where the step is not complete.
 
@@ -74,6 +77,13 @@ def accumulate(
         )
     if steps == 1:
         return finish(low_rank), ABSENT
+    if steps != part.micro_batches:
+        raise ValueError(
+            f"accumulation_steps of galore is {steps}, and layerwise has {part.micro_batches} "
+            "micro-batches: give both the same number, or galore none"
+        )
+    if part.complete:
+        return finish(low_rank), accumulator
     count = accumulator.count + 1
     before = treedef.flatten_up_to(accumulator.mean)
     mean = [a + r / steps for a, r in zip(before, low_rank, strict=True)]

@@ -31,9 +31,10 @@ from galore_optax._matrix import (
     moment_dtype,
     structure,
 )
+from galore_optax._part import Layer, Part, Turn, current_part
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import dequantize_params
-from galore_optax._refresh import Lazy, Timing, Turn, refresh_leaf
+from galore_optax._refresh import Lazy, Timing, refresh_leaf
 from galore_optax._state import (
     GaloreState,
     inspection_in_progress,
@@ -240,8 +241,8 @@ class _Settings:
         lazy = self.timing.lazy
         return init_subspace(self.sides(view), lazy.queue if lazy else 0, self.diagnostics)
 
-    def sides(self, view: MatrixView) -> Sides:
-        return Sides(view, self.projector, self.projector_dtype, self.seed)
+    def sides(self, view: MatrixView, layer: Layer | None = None) -> Sides:
+        return Sides(view, self.projector, self.projector_dtype, self.seed, layer)
 
 
 def _transformation(
@@ -256,7 +257,7 @@ def _transformation(
         views = selection.views(params)
         inspection = inspection_in_progress()
         if inspection is not None:
-            inspection.views.extend(views)
+            inspection.trees.append(views)
             if inspection.without_galore:
                 # A GaloreState all the same, so that the inner state is found where it always is.
                 return GaloreState(ABSENT, Subspace(), inner.init(params))
@@ -306,27 +307,26 @@ def _transformation(
                 )
         inner_treedef = _inner_structure(updates, views)
         gap = settings.timing.gap(state.step)
-        counts = [view.count if isinstance(view, MatrixView) else 0 for view in views]
-        places = itertools.accumulate(counts, initial=0)
+        part = current_part() or Part(turns(views), None, settings.accumulation_steps, False)
 
         low_rank = [g.astype(moment_dtype(g.dtype)) for g in gradients]
         bases = [Bases(None, None)] * len(views)
         step = state.step
-        for i, (view, place) in enumerate(zip(views, places, strict=False)):
+        for i, view in enumerate(views):
             if not isinstance(view, MatrixView):
                 continue
-            matrices, sides = view.to_matrices(gradients[i]), settings.sides(view)
+            matrices, sides = view.to_matrices(gradients[i]), settings.sides(view, part.layer)
             if refresh is not False:
                 subspaces[i], step = refresh_leaf(
                     matrices,
                     subspaces[i],
                     sides=sides,
-                    turn=Turn(place, sum(counts)),
+                    turn=part.turn(view.path, view.count),
                     step=step,
                     gap=gap,
                     timing=settings.timing,
                     force=refresh is True,
-                    allowed=is_first(state.accumulator),
+                    allowed=part.complete or is_first(state.accumulator),
                 )
             bases[i] = sides.load(subspaces[i])
             low_rank[i] = project(matrices, bases[i])
@@ -367,6 +367,7 @@ def _transformation(
             low_rank,
             inner_treedef,
             settings.accumulation_steps,
+            part,
             finish,
             wait=lambda: ([jnp.zeros_like(x) for x in likes], state.inner, step),
         )
@@ -378,6 +379,14 @@ def _transformation(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def turns(views: Sequence[LeafView]) -> dict[str, Turn]:
+    """By path, the places of the matrices of all leaves that are projected."""
+    projected = [view for view in views if isinstance(view, MatrixView)]
+    counts = [view.count for view in projected]
+    places = itertools.accumulate(counts, initial=0)
+    return {v.path: Turn(place, sum(counts)) for v, place in zip(projected, places, strict=False)}
 
 
 def _low_rank_stand_in(view: LeafView, leaf: Any) -> Any:

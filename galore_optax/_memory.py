@@ -177,7 +177,7 @@ def memory_report(
     inspection = Inspection()
     state = _Sizes.of(tx, params, dtype, inspection)
     without = _Sizes.of(tx, params, dtype, Inspection(without_galore=True))
-    views = {view.path: view for view in inspection.views}
+    views = {view.path: view for views in inspection.trees for view in views}
     parameters = [_bytes(leaf, dtype) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)]
 
     groups: dict[Any, list[int]] = {}

@@ -122,20 +122,26 @@ def value_and_grad(
     @functools.wraps(fun)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
-        # The zeros are never read: they are what the gradient is taken with respect to.
-        carriers = [jnp.zeros(x.shape, x.dtype) if is_quantized(x) else x for x in leaves]
 
         def of_carriers(carriers: list[Any]) -> Any:
-            attached = [
-                _Attached(leaf, carrier) if is_quantized(leaf) else carrier
-                for leaf, carrier in zip(leaves, carriers, strict=True)
-            ]
+            attached = map(attach, leaves, carriers)
             return fun(treedef.unflatten(attached), *args, **kwargs)
 
+        carriers = list(map(carrier, leaves))
         value, gradients = jax.value_and_grad(of_carriers, has_aux=has_aux)(carriers)
         return value, treedef.unflatten(gradients)
 
     return wrapped
+
+
+def carrier(leaf: Any) -> Any:
+    """What a gradient is taken with respect to: the leaf, or for a quantized one unread zeros."""
+    return jnp.zeros(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf
+
+
+def attach(leaf: Any, carrier: Any) -> Any:
+    """What a function is given for a leaf, so that its gradient goes to the carrier."""
+    return _Attached(leaf, carrier) if is_quantized(leaf) else carrier
 
 
 def apply_updates(

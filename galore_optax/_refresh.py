@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from galore_optax._matrix import moment_dtype
+from galore_optax._part import Turn
 from galore_optax._state import GaloreState
 from galore_optax._subspace import ABSENT, Sides, Subspace, is_absent
 from galore_optax.projectors import Projector, orient
@@ -86,13 +87,6 @@ class Timing:
         gap = gap(step) if callable(gap) else gap
         gap = min(gap, _NEVER) if isinstance(gap, numbers.Integral) else gap
         return jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
-
-
-class Turn(NamedTuple):
-    """The place of a leaf's matrices among all matrices of the tree."""
-
-    first: int  # how many matrices come before the leaf's
-    total: int  # how many there are
 
 
 def refresh_leaf(

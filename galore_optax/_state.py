@@ -37,8 +37,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       before the second: 1 where the subspace stood still, r / m on average where it was replaced
       by a random one. The figures of each matrix are in ``state.subspace``. Empty without galore.
     """
-    nodes = jax.tree.leaves(state, is_leaf=_is_galore_state)
-    subspaces = [node.subspace for node in nodes if _is_galore_state(node)]
+    subspaces = [node.subspace for node in _galore_states(state)]
 
     def gather(field: str) -> jax.Array | None:
         found = [x.ravel() for s in subspaces for x in jax.tree.leaves(getattr(s, field))]
@@ -53,6 +52,21 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     if (overlap := gather("overlap")) is not None:
         result["overlap"] = jnp.mean(overlap)
     return result
+
+
+def accumulates(state: Any) -> bool:
+    """Whether a galore anywhere in a state averages gradients at rank r."""
+    return any(not is_absent(node.accumulator) for node in _galore_states(state))
+
+
+def is_due(state: Any) -> jax.Array:
+    """Whether any matrix is to be refreshed on the next step, (), bool."""
+    due = [
+        jnp.any(node.step >= x)
+        for node in _galore_states(state)
+        for x in jax.tree.leaves(node.subspace.due)
+    ]
+    return jnp.any(jnp.array(due, bool))
 
 
 def tree_of_subspaces(treedef: Any, subspaces: Sequence[Subspace]) -> Subspace:
@@ -105,11 +119,11 @@ class Inspection:
     """A look into every galore ``init`` that runs under :func:`inspecting`.
 
     Attributes:
-      views: how the leaves were seen; filled by ``init``.
+      trees: how the leaves were seen, by each galore; filled by ``init``.
       without_galore: set to make the inner state as if there were no galore around it.
     """
 
-    views: list[LeafView] = dataclasses.field(default_factory=list)
+    trees: list[Sequence[LeafView]] = dataclasses.field(default_factory=list)
     without_galore: bool = False
 
 
@@ -130,6 +144,11 @@ def inspecting(inspection: Inspection) -> Iterator[None]:
 def inspection_in_progress() -> Inspection | None:
     """What :func:`inspecting` was given, where it is running."""
     return _INSPECTION.get()
+
+
+def _galore_states(state: Any) -> list[GaloreState]:
+    nodes = jax.tree.leaves(state, is_leaf=_is_galore_state)
+    return [node for node in nodes if _is_galore_state(node)]
 
 
 def _is_galore_state(x: Any) -> bool:

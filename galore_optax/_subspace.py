@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax._matrix import MatrixView, moment_dtype
+from galore_optax._part import Layer
 from galore_optax._quantized import is_quantized, quantize
 from galore_optax.projectors import Projector
 
@@ -116,18 +117,24 @@ class Sides:
       projector: chooses the directions.
       stored_dtype: one of ``PROJECTOR_DTYPES``, or None for that of the moments.
       seed: of the keys of the matrices, which depend besides on its path and their place alone.
+      layer: which layer of the leaf its matrices here are of, or None for those of all layers.
     """
 
     view: MatrixView
     projector: Projector
     stored_dtype: str | None
     seed: int | jax.Array
+    layer: Layer | None = None
 
     @property
     def keys(self) -> jax.Array:
         """One for each matrix, (count,)."""
         leaf = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(self.view.path.encode()))
-        return jax.random.split(leaf, self.view.count)
+        count, layer = self.view.count, self.layer
+        if layer is None:
+            return jax.random.split(leaf, count)
+        keys = jax.random.split(leaf, layer.count * count)
+        return jax.lax.dynamic_slice_in_dim(keys, layer.index * count, count)
 
     def of_matrix(self, key: jax.Array) -> tuple[Side | None, Side | None]:
         """The left and the right side of the matrix of this key, None where not projected."""

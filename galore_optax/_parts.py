@@ -1,0 +1,215 @@
+"""Parameters and optimizer state in parts: one layer of the blocks, and what is around them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax._dependence import dependence
+from galore_optax._galore import turns
+from galore_optax._matrix import leaves_with_paths, logical
+from galore_optax._part import Layer, Part, Turn, updating
+from galore_optax._quantized import is_quantized
+from galore_optax._state import Inspection, inspecting
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some leaves of the parameters and the leaves of the state that belong to them.
+
+    Attributes:
+      chosen: which leaves of the parameters.
+      positions: of its leaves among those of the whole state; shared ones are in several pieces.
+      treedef: of its state.
+    """
+
+    chosen: tuple[bool, ...]
+    positions: tuple[int, ...]
+    treedef: Any
+
+
+class Parts:
+    """How a transformation's parameters and state divide.
+
+    All of this is known from shapes. Every leaf of the state of a part must be found in the whole
+    state under the same path; that it has an axis of layers is found by changing their number.
+
+    Args:
+      tx: the transformation.
+      params: a mapping, of arrays, quantized ones, or their ``jax.ShapeDtypeStruct``.
+      blocks: the key of the stacked layers.
+
+    Raises:
+      TypeError: the parameters are not a mapping with that key.
+      ValueError: the layers are not stacked alike, or the transformation cannot be divided.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, params: Any, blocks: str):
+        if not isinstance(params, Mapping) or blocks not in params:
+            found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+            raise TypeError(
+                f"params must be a mapping with the stacked layers under {blocks!r}; got {found}"
+            )
+        self._tx = optax.with_extra_args_support(tx)
+        self._blocks = blocks
+        self.layers = _layers(params[blocks])
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
+        found, self.treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+        self.shapes = [leaf for _, leaf in found]
+        self.in_blocks = [path[0] == jax.tree_util.DictKey(blocks) for path, _ in found]
+
+        inspection = Inspection()
+        state = self._init(params, inspection)
+        self.turns: dict[str, Turn] = {}
+        for views in inspection.trees:
+            self.turns |= turns(views)
+        found, self.state_treedef = jax.tree_util.tree_flatten_with_path(state)
+        self._paths = {path: i for i, (path, _) in enumerate(found)}
+        self._state_shapes = [leaf.shape for _, leaf in found]
+        count = 1 if self.layers > 1 else 2
+        others = jax.tree.leaves(self._init(self._with_layers(params, count)))
+        self.layered = [
+            self._is_layered(path, leaf.shape, other.shape, count)
+            for (path, leaf), other in zip(found, others, strict=True)
+        ]
+        self._check_independent(self._with_layers(params, 1))
+        self.layer = self.piece(self.in_blocks, self._with_layers(params, 1))
+
+    def piece(self, chosen: Sequence[bool], params: Any = None) -> Piece:
+        """The part of some leaves."""
+        leaves = self.shapes if params is None else jax.tree.leaves(params, is_leaf=is_quantized)
+        pairs = zip(chosen, leaves, strict=True)
+        state = self._init(self.treedef.unflatten([leaf if own else None for own, leaf in pairs]))
+        found, treedef = jax.tree_util.tree_flatten_with_path(state)
+        missing = [_name(path) for path, _ in found if path not in self._paths]
+        if missing:
+            raise ValueError(
+                f"the state of a part of the parameters has {missing[0]}, which the whole state "
+                "has not: layerwise needs a transformation whose state follows the parameters' tree"
+            )
+        return Piece(tuple(chosen), tuple(self._paths[path] for path, _ in found), treedef)
+
+    def divide(self, leaves: Sequence[Any]) -> tuple[dict[str, Any], Any]:
+        """The parameters without the blocks, and the blocks."""
+        params = dict(self.treedef.unflatten(leaves))
+        blocks = params.pop(self._blocks)
+        return params, blocks
+
+    def update(
+        self,
+        piece: Piece,
+        gradients: Sequence[Any],
+        state: Sequence[jax.Array],
+        params: Sequence[Any],
+        *,
+        layer: jax.Array | None,
+        micro_batches: int,
+        complete: bool,
+    ) -> tuple[list[Any], list[jax.Array]]:
+        """The transformation's update of a part.
+
+        Args:
+          piece: the part.
+          gradients: one for each leaf of the parameters, None for those that are not chosen.
+          state: the leaves of the part's state, of one layer where they are layered.
+          params: like the gradients.
+          layer: the layer's index, or None of other parts.
+          micro_batches: see `Part`.
+          complete: see `Part`.
+
+        Returns:
+          The updates and the leaves of the next state.
+        """
+        place = None if layer is None else Layer(layer, self.layers)
+        with updating(Part(self.turns, place, micro_batches, complete)):
+            updates, new_state = self._tx.update(
+                self.treedef.unflatten(gradients),
+                piece.treedef.unflatten(state),
+                self.treedef.unflatten(params),
+            )
+        return self.treedef.flatten_up_to(updates), piece.treedef.flatten_up_to(new_state)
+
+    def state_leaves(self, state: Any) -> list[jax.Array]:
+        """The leaves of the whole state.
+
+        Raises:
+          ValueError: it is not one of this transformation for these parameters.
+        """
+        leaves, treedef = jax.tree.flatten(state)
+        if treedef != self.state_treedef or [x.shape for x in leaves] != self._state_shapes:
+            raise ValueError(
+                "the state is not one that tx.init makes for these parameters: make a new one with "
+                "init, or use the transformation it was made with"
+            )
+        return leaves
+
+    def _init(self, params: Any, inspection: Inspection | None = None) -> Any:
+        with inspecting(inspection or Inspection()):
+            # A function of its own, so that no earlier trace of tx.init is reused.
+            return jax.eval_shape(lambda p: self._tx.init(p), params)
+
+    def _with_layers(self, params: Any, count: int) -> Any:
+        def resized(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype)
+
+        return {**params, self._blocks: jax.tree.map(resized, params[self._blocks])}
+
+    def _is_layered(
+        self, path: Any, shape: tuple[int, ...], other: tuple[int, ...], count: int
+    ) -> bool:
+        if shape == other:
+            return False
+        if shape[:1] != (self.layers,) or other != (count, *shape[1:]):
+            raise ValueError(
+                f"the state's {_name(path)} has the shape {shape} for {self.layers} layers and "
+                f"{other} for {count}: layerwise needs the layers on its leading axis. Name them "
+                "batch axes of the matrices, by galore's weight_dimension_numbers."
+            )
+        return True
+
+    def _check_independent(self, params: Any) -> None:
+        """Raises where the update of a leaf, or its state, depends on the gradient of another."""
+        gradients, state = logical(params), self._init(params)
+        updates, new_state = dependence(self._tx.update, gradients, state, logical(params))
+        names = [path for path, _ in leaves_with_paths(gradients)]
+        is_set = {"is_leaf": lambda x: isinstance(x, frozenset)}
+
+        def check(what: str, depends: frozenset[int], allowed: int) -> None:
+            of = [names[i] for i in sorted(depends) if i < len(names)]
+            if len(of) > allowed:
+                raise ValueError(
+                    f"the transformation needs all gradients at once: {what} depends on the "
+                    f"gradient of {' and '.join(of[:2])}. Clip by layerwise(clip_norm=...) "
+                    "instead of optax.clip_by_global_norm; leave out optax.apply_if_finite and "
+                    "whatever else measures the whole gradient."
+                )
+
+        for name, depends in zip(names, jax.tree.leaves(updates, **is_set), strict=True):
+            check(f"the update of {name}", depends, 1)
+        for (path, depends), layered in zip(
+            jax.tree_util.tree_leaves_with_path(new_state, **is_set), self.layered, strict=True
+        ):
+            in_blocks = any(i < len(names) and self.in_blocks[i] for i in depends)
+            check(f"the state's {_name(path)}", depends, 0 if in_blocks and not layered else 1)
+
+
+def _layers(stacked: Any) -> int:
+    found = jax.tree_util.tree_leaves_with_path(stacked, is_leaf=is_quantized)
+    sizes: dict[int | None, str] = {}
+    for path, leaf in found:
+        for array in jax.tree.leaves(leaf):
+            shape = jnp.shape(array)
+            sizes.setdefault(shape[0] if shape else None, f"{_name(path)} of shape {shape}")
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        raise ValueError(
+            "the blocks must be stacked alike, with the same number of layers on the leading axis "
+            f"of each leaf; got {' and '.join(sizes.values()) or 'no leaves'}"
+        )
+    return next(size for size in sizes if size is not None)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

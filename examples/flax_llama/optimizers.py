@@ -71,11 +71,24 @@ def adafactor(config: Config, schedule: optax.Schedule) -> optax.GradientTransfo
     return optax.chain(
         # Neither of a matrix' two factors may run over the layers that it is stacked with.
         optax.scale_by_factored_rms(min_dim_size_to_factor=config.layers + 1),
-        optax.clip_by_block_rms(1.0),
+        clip_by_matrix_rms(1.0),
         optax.ema(config.momentum, debias=False) if config.momentum else optax.identity(),
         optax.add_decayed_weights(config.weight_decay, not_norm),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
+    """`optax.clip_by_block_rms`, but of each layer's part of a stacked parameter by itself."""
+    clip = optax.clip_by_block_rms(threshold)
+
+    def each(update: jax.Array) -> jax.Array:
+        return clip.update(update, clip.init(update))[0]
+
+    def of_layers(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        return jax.vmap(each)(update) if path[0].key == "blocks" else each(update)
+
+    return optax.stateless(lambda updates, _: jax.tree.map_with_path(of_layers, updates))
 
 
 def lion(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -113,12 +126,22 @@ def in_galore(inner: Optimizer, projector_dtype: str | None = None) -> Optimizer
             projector_dtype=projector_dtype,
             refresh=config.refresh,
             stagger=config.stagger,
+            accumulation_steps=micro_batches_at_rank(config),
             diagnostics=True,
             weight_dimension_numbers=dimension_numbers,
         )
         return galore_optax.chain(galore, inner(config, schedule))
 
     return make
+
+
+def micro_batches_at_rank(config: Config) -> int:
+    """How many micro-batches GaLore itself averages, at rank r, before it makes an update.
+
+    Without `layerwise` the gradients are averaged before, and to clip their global norm they
+    have to be.
+    """
+    return config.accumulate if config.layerwise and not config.clip else 1
 
 
 PLAIN: dict[str, Optimizer] = {
@@ -147,8 +170,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optimizer = OPTIMIZERS[config.optimizer](config, learning_rate(config))
     except ValueError as error:
         raise UsageError(f"optimizer={config.optimizer!r}: {error}") from error
+    # With `layerwise` there is no whole gradient; it clips by itself.
+    clips = config.clip and not config.layerwise
     optimizer = optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optax.clip_by_global_norm(config.clip) if clips else optax.identity(),
         optimizer,
         optax.masked(optax.scale(config.matrix_lr_ratio), stacked_matrices),
     )

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.layerwise import make_layerwise
 from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.model import Llama, Params, dimension_numbers, is_quantized
 from examples.flax_llama.optimizers import learning_rate, schedule_count, skipped_updates
@@ -137,24 +138,26 @@ def make_update(
     """
     gradients_of, schedule = make_gradients(graphdef, mesh), learning_rate(config)
 
+    def ordinary(params: Params, old: Any, batch: Batch, key: jax.Array) -> Any:
+        loss, gradients = gradients_of(params, batch)
+        updates, new = optimizer.update(gradients, old, params)
+        norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
+        params = galore_optax.apply_updates(
+            params, updates, key, round_bfloat16=config.stochastic_rounding
+        )
+        return params, new, {"loss": loss, **norms}
+
+    step = make_layerwise(config, graphdef, optimizer) if config.layerwise else ordinary
+
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:
-        loss, gradients = gradients_of(state.params, batch)
-        updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.params)
-        metrics = {
-            "loss": loss,
-            "lr": schedule(schedule_count(state.optimizer)),
-            "grad_norm": optax.tree.norm(gradients),
-            "update_norm": optax.tree.norm(updates),
-            "tokens": batch.mask_KxBxS.sum(),
-        }
+        count = schedule_count(state.optimizer)
+        # Of its own for every update, for what is rounded at random.
+        key = jax.random.fold_in(jax.random.key(config.seed), count)
+        params, new_optimizer, metrics = step(state.params, state.optimizer, batch, key)
+        metrics |= {"lr": schedule(count), "tokens": batch.mask_KxBxS.sum()}
         metrics |= galore_optax.metrics(new_optimizer)
         if config.on_nan == "skip":
             metrics |= skipped_updates(new_optimizer)
-        # Of its own for every update, for what is rounded at random.
-        key = jax.random.fold_in(jax.random.key(config.seed), schedule_count(state.optimizer))
-        params = galore_optax.apply_updates(
-            state.params, updates, key, round_bfloat16=config.stochastic_rounding
-        )
         return State(params, new_optimizer), metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=replicated(mesh))

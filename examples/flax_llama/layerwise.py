@@ -1,0 +1,70 @@
+"""The update inside the backward pass: the model as `galore_optax.layerwise` wants it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import galore_optax
+from examples.flax_llama.config import Config
+from examples.flax_llama.loss import cross_entropy_sum
+from examples.flax_llama.model import Params, rotation
+
+Step = Callable[[Params, Any, Any, jax.Array], tuple[Params, Any, dict[str, jax.Array]]]
+
+
+def make_layerwise(
+    config: Config, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation
+) -> Step:
+    """Function of parameters, optimizer state, a batch and a key: the next ones, and metrics.
+
+    Where devices share the batch, each layer's gradient is added up over them when it is there.
+    """
+
+    def step(params: Params, state: Any, batch: Any, key: jax.Array) -> Any:
+        model = nnx.merge(graphdef, params)
+        block_def, norm_def = nnx.graphdef(model.blocks), nnx.graphdef(model.norm)
+        shape, micro_batches = model.config, len(batch.tokens_KxBxS1)
+        angles = rotation(
+            jnp.arange(batch.mask_KxBxS.shape[-1]), shape.hidden // shape.heads, shape.rope_theta
+        )
+
+        def embed(params: Params, batch: Any) -> jax.Array:
+            embedding_VxD = params["embed"]["embedding"]
+            return embedding_VxD[batch["tokens"][:, :-1]].astype(shape.dtype)
+
+        def block(params: Params, x_BxSxD: jax.Array) -> jax.Array:
+            layer = nnx.merge(block_def, galore_optax.dequantize_params(params))
+            return layer(x_BxSxD, angles)[0]
+
+        def head_loss(params: Params, x_BxSxD: jax.Array, batch: Any) -> jax.Array:
+            x_BxSxD = nnx.merge(norm_def, params["norm"])(x_BxSxD)
+            labels_BxS, head_DxV = batch["tokens"][:, 1:], params["head"]["kernel"]
+            loss = cross_entropy_sum(x_BxSxD, head_DxV, labels_BxS, batch["mask"])
+            return loss * batch["weight"]
+
+        # The mean over micro-batches of these is the mean over all targets, however they lie.
+        weight = micro_batches / jnp.maximum(batch.mask_KxBxS.sum(), 1)
+        micro = {
+            "tokens": batch.tokens_KxBxS1,
+            "mask": batch.mask_KxBxS,
+            "weight": jnp.full(micro_batches, weight),
+        }
+        if micro_batches == 1:
+            micro = jax.tree.map(lambda x: x[0], micro)
+        training = galore_optax.layerwise(
+            optimizer,
+            embed=embed,
+            block=block,
+            head_loss=head_loss,
+            micro_batches=micro_batches,
+            clip_norm=config.clip or None,
+            clip_by=config.clip_by,
+            round_bfloat16=config.stochastic_rounding,
+        )
+        return training.step(params, state, micro, key)
+
+    return step

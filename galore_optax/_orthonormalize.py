@@ -35,5 +35,7 @@ def _cholesky_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A more orthonormal basis of the same columns, and the Gram matrix of what was given."""
     gram = jnp.matmul(matrix.T, matrix, precision=jax.lax.Precision.HIGHEST)
     lower = jnp.linalg.cholesky(gram)  # not a number where it is not positive definite
-    basis = jax.lax.linalg.triangular_solve(lower, matrix, lower=True, transpose_a=True)
-    return basis, gram
+    # Solved for the transpose: solvers return columns one after the other in memory, which for
+    # the basis itself would be another layout than that of all other arrays.
+    solution = jax.lax.linalg.triangular_solve(lower, matrix.T, left_side=True, lower=True)
+    return solution.T, gram

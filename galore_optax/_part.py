@@ -12,7 +12,7 @@ import jax
 class Turn(NamedTuple):
     """The place of a leaf's matrices among all matrices of the tree."""
 
-    first: int  # how many matrices come before the leaf's
+    first: int | jax.Array  # how many matrices come before the leaf's
     total: int  # how many there are
 
 

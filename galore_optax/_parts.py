@@ -1,6 +1,7 @@
 """Parameters and optimizer state in parts: one layer of the blocks, and what is around them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from galore_optax._galore import turns
 from galore_optax._matrix import leaves_with_paths, logical
 from galore_optax._part import Layer, Part, Turn, updating
 from galore_optax._quantized import is_quantized
+from galore_optax._rows import Use, use_of_rows
 from galore_optax._state import Inspection, inspecting
 
 
@@ -23,12 +25,17 @@ class Piece:
     Attributes:
       chosen: which leaves of the parameters.
       positions: of its leaves among those of the whole state; shared ones are in several pieces.
-      treedef: of its state.
+      stacked: which of its state's leaves have what is updated at a time, a layer or some rows,
+        on their leading axis.
+      treedef: of the state of what is updated at a time.
+      slices: in how many slices of its rows a leaf is updated.
     """
 
     chosen: tuple[bool, ...]
     positions: tuple[int, ...]
+    stacked: tuple[bool, ...]
     treedef: Any
+    slices: int = 1
 
 
 class Parts:
@@ -57,6 +64,7 @@ class Parts:
         self._blocks = blocks
         self.layers = _layers(params[blocks])
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
+        self._params = params
         found, self.treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
         self.shapes = [leaf for _, leaf in found]
         self.in_blocks = [path[0] == jax.tree_util.DictKey(blocks) for path, _ in found]
@@ -76,13 +84,28 @@ class Parts:
             for (path, leaf), other in zip(found, others, strict=True)
         ]
         self._check_independent(self._with_layers(params, 1))
-        self.layer = self.piece(self.in_blocks, self._with_layers(params, 1))
+        self.layer = self._piece(self.in_blocks, self._with_layers(params, 1))
 
-    def piece(self, chosen: Sequence[bool], params: Any = None) -> Piece:
-        """The part of some leaves."""
-        leaves = self.shapes if params is None else jax.tree.leaves(params, is_leaf=is_quantized)
-        pairs = zip(chosen, leaves, strict=True)
-        state = self._init(self.treedef.unflatten([leaf if own else None for own, leaf in pairs]))
+    def pieces(self, chosen: Sequence[bool], slice_size: int | None) -> list[Piece]:
+        """A part for each of some leaves.
+
+        Args:
+          chosen: the leaves, outside of the blocks.
+          slice_size: elements of a leaf to update at a time, where the transformation treats each
+            row of it by itself; None for all of them.
+        """
+        pieces = []
+        for i, shape in enumerate(self.shapes):
+            if chosen[i]:
+                only = [j == i for j in range(len(self.shapes))]
+                whole = self._piece(only, self._params)
+                slices = _slices(shape, slice_size)
+                pieces.append(self._in_slices(whole, i, slices) or whole)
+        return pieces
+
+    def _piece(self, chosen: Sequence[bool], params: Any) -> Piece:
+        leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+        state = self._init(self.tree(chosen, leaves))
         found, treedef = jax.tree_util.tree_flatten_with_path(state)
         missing = [_name(path) for path, _ in found if path not in self._paths]
         if missing:
@@ -90,7 +113,38 @@ class Parts:
                 f"the state of a part of the parameters has {missing[0]}, which the whole state "
                 "has not: layerwise needs a transformation whose state follows the parameters' tree"
             )
-        return Piece(tuple(chosen), tuple(self._paths[path] for path, _ in found), treedef)
+        positions = tuple(self._paths[path] for path, _ in found)
+        stacked = tuple(self.layered[i] for i in positions)
+        return Piece(tuple(chosen), positions, stacked, treedef)
+
+    def _in_slices(self, piece: Piece, i: int, slices: int) -> Piece | None:
+        """The part of one leaf in slices of its rows, or None where that is not the same."""
+        if slices == 1:
+            return None
+        rows = self.shapes[i].shape[0] // slices
+        leaf = jax.ShapeDtypeStruct((rows, *self.shapes[i].shape[1:]), self.shapes[i].dtype)
+        params = self.tree(piece.chosen, [leaf] * len(self.shapes))
+        state = self._init(params)
+        leaves, treedef = jax.tree.flatten(state)
+        if len(leaves) != len(piece.positions):
+            return None
+        stacked = []
+        for position, part in zip(piece.positions, leaves, strict=True):
+            whole = self._state_shapes[position]
+            stacked.append(whole != part.shape)
+            if stacked[-1] and whole != (rows * slices, *part.shape[1:]):
+                return None
+        is_row = [True, *stacked, True]
+        uses = use_of_rows(self._tx.update, params, state, params, rows=is_row)
+        wanted = [Use.ROWS, *(Use.ROWS if x else Use.NONE for x in stacked)]
+        if jax.tree.leaves(uses) != wanted:
+            return None
+        return Piece(piece.chosen, piece.positions, tuple(stacked), treedef, slices)
+
+    def tree(self, chosen: Sequence[bool], leaves: Sequence[Any]) -> Any:
+        """Parameters with None in the place of those that are not chosen."""
+        pairs = zip(chosen, leaves, strict=True)
+        return self.treedef.unflatten([leaf if own else None for own, leaf in pairs])
 
     def divide(self, leaves: Sequence[Any]) -> tuple[dict[str, Any], Any]:
         """The parameters without the blocks, and the blocks."""
@@ -194,6 +248,16 @@ class Parts:
         ):
             in_blocks = any(i < len(names) and self.in_blocks[i] for i in depends)
             check(f"the state's {_name(path)}", depends, 0 if in_blocks and not layered else 1)
+
+
+def _slices(leaf: Any, size: int | None) -> int:
+    """In how many slices of equal numbers of rows to update a leaf, each of about that size."""
+    elements, shape = math.prod(leaf.shape), leaf.shape
+    if size is None or elements <= 2 * size or is_quantized(leaf):
+        return 1
+    # The fewest slices that are small enough, of those that divide the rows.
+    least = -(-elements // size)
+    return next((n for n in range(least, min(shape[0], 2 * least) + 1) if shape[0] % n == 0), 1)
 
 
 def _layers(stacked: Any) -> int:

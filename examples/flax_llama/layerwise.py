@@ -1,5 +1,6 @@
 """The update inside the backward pass: the model as `galore_optax.layerwise` wants it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,28 @@ from flax import nnx
 
 import galore_optax
 from examples.flax_llama.config import Config
-from examples.flax_llama.loss import cross_entropy_sum
+from examples.flax_llama.loss import cross_entropy_sum, zeros_after
 from examples.flax_llama.model import Params, rotation
 
 Step = Callable[[Params, Any, Any, jax.Array], tuple[Params, Any, dict[str, jax.Array]]]
+
+
+@jax.custom_vjp
+def look_up(embedding_VxD: jax.Array, tokens_BxS: jax.Array) -> jax.Array:
+    """The rows of some tokens, whose gradient takes no memory before it is there."""
+    return embedding_VxD[tokens_BxS]
+
+
+def _look_up(embedding_VxD: jax.Array, tokens_BxS: jax.Array) -> tuple[jax.Array, Any]:
+    return embedding_VxD[tokens_BxS], (tokens_BxS, embedding_VxD.shape)
+
+
+def _add_rows(saved: Any, dx_BxSxD: jax.Array) -> tuple[jax.Array, None]:
+    tokens_BxS, shape = saved
+    return zeros_after(dx_BxSxD, shape, dx_BxSxD.dtype).at[tokens_BxS].add(dx_BxSxD), None
+
+
+look_up.defvjp(_look_up, _add_rows)
 
 
 def make_layerwise(
@@ -33,9 +52,14 @@ def make_layerwise(
         )
 
         def embed(params: Params, batch: Any) -> jax.Array:
-            embedding_VxD = params["embed"]["embedding"]
-            return embedding_VxD[batch["tokens"][:, :-1]].astype(shape.dtype)
+            x_BxSxD = look_up(params["embed"]["embedding"], batch["tokens"][:, :-1])
+            return x_BxSxD.astype(shape.dtype)
 
+        # Products with kernels are kept from a layer's forward to its backward pass; all else, with
+        # it the weights out of 8 bits, is made again.
+        @functools.partial(
+            jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        )
         def block(params: Params, x_BxSxD: jax.Array) -> jax.Array:
             layer = nnx.merge(block_def, galore_optax.dequantize_params(params))
             return layer(x_BxSxD, angles)[0]

@@ -10,6 +10,7 @@ Sizes: B batch, S sequence, N chunks, C positions of a chunk, D hidden, V vocabu
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,15 @@ def join(x_NxBxCx: jax.Array, seq: int) -> jax.Array:
     return jnp.moveaxis(x_NxBxCx, 0, 1).reshape(B, N * C, *rest)[:, :seq]
 
 
+def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros that are not made before there is x: of a vocabulary's size, they take memory.
+
+    Not a number where the first entry of x is not finite, which is all that keeps XLA from knowing
+    them for zeros.
+    """
+    return jnp.broadcast_to((0 * x.ravel()[0]).astype(dtype), shape)
+
+
 def chunk_losses(
     x_BxCxD: jax.Array, head_DxV: jax.Array, labels_BxC: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -84,7 +94,7 @@ def _forward(x_BxSxD, head_DxV, labels_BxS, weights_BxS, chunk):
         dhead_DxV += jnp.einsum("bcd,bcv->dv", x_BxCxD, dlogits, preferred_element_type=jnp.float32)
         return (total + jnp.sum(losses_BxC * weights_BxC), dhead_DxV), dx_BxCxD
 
-    start = jnp.zeros((), jnp.float32), jnp.zeros(head_DxV.shape, jnp.float32)
+    start = jnp.zeros((), jnp.float32), zeros_after(x_BxSxD, head_DxV.shape, jnp.float32)
     inputs = [split(array, chunk) for array in (x_BxSxD, labels_BxS, weights_BxS)]
     (total, dhead_DxV), dx_NxBxCxD = jax.lax.scan(step, start, inputs)
     return total, (join(dx_NxBxCxD, x_BxSxD.shape[1]), dhead_DxV.astype(head_DxV.dtype))

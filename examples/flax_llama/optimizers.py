@@ -82,10 +82,10 @@ def clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
     """`optax.clip_by_block_rms`, but of each layer's part of a stacked parameter by itself."""
     clip = optax.clip_by_block_rms(threshold)
 
-    def each(update: jax.Array) -> jax.Array:
+    def each(update: jax.Array) -> Any:
         return clip.update(update, clip.init(update))[0]
 
-    def of_layers(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+    def of_layers(path: tuple[Any, ...], update: jax.Array) -> Any:
         return jax.vmap(each)(update) if path[0].key == "blocks" else each(update)
 
     return optax.stateless(lambda updates, _: jax.tree.map_with_path(of_layers, updates))

@@ -276,13 +276,13 @@ class Sweep:
         """Updates the i-th part of stacks, of so many of their leading entries, within them."""
         # What all parts share, such as a step counter, is for all of them the old one.
         own = [
-            _cut(stack, i, size) if has else shared
+            _row_major(_cut(stack, i, size)) if has else shared
             for stack, shared, has in zip(stacks.state, old, piece.stacked, strict=True)
         ]
         params = jax.tree.map(lambda x: _cut(x, i, size), stacks.leaves)
         new = self._update(piece, call, params, own)
         state = [
-            _paste(stack, part, i) if has else part
+            _paste(stack, _row_major(part), i) if has else part
             for stack, part, has in zip(stacks.state, new.state, piece.stacked, strict=True)
         ]
         leaves = stacks.leaves
@@ -377,18 +377,17 @@ def _take(piece: Piece, state: list[jax.Array]) -> list[jax.Array]:
 
 def _index(tree: Any, layer: jax.Array, axis: int = 0) -> Any:
     def index(x: jax.Array) -> jax.Array:
-        return _row_major(jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False))
+        return jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False)
 
     return jax.tree.map(index, tree)
 
 
 def _cut(stack: jax.Array, i: jax.Array, size: int) -> jax.Array:
-    return _row_major(jax.lax.dynamic_slice_in_dim(stack, i * size, size))
+    return jax.lax.dynamic_slice_in_dim(stack, i * size, size)
 
 
 def _paste(stack: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
-    start = i * part.shape[0]
-    return jax.lax.dynamic_update_slice_in_dim(stack, _row_major(part), start, 0)
+    return jax.lax.dynamic_update_slice_in_dim(stack, part, i * part.shape[0], 0)
 
 
 def _row_major(x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "cudnn")
 ON_NAN = ("stop", "skip")
+CLIP_BY = ("global", "layer")
 
 
 class UsageError(ValueError):
@@ -201,8 +202,11 @@ class Config:
     eps: float = 1e-8
     # Of sgd; also of adafactor, which then has a first moment. 0 has none.
     momentum: float = 0.0
-    # Largest global norm of a gradient; 0 does not clip.
+    # Largest norm of a gradient; 0 does not clip.
     clip: FromPreset[float] = None
+    # Whose norm that is: "global", of the whole gradient, for which `layerwise` takes another
+    # backward pass; or "layer", of each layer by itself, with `layerwise` alone.
+    clip_by: str = "global"
 
     # Rank of GaLore's projected gradients.
     rank: FromPreset[int] = None
@@ -228,6 +232,9 @@ class Config:
     batch: FromPreset[int] = None
     # Micro-batches that one update's sequences are computed in, one after the other.
     accumulate: int = 1
+    # Update each layer inside the backward pass, so that no two layers have gradients at a time:
+    # much less memory for the time of computing each layer's activations again.
+    layerwise: bool = False
     # float32 or bfloat16, of activations.
     dtype: str = "float32"
     # float32 or bfloat16, of parameters.
@@ -279,6 +286,7 @@ class Config:
             "param_dtype": DTYPES,
             "attention": ATTENTIONS,
             "on_nan": ON_NAN,
+            "clip_by": CLIP_BY,
         }.items():
             one_of(name, getattr(self, name), choices)
 
@@ -360,6 +368,13 @@ class Config:
             raise UsageError(
                 f"int8_weights needs an optimizer in GaLore; optimizer={self.optimizer!r} is none."
             )
+        if self.layerwise and self.on_nan == "skip":
+            raise UsageError(
+                "on_nan='skip' looks at the whole gradient before an update, which layerwise never "
+                "has: choose on_nan='stop'."
+            )
+        if self.clip_by == "layer" and not self.layerwise:
+            raise UsageError("clip_by='layer' needs layerwise; clip_by='global' is for any run.")
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise UsageError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} are more than all updates."

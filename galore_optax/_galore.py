@@ -259,7 +259,7 @@ def _transformation(
             inspection.views.extend(views)
             if inspection.without_galore:
                 # A GaloreState all the same, so that the inner state is found where it always is.
-                return GaloreState(ABSENT, Subspace(), inner.init(params))
+                return GaloreState(ABSENT, Subspace(), inner.init(_in_full(params)))
         subspaces = [settings.init_subspace(view) for view in views]
         leaves = jax.tree.leaves(params, is_leaf=is_quantized)
         low_rank = [_low_rank_stand_in(v, x) for v, x in zip(views, leaves, strict=True)]
@@ -378,6 +378,15 @@ def _transformation(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _in_full(params: optax.Params) -> optax.Params:
+    """The parameters with zeros for quantized ones, which an inner transformation never sees."""
+
+    def zeros(x: Any) -> Any:
+        return jnp.zeros(x.shape, x.dtype) if is_quantized(x) else x
+
+    return jax.tree.map(zeros, params, is_leaf=is_quantized)
 
 
 def _low_rank_stand_in(view: LeafView, leaf: Any) -> Any:

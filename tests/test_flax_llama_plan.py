@@ -267,9 +267,9 @@ def test_the_compiled_step_is_that_of_the_run_and_its_arguments_as_estimated():
     batch = 4 * 17 * 4 + 4 * 16
     # What diagnostics no step reads is not given to it.
     assert compiled.arguments == pytest.approx(estimate(settings, VOCAB).arguments + batch, abs=99)
-    # All of the state is in the memory of the one before.
+    # All of the state is in the memory of the one before; the rest is metrics and a table.
     assert compiled.alias == pytest.approx(compiled.arguments - batch, abs=64)
-    assert 0 < compiled.outputs - compiled.alias < 100
+    assert 0 < compiled.outputs - compiled.alias < 2000
     assert compiled.temporaries > 0
     assert compiled.peak >= compiled.arguments
     assert compiled.rematerializes == ()

@@ -23,9 +23,9 @@ from examples.flax_llama.step import initial_params
 BYTES = {"float32": 4, "bfloat16": 2}
 # Arrays of (N, D) and of (N, F) that the backward pass of a block has at its fullest moment.
 BLOCK_D, BLOCK_F = 8, 6
-# Arrays of the size of a leaf, float32, in its update by an optimizer: the decoded moments, what
-# is made of the gradient, the update.
-UPDATE = 3
+# Float32 arrays in the update of a leaf: of its size where moments are decoded, of that of the
+# projected gradient with GaLore. XLA computes all else in one go.
+UPDATE = 2.5
 # Arrays of a chunk's logits, float32.
 LOGITS = 2
 
@@ -106,10 +106,10 @@ def step(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     gradients = shape.num_params * (p if config.accumulate == 1 else p + 4)
     # Without `remat` the outputs of the kernels are kept, too: of five D wide, of two F.
     inputs = shape.layers * N * a * (D if config.remat else 6 * D + 2 * F)
+    matrix = shape.layers * shape.hidden * shape.intermediate
     return {
         "block": (gradients, inputs, block(config, shape)),
-        # XLA makes a leaf's update and adds it in one go.
-        "update": (shape.num_params * p, 0, update(shape)),
+        "update": (shape.num_params * p, 0, update(config, matrix)),
     }
 
 
@@ -126,7 +126,7 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
         "head": (4 * dense, inputs, LOGITS * 4 * chunk * shape.vocab_size),
         # Of the head until the embedding's is there, whose update comes last.
         "block": (layer + 2 * p * dense, inputs, block(config, shape)),
-        "update": (2 * p * dense, inputs, update(shape)),
+        "update": (2 * p * dense, inputs, update_in_full(config, dense)),
     }
 
 
@@ -145,6 +145,15 @@ def block(config: Config, shape: LlamaConfig) -> int:
     return activations + scores + kernels
 
 
-def update(shape: LlamaConfig) -> int:
-    """Of the update of the largest leaf outside of the blocks."""
-    return UPDATE * 4 * shape.vocab_size * shape.hidden
+def update(config: Config, entries: int) -> int:
+    """Of the update of so many entries of the layers' widest matrices."""
+    if "galore" not in config.optimizer:
+        return update_in_full(config, entries)
+    # Projected back, and at rank r instead of D.
+    return round(entries * (BYTES[config.param_dtype] + UPDATE * 4 * config.rank / config.hidden))
+
+
+def update_in_full(config: Config, entries: int) -> int:
+    """The same without GaLore."""
+    codes = config.optimizer.endswith("8bit") or config.optimizer == "q_galore_adamw"
+    return round(entries * UPDATE * 4) if codes else 0

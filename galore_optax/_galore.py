@@ -260,7 +260,7 @@ def _transformation(
             inspection.trees.append(views)
             if inspection.without_galore:
                 # A GaloreState all the same, so that the inner state is found where it always is.
-                return GaloreState(ABSENT, Subspace(), inner.init(params))
+                return GaloreState(ABSENT, Subspace(), inner.init(dequantize_params(params)))
         subspaces = [settings.init_subspace(view) for view in views]
         leaves = jax.tree.leaves(params, is_leaf=is_quantized)
         low_rank = [_low_rank_stand_in(v, x) for v, x in zip(views, leaves, strict=True)]

@@ -131,6 +131,7 @@ def test_galore_projects_the_stacked_kernels_alone(params):
         ({"projector": "power_iteration"}, {"projector": "power_iteration"}),
         ({"stagger": True, "update_proj_gap": 3}, {"stagger": True, "update_proj_gap": 3}),
         ({"refresh": "lazy"}, {"refresh": "lazy"}),
+        ({"projector_dtype": "bfloat16"}, {"projector_dtype": "bfloat16"}),
     ],
 )
 def test_subspaces_are_chosen_how_and_when_the_settings_say(params, settings, options):
@@ -231,6 +232,7 @@ def test_a_state_started_anew_keeps_its_positions_alone(params):
         ),
         ({"schedule": "step"}, "schedule='step': expected one of cosine, linear, constant, wsd"),
         ({"projector": "none"}, "projector must be one of svd"),
+        ({"projector_dtype": "float8"}, "projector_dtype must be"),
         ({"refresh": "never"}, "refresh"),
     ],
 )

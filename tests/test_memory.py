@@ -387,3 +387,16 @@ def test_report_does_not_change_the_state_of_later_inits():
     before = jax.tree.map(jnp.shape, tx.init(params))
     memory_report(tx, params)
     assert jax.tree.map(jnp.shape, tx.init(params)) == before
+
+
+def test_quantized_parameters_have_the_moments_of_others():
+    def kernels(params):
+        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    tx = galore_optax.galore(optax.adamw(0.1, mask=kernels), rank=4)
+    params = {"kernel": jnp.ones((8, 12)), "scale": jnp.ones(8)}
+    quantized = galore_optax.quantize_params(params, rank=4)
+    plain, few_bits = (memory_report(tx, p) for p in (params, quantized))
+    assert few_bits.parameters < plain.parameters
+    assert (few_bits.moments, few_bits.projectors) == (plain.moments, plain.projectors)
+    assert few_bits.moments_without_galore == plain.moments_without_galore == 8 * (8 * 12 + 8)

@@ -81,7 +81,8 @@ class LlamaConfig:
         return self.layers * layer + self.vocab_size * self.hidden
 
 
-# Zhao et al., "GaLore" (arXiv:2403.03507), and the reference implementation's smaller siblings.
+# Zhao et al., "GaLore" (arXiv:2403.03507), and the reference implementation's smaller siblings;
+# 13b is LLaMA's (arXiv:2302.13971).
 PRESETS = {
     "9m": LlamaConfig(hidden=128, intermediate=352, layers=4, heads=4),
     "20m": LlamaConfig(hidden=256, intermediate=688, layers=4, heads=4),
@@ -93,6 +94,7 @@ PRESETS = {
     "1b": LlamaConfig(hidden=2048, intermediate=5461, layers=24, heads=32),
     "3b": LlamaConfig(hidden=2560, intermediate=6848, layers=32, heads=32),
     "7b": LlamaConfig(hidden=4096, intermediate=11008, layers=32, heads=32),
+    "13b": LlamaConfig(hidden=5120, intermediate=13824, layers=40, heads=40),
 }
 
 
@@ -110,8 +112,9 @@ class Recipe:
     q_galore_lr: float = 0.015
 
 
-# 60m to 7b are published (same paper and its scripts); 250m borrows from 350m, 3b from 1b. The
-# three smallest have no published recipe: a quarter of the hidden size, and minutes on one machine.
+# 60m to 7b are published (same paper and its scripts); 250m borrows from 350m, 3b from 1b, 13b from
+# 7b. The three smallest have no published recipe: a quarter of the hidden size, and minutes on one
+# machine.
 RECIPES = {
     "9m": Recipe(rank=32, steps=1000, batch=16, clip=1.0),
     "20m": Recipe(rank=64, steps=1000, batch=16, clip=1.0),
@@ -126,6 +129,7 @@ RECIPES = {
         rank=1024, steps=150_000, lr=0.005, q_galore_lr=0.004, update_proj_gap=500, clip=1.0
     ),
 }
+RECIPES["13b"] = RECIPES["7b"]
 
 # None in a `Config` as it is given, a value in a resolved one, which a type cannot tell apart.
 T = TypeVar("T")
@@ -140,7 +144,7 @@ class Config:
     """The settings of a training run. What is None is the preset's, until `resolve`."""
 
     # Shape of the model, and the recipe that fills the settings left at None: 9m, 20m, 35m, 60m,
-    # 130m, 250m, 350m, 1b, 3b or 7b.
+    # 130m, 250m, 350m, 1b, 3b, 7b or 13b.
     preset: str = "9m"
     # Hidden size.
     hidden: FromPreset[int] = None
@@ -213,6 +217,9 @@ class Config:
     # How GaLore chooses a subspace: svd or eigh, exactly; randomized_svd or power_iteration, nearly
     # as well and faster; rows or dct, out of given vectors; gaussian or orthonormal, at random.
     projector: str = "svd"
+    # What GaLore keeps its subspaces in: float32, bfloat16, int8 or int4; the default is int4 with
+    # q_galore_adamw, float32 otherwise.
+    projector_dtype: str | None = None
     # When it does: periodic, or lazy, which is less and less often where a subspace stands still;
     # lazy by default with q_galore_adamw alone.
     refresh: FromPreset[str] = None
@@ -258,8 +265,9 @@ class Config:
     keep: int = 2
     # Go on with the run in `out`, from its last checkpoint; its settings need not be repeated.
     resume: bool = False
-    # With --resume, take another rank, projector, refresh, stagger, update_proj_gap or scale:
-    # moments start anew; parameters, position in the data and learning-rate schedule go on.
+    # With --resume, take another rank, projector, projector_dtype, refresh, stagger,
+    # update_proj_gap or scale: moments start anew; parameters, position in the data and
+    # learning-rate schedule go on.
     new_subspace: bool = False
     # Write TensorBoard's files to `out` too.
     tensorboard: bool = True
@@ -295,6 +303,7 @@ class Config:
         filled |= {"refresh": "periodic", "int8_weights": False}
         if self.optimizer.startswith("q_galore"):
             filled |= {"lr": recipe.q_galore_lr, "refresh": "lazy", "int8_weights": True}
+            filled["projector_dtype"] = "int4"
         if self.hidden is not None:
             filled["rank"] = max(1, self.hidden // 4)
         filled["eval_every"] = max(1, min((self.steps or recipe.steps) // 10, 1000))

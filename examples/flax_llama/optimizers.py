@@ -114,7 +114,7 @@ def adamw_8bit(config: Config, schedule: optax.Schedule) -> optax.GradientTransf
     return galore_optax.low_bit(adamw(config, schedule))
 
 
-def in_galore(inner: Optimizer, projector_dtype: str | None = None) -> Optimizer:
+def in_galore(inner: Optimizer) -> Optimizer:
     """The same optimizer, with the layers' matrices in the subspace of their gradients."""
 
     def make(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -123,7 +123,7 @@ def in_galore(inner: Optimizer, projector_dtype: str | None = None) -> Optimizer
             update_proj_gap=config.update_proj_gap,
             scale=config.scale,
             projector=config.projector,
-            projector_dtype=projector_dtype,
+            projector_dtype=config.projector_dtype,
             refresh=config.refresh,
             stagger=config.stagger,
             accumulation_steps=micro_batches_at_rank(config),
@@ -152,8 +152,8 @@ PLAIN: dict[str, Optimizer] = {
     "adamw_8bit": adamw_8bit,
 }
 OPTIMIZERS = PLAIN | {f"galore_{name}": in_galore(inner) for name, inner in PLAIN.items()}
-# Its weights are in 8 bits and its refreshes lazy, too, which are settings of their own.
-OPTIMIZERS["q_galore_adamw"] = in_galore(adamw_8bit, projector_dtype="int4")
+# Weights in 8 bits, projectors in 4 and lazy refreshes are settings, with other defaults for it.
+OPTIMIZERS["q_galore_adamw"] = OPTIMIZERS["galore_adamw_8bit"]
 
 # More than a run ever skips: `optax.apply_if_finite` applies what comes after that many.
 ALWAYS_SKIP = 2**30

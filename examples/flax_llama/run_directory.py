@@ -22,7 +22,15 @@ FREE = {
     *("eval_every", "save_every", "keep"),
     *("out", "resume", "new_subspace", "tensorboard", "wandb", "distributed", "quiet"),
 }
-SUBSPACE = {"rank", "projector", "refresh", "stagger", "update_proj_gap", "scale"}
+SUBSPACE = {
+    "rank",
+    "projector",
+    "projector_dtype",
+    "refresh",
+    "stagger",
+    "update_proj_gap",
+    "scale",
+}
 
 
 def check_directory(out: Path, *, resume: bool) -> None:

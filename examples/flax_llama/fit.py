@@ -1,0 +1,105 @@
+"""What fits into a device's memory, and what to change where a training step does not."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from examples.flax_llama.config import Config
+from examples.flax_llama.devices import GIB, Device
+from examples.flax_llama.memory import estimate
+
+# More sequences than any device that is known here has room for.
+MOST = 2**20
+# No rank below that part of the hidden size is suggested; the published ones are a quarter.
+LEAST_RANK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A setting that would need less memory."""
+
+    flags: str
+    config: Config
+
+
+def alternatives(config: Config) -> Iterator[Change]:
+    """Single changes that need less, those first that leave the result as it is."""
+
+    def change(flags: str, **settings: Any) -> Change:
+        return Change(flags, dataclasses.replace(config, **settings))
+
+    if not config.layerwise:
+        yield change("--layerwise", layerwise=True)
+        if not config.remat:
+            yield change("--remat", remat=True)
+    rows = config.batch // config.accumulate
+    if rows > 1 and not config.layerwise:
+        yield change(f"--accumulate {config.batch}", accumulate=config.batch)
+    for name in ("dtype", "param_dtype"):
+        if getattr(config, name) == "float32":
+            yield change(f"--{name.replace('_', '-')} bfloat16", **{name: "bfloat16"})
+    galore = "galore" in config.optimizer
+    if galore and config.projector_dtype in (None, "float32"):
+        yield change("--projector-dtype bfloat16", projector_dtype="bfloat16")
+    if config.optimizer != "q_galore_adamw":
+        if config.optimizer != "galore_adamw_8bit":
+            yield change("--optimizer galore_adamw_8bit", optimizer="galore_adamw_8bit")
+        settings = {"projector_dtype": "int4", "refresh": "lazy", "int8_weights": True}
+        yield change("--optimizer q_galore_adamw", optimizer="q_galore_adamw", **settings)
+    if galore and not config.int8_weights:
+        yield change("--int8-weights", int8_weights=True)
+    if galore and config.rank // 2 >= config.hidden // LEAST_RANK:
+        yield change(f"--rank {config.rank // 2}", rank=config.rank // 2)
+
+
+def largest_batch(config: Config, fits: Callable[[Config], bool]) -> int:
+    """The most sequences that fit, a multiple of `accumulate`; 0 if none do."""
+
+    def with_micro_batches_of(rows: int) -> Config:
+        return dataclasses.replace(config, batch=rows * config.accumulate)
+
+    low, high = 0, 1
+    while high < MOST and fits(with_micro_batches_of(high)):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(with_micro_batches_of(middle)) else (low, middle)
+    return low * config.accumulate
+
+
+def advice(config: Config, vocab_size: int, device: Device) -> list[str]:
+    """What to change in a configuration that does not fit, each with what it would need then."""
+
+    def fits(config: Config) -> bool:
+        return total(config) <= device.usable
+
+    def total(config: Config) -> int:
+        return estimate(config, vocab_size).total
+
+    def helps(config: Config) -> dict[str, Config]:
+        found = {change.flags: change.config for change in alternatives(config)}
+        return {flags: c for flags, c in found.items() if total(c) < total(config)}
+
+    lines = []
+    batch = largest_batch(config, fits)
+    if batch:
+        lines.append(f"--batch {batch}: the largest that fits")
+    for flags, changed in helps(config).items():
+        enough = "fits" if fits(changed) else "not enough by itself"
+        lines.append(f"{flags}: {total(changed) / GIB:.2f} GiB, {enough}")
+    best, taken = config, []
+    while not fits(best) and (smaller := helps(best)):
+        flags = min(smaller, key=lambda flags: total(smaller[flags]))
+        best = smaller[flags]
+        # One rank instead of another.
+        taken = [flag for flag in taken if flag.split()[0] != flags.split()[0]] + [flags]
+    if not fits(best) and (batch := largest_batch(best, fits)):
+        best = dataclasses.replace(best, batch=batch)
+        taken.append(f"--batch {batch}")
+    if not fits(best):
+        lines.append(
+            f"another device, or a smaller model: {total(best) / GIB:.2f} GiB at the least"
+        )
+    elif len(taken) > 1:
+        lines.append(f"{' '.join(taken)}: {total(best) / GIB:.2f} GiB, fits")
+    return lines

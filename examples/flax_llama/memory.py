@@ -1,0 +1,159 @@
+"""The memory of a training step, estimated from shapes alone.
+
+Weights, projectors and moments are exact (`galore_optax.memory_report`). What a step needs besides
+is a model of a few formulas, all of them here; `plan --compile` puts the compiler's figures beside
+it, and so does benchmarks/memory_7b.py, which the constants were set by.
+
+Sizes: K micro-batches; of one of them B sequences of S tokens, N = B S; D hidden, F intermediate,
+H heads, V vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+import galore_optax
+from examples.flax_llama.config import Config, LlamaConfig
+from examples.flax_llama.loss import chunk_size
+from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.step import initial_params
+
+BYTES = {"float32": 4, "bfloat16": 2}
+# Arrays of (N, D) and of (N, F) that the backward pass of a block has at its fullest moment.
+BLOCK_D, BLOCK_F = 8, 6
+# Float32 arrays in the update of a leaf: of its size where moments are decoded, of that of the
+# projected gradient with GaLore. XLA computes all else in one go.
+UPDATE = 2.5
+# Arrays of a chunk's logits, float32.
+LOGITS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes of a step at its fullest moment; all but the first three are gone after it.
+
+    Attributes:
+      weights: the parameters.
+      projectors: of GaLore.
+      moments: all else that the optimizer keeps, counters included.
+      gradients: those that exist at that moment.
+      inputs: what the forward pass keeps of each block.
+      working: the rest, of what is computed at that moment.
+      moment: which one that is: "block", the backward pass of a block; "head", that of the head;
+        "update", the optimizer's update.
+    """
+
+    weights: int
+    projectors: int
+    moments: int
+    gradients: int
+    inputs: int
+    working: int
+    moment: str
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes by name."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "moment"}
+
+    @property
+    def arguments(self) -> int:
+        """What is there between steps."""
+        return self.weights + self.projectors + self.moments
+
+    @property
+    def temporaries(self) -> int:
+        """What is not."""
+        return self.gradients + self.inputs + self.working
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries
+
+
+def estimate(config: Config, vocab_size: int) -> Estimate:
+    """The memory of a step of a resolved configuration on one device."""
+    shape = config.shape(vocab_size)
+    # What the parameters and the state do not depend on is left out, since a sweep changes it.
+    same: dict[str, Any] = {"batch": 1, "accumulate": 1, "layerwise": False}
+    same |= {"clip_by": "global", "attention": "xla"}
+    weights, projectors, moments = held(dataclasses.replace(config, **same), vocab_size)
+    moments_of_step = step_layerwise(config, shape) if config.layerwise else step(config, shape)
+    name, parts = max(moments_of_step.items(), key=lambda item: sum(item[1]))
+    return Estimate(weights, projectors, moments, *parts, name)
+
+
+@functools.cache
+def held(config: Config, vocab_size: int) -> tuple[int, int, int]:
+    """Bytes of weights, projectors and moments."""
+    params = jax.eval_shape(lambda: initial_params(config, config.shape(vocab_size)))
+    report = galore_optax.memory_report(make_optimizer(config), params)
+    return report.parameters, report.projectors, report.moments + report.counters
+
+
+# Bytes of gradients, of kept inputs, and of what else is computed with.
+Moment = tuple[int, int, int]
+
+
+def step(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
+    """The full moments of an ordinary step: all gradients, then the update."""
+    a, p = BYTES[config.dtype], BYTES[config.param_dtype]
+    N = config.batch // config.accumulate * config.seq
+    D, F = shape.hidden, shape.intermediate
+    # Of a micro-batch, and with several of them their float32 sums.
+    gradients = shape.num_params * (p if config.accumulate == 1 else p + 4)
+    # Without `remat` the outputs of the kernels are kept, too: of five D wide, of two F.
+    inputs = shape.layers * N * a * (D if config.remat else 6 * D + 2 * F)
+    matrix = shape.layers * shape.hidden * shape.intermediate
+    return {
+        "block": (gradients, inputs, block(config, shape)),
+        "update": (shape.num_params * p, 0, update(config, matrix)),
+    }
+
+
+def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
+    """The full moments of a step with the updates inside the backward pass."""
+    a, p = BYTES[config.dtype], BYTES[config.param_dtype]
+    K = config.accumulate
+    N = config.batch // K * config.seq
+    inputs = K * shape.layers * N * shape.hidden * a
+    dense = shape.vocab_size * shape.hidden
+    layer = layer_entries(shape) * (p if K == 1 else p + 4)
+    chunk = chunk_size(config.batch // K, config.seq, shape.hidden) * config.batch // K
+    return {
+        "head": (4 * dense, inputs, LOGITS * 4 * chunk * shape.vocab_size),
+        # Of the head until the embedding's is there, whose update comes last.
+        "block": (layer + 2 * p * dense, inputs, block(config, shape)),
+        "update": (2 * p * dense, inputs, update_in_full(config, dense)),
+    }
+
+
+def layer_entries(shape: LlamaConfig) -> int:
+    return 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+
+
+def block(config: Config, shape: LlamaConfig) -> int:
+    """Of the backward pass of one block: activations, attention's weights, decoded kernels."""
+    a = BYTES[config.dtype]
+    B = config.batch // config.accumulate
+    activations = B * config.seq * (BLOCK_D * shape.hidden + BLOCK_F * shape.intermediate) * a
+    # The softmax in float32 and in `dtype`; cuDNN's kernel never has it.
+    scores = 0 if config.attention == "cudnn" else B * shape.heads * config.seq**2 * (4 + a)
+    kernels = layer_entries(shape) * a if config.int8_weights else 0
+    return activations + scores + kernels
+
+
+def update(config: Config, entries: int) -> int:
+    """Of the update of so many entries of the layers' widest matrices."""
+    if "galore" not in config.optimizer:
+        return update_in_full(config, entries)
+    # Projected back, and at rank r instead of D.
+    return round(entries * (BYTES[config.param_dtype] + UPDATE * 4 * config.rank / config.hidden))
+
+
+def update_in_full(config: Config, entries: int) -> int:
+    """The same without GaLore."""
+    codes = config.optimizer.endswith("8bit") or config.optimizer == "q_galore_adamw"
+    return round(entries * UPDATE * 4) if codes else 0

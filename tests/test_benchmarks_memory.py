@@ -1,0 +1,212 @@
+"""The benchmark of memory at 7B: its rows, its runs at a size that takes seconds, its table."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import memory_7b, memory_table
+from examples.flax_llama.compile_step import Compiled, TooLarge
+from examples.flax_llama.config import Config
+from examples.flax_llama.devices import DEVICES, GIB, Device
+from examples.flax_llama.memory import estimate
+
+SMALL = {"hidden": 32, "intermediate": 48, "layers": 2, "heads": 2, "batch": 2, "seq": 16}
+NAME = "7b Q-GaLore power_iteration rtx4060ti_16gb"
+
+
+def compiled(peak=12 * GIB, rematerializes=()):
+    return Compiled(10 * GIB, 10 * GIB, 10 * GIB, 2 * GIB, peak, 1.0, rematerializes)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs the benchmark with compilers that are there, and returns what it wrote."""
+    monkeypatch.setattr(Device, "mesh", lambda self: None)
+    out = tmp_path / "out.json"
+
+    def run(*words, status=None):
+        monkeypatch.setattr("sys.argv", ["memory_7b", *words, "--out", str(out)])
+        if status is None:
+            memory_7b.main()
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                memory_7b.main()
+            assert stopped.value.code == status
+        return json.loads(out.read_text())["rows"]
+
+    return run
+
+
+def test_rows_are_published_shapes_in_the_settings_of_the_papers():
+    rows = memory_7b.table()
+    for name, row in rows.items():
+        config = Config(**row["settings"]).resolve()
+        assert (config.batch, config.seq, config.rank, config.update_proj_gap) == (
+            16,
+            256,
+            1024,
+            500,
+        )
+        assert (config.dtype, config.param_dtype) == ("bfloat16", "bfloat16")
+        assert config.layerwise == ("GaLore" in name)
+        assert config.int8_weights == ("Q-GaLore" in name)
+        assert name.startswith(config.preset)
+        assert name.endswith(row["device"])
+        assert row["device"] in DEVICES
+    projectors = [
+        row["settings"]["projector"] for row in rows.values() if "projector" in row["settings"]
+    ]
+    assert projectors.count("svd") == projectors.count("power_iteration") == 4
+    # Parameters and state of the published 8-bit GaLore, projectors in bfloat16.
+    settings = rows["7b 8-bit GaLore svd rtx4090_24gb"]["settings"]
+    held = estimate(Config(**settings).resolve(), 32_000).arguments
+    assert held == pytest.approx(17.86 * GIB, rel=1e-3)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_row_has_the_compilers_figures_or_says_why_not(monkeypatch, refused):
+    def compile_step(config, vocab_size, device):
+        assert (config.hidden, vocab_size, device.name) == (32, 300, "tpu_v5e")
+        if refused:
+            raise TooLarge("needs 20G")
+        return compiled(rematerializes=("Can't reduce",))
+
+    monkeypatch.setattr(memory_7b, "compile_step", compile_step)
+    row = memory_7b.analyse("tpu_v5e", SMALL, 300)
+    assert row["jax"] == jax.__version__
+    assert row["compiler"]["jaxlib"]
+    assert row["usable"] == int(15.75 * GIB)
+    assert row["parameters"] == Config(**SMALL).resolve().shape(300).num_params
+    assert row["estimate"]["total"] == estimate(Config(**SMALL).resolve(), 300).total
+    if refused:
+        assert row["error"] == "needs 20G"
+        assert "xla" not in row
+    else:
+        assert row["xla"]["peak"] == 12 * GIB
+        assert row["xla"]["rematerializes"] == ("Can't reduce",)
+
+
+def test_the_same_command_does_what_is_missing(command, monkeypatch, capsys):
+    done, failing = [], [NAME]
+
+    def apart(task, arguments, limit, cap=None):
+        name = next(
+            name
+            for name, row in memory_7b.table().items()
+            if arguments == {"device": row["device"], "settings": row["settings"]}
+        )
+        done.append(name)
+        if name in failing:
+            raise KeyboardInterrupt
+        figures = json.loads(json.dumps(compiled().__dict__))
+        return {"xla": figures, "estimate": {"total": 11 * GIB}, "usable": 15 * GIB}
+
+    monkeypatch.setattr(memory_7b, "apart", apart)
+    with pytest.raises(KeyboardInterrupt):
+        command()
+    failing.clear()
+    first = list(done)
+    rows = command()
+    assert list(rows) == list(memory_7b.table())
+    assert done == first + list(rows)[len(first) - 1 :]
+    command()
+    assert len(done) == len(rows) + 1
+    command("--rows", NAME)
+    assert done[-1] == NAME
+    assert len(done) == len(rows) + 2
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.removeprefix(NAME).split() == ["11.00", "12.00", "15.00"]
+
+
+def test_a_row_that_failed_is_written_and_ends_with_an_error(command, monkeypatch):
+    monkeypatch.setattr(memory_7b, "apart", lambda *_: {"error": "not done after 5 seconds"})
+    rows = command("--rows", NAME, status=1)
+    assert rows[NAME]["error"] == "not done after 5 seconds"
+
+
+def test_unknown_rows_are_refused(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--rows", "8b")
+    assert "expected some of 7b 8-bit GaLore power_iteration" in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_returns_its_result_or_its_error(monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    arguments = {"settings": SMALL | {"rank": 8}, "steps": 2, "vocab_size": 300}
+    result = memory_7b.apart("train", arguments, 300, cap=0.5)
+    assert len(result["losses"]) == len(result["seconds"]) == 2
+    assert result["losses"][0] == pytest.approx(5.7, abs=0.1)
+    assert result["losses"][1] < result["losses"][0]
+    if jax.default_backend() == "cpu":  # which counts nothing
+        assert result["peak_bytes"] is result["bytes_limit"] is None
+    arguments["settings"] = SMALL | {"heads": 3}
+    assert (
+        "hidden=32 does not divide into heads=3"
+        in memory_7b.apart("train", arguments, 300)["error"]
+    )
+    assert memory_7b.apart("train", arguments, 0.01)["error"] == "not done after 0 seconds"
+
+
+@pytest.mark.parametrize(("here", "cap"), [(80 * GIB, 15.5 / 80), (8 * GIB, 1.0), (None, None)])
+def test_a_run_may_have_what_the_smaller_card_has(command, monkeypatch, here, cap):
+    calls = []
+
+    def apart(task, arguments, limit, cap=None):
+        calls.append((task, cap))
+        if task == "memory":
+            return {"bytes_limit": here}
+        assert arguments["steps"] == 3
+        return {"losses": [2.0, 1.0], "peak_bytes": 12 * GIB}
+
+    monkeypatch.setattr(memory_7b, "apart", apart)
+    rows = command("--run", "--steps", "3")
+    assert calls == [("memory", 1.0), ("train", cap)]
+    assert list(rows) == [NAME]
+    assert rows[NAME]["cap_bytes"] == int(15.5 * GIB)
+
+
+def record(**peaks):
+    rows = {}
+    for name, row in memory_7b.table().items():
+        figures = {"arguments": 10 * GIB, "peak": peaks.get(row["settings"].get("projector"))}
+        found = {"xla": figures} if figures["peak"] else {"error": "too large"}
+        rows[name] = row | {"usable": DEVICES[row["device"]].usable} | found
+    return {"rows": rows}
+
+
+def test_the_table_has_a_line_for_each_device_with_both_projectors():
+    lines = memory_table.markdown(record(power_iteration=12 * GIB, svd=13 * GIB)).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(row) for row in cells} == {6}
+    assert cells[3] == [
+        *("LLaMA-7B, Q-GaLore", "NVIDIA RTX 4060 Ti 16 GB"),
+        *("15.5", "10.0", "12.0", "13.0"),
+    ]
+    assert len(cells) == 2 + 5
+    refused = memory_table.markdown(record(power_iteration=12 * GIB)).splitlines()[3]
+    assert refused.endswith("| 12.0 | too much |")
+
+
+def test_the_table_goes_between_the_comments():
+    text = f"a\n{memory_table.START}old\n{memory_table.END}b\n"
+    new = memory_table.replaced(text, "new\n")
+    assert new == text.replace("old", "new")
+    for wrong in ("a\nb\n", text + text, memory_table.END + memory_table.START):
+        with pytest.raises(ValueError, match="once each"):
+            memory_table.replaced(wrong, "new\n")
+
+
+def test_the_readme_has_the_table_of_the_figures():
+    text, figures = memory_table.README.read_text(), json.loads(memory_table.FIGURES.read_text())
+    assert memory_table.replaced(text, memory_table.markdown(figures)) == text
+    assert figures["rows"].keys() == memory_7b.table().keys()
+
+
+def test_the_estimate_is_near_the_compilers_figures():
+    figures = json.loads(memory_table.FIGURES.read_text())["rows"]
+    for name, row in figures.items():
+        if "xla" in row:
+            estimated = estimate(Config(**row["settings"]).resolve(), memory_7b.VOCAB_SIZE)
+            assert estimated.arguments == pytest.approx(row["xla"]["arguments"], rel=1e-3), name
+            assert estimated.total == pytest.approx(row["xla"]["peak"], rel=0.06), name

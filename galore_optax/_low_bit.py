@@ -17,6 +17,7 @@ from galore_optax._quantized import (
     fitting_block_size,
     is_quantized,
     quantize,
+    static_hint,
 )
 from galore_optax._quantized_params import dequantize_params
 
@@ -185,7 +186,10 @@ class _Rules:
             )
         check_block_size(self.block_size)
         if not isinstance(self.min_size, numbers.Integral) or self.min_size < 0:
-            raise ValueError(f"min_size must be an int of at least 0; got {self.min_size!r}")
+            raise ValueError(
+                f"min_size must be an int of at least 0; got {self.min_size!r}"
+                + static_hint(self.min_size)
+            )
         for name, kind in self.names.items():
             if kind not in ("signed", "unsigned", None):
                 raise ValueError(

@@ -237,7 +237,17 @@ def check_block_size(block_size: Any) -> None:
         or block_size < 2
         or block_size % 2
     ):
-        raise ValueError(f"block_size must be a positive multiple of 2; got {block_size!r}")
+        raise ValueError(
+            f"block_size must be a positive multiple of 2; got {block_size!r}"
+            + static_hint(block_size)
+        )
+
+
+def static_hint(value: Any) -> str:
+    """What to add to the error of an argument that must not be an array."""
+    if isinstance(value, jax.Array):
+        return ". Under optax.inject_hyperparams, name it in static_args."
+    return ""
 
 
 def fitting_block_size(item_shape: tuple[int, ...], block_size: int) -> int:

@@ -19,7 +19,7 @@ from galore_optax._quantized import (
     quantize,
     static_hint,
 )
-from galore_optax._quantized_params import dequantize_params
+from galore_optax._quantized_params import check_gradients, dequantize_params
 
 MOMENTS = {"mu": "signed", "trace": "signed", "m": "signed", "nu": "unsigned", "v": "unsigned"}
 """The fields of states that are moments, and whether they have a sign."""
@@ -132,6 +132,7 @@ def low_bit(
                 f"low_bit's update needs the LowBitState that its init made; got a "
                 f"{type(state).__name__}. Was it made by another transformation?"
             )
+        check_gradients(updates)
         gradients = _unboxed(updates, min_size)
         kinds = rules.kinds(state.inner, gradients)
         leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)

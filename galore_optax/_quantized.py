@@ -96,6 +96,14 @@ class QuantizedArray:
         """Lets functions of ``jax.numpy`` dequantize it where they use it."""
         return self.dequantize()
 
+    def __rmul__(self, other: Any) -> Any:
+        # What a decaying moment or a weight decay comes to; jax.numpy multiplies without this.
+        raise TypeError(
+            f"{other!r} times a QuantizedArray of shape {self.shape}: if this is a transformation "
+            "of Optax, it cannot update quantized parameters. galore, low_bit and the presets of "
+            "galore_optax can, with others inside them; elsewhere, dequantize() first."
+        )
+
 
 def is_quantized(x: Any) -> bool:
     """Whether this is a quantized array; a predicate for ``is_leaf``."""

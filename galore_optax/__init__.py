@@ -6,7 +6,7 @@ from galore_optax._galore import galore
 from galore_optax._layerwise import Layerwise, layerwise
 from galore_optax._low_bit import LowBitState, low_bit
 from galore_optax._matrix import DEFAULT_EXCLUDE, DimensionNumbers
-from galore_optax._memory import LeafGroup, MemoryReport, memory_report
+from galore_optax._memory import LeafGroup, MemoryReport, compare_memory, memory_report
 from galore_optax._optimizers import galore_adafactor, galore_adamw, galore_lion, galore_sgd
 from galore_optax._optimizers_low_bit import adamw_8bit, galore_adamw_8bit, q_galore_adamw
 from galore_optax._quantized import QuantizedArray, quantize
@@ -34,6 +34,7 @@ __all__ = [
     "adamw_8bit",
     "apply_updates",
     "chain",
+    "compare_memory",
     "dequantize_params",
     "galore",
     "galore_adafactor",

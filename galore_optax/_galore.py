@@ -33,7 +33,7 @@ from galore_optax._matrix import (
 )
 from galore_optax._part import Layer, Part, Turn, current_part
 from galore_optax._quantized import is_quantized
-from galore_optax._quantized_params import dequantize_params
+from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._refresh import Lazy, Timing, refresh_leaf
 from galore_optax._state import (
     GaloreState,
@@ -292,6 +292,7 @@ def _transformation(
                 "refresh must be None or a Python bool, since it decides what is compiled; "
                 f"got {refresh!r}"
             )
+        check_gradients(updates)
         gradients, treedef = jax.tree.flatten(updates)
         gradients = [jnp.asarray(g) for g in gradients]
         views = selection.views(updates)

@@ -17,8 +17,9 @@ from galore_optax._quantized import (
     fitting_block_size,
     is_quantized,
     quantize,
+    static_hint,
 )
-from galore_optax._quantized_params import dequantize_params
+from galore_optax._quantized_params import check_gradients, dequantize_params
 
 MOMENTS = {"mu": "signed", "trace": "signed", "m": "signed", "nu": "unsigned", "v": "unsigned"}
 """The fields of states that are moments, and whether they have a sign."""
@@ -131,6 +132,7 @@ def low_bit(
                 f"low_bit's update needs the LowBitState that its init made; got a "
                 f"{type(state).__name__}. Was it made by another transformation?"
             )
+        check_gradients(updates)
         gradients = _unboxed(updates, min_size)
         kinds = rules.kinds(state.inner, gradients)
         leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)
@@ -185,7 +187,10 @@ class _Rules:
             )
         check_block_size(self.block_size)
         if not isinstance(self.min_size, numbers.Integral) or self.min_size < 0:
-            raise ValueError(f"min_size must be an int of at least 0; got {self.min_size!r}")
+            raise ValueError(
+                f"min_size must be an int of at least 0; got {self.min_size!r}"
+                + static_hint(self.min_size)
+            )
         for name, kind in self.names.items():
             if kind not in ("signed", "unsigned", None):
                 raise ValueError(

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,7 +127,7 @@ class MemoryReport:
             for group in self.groups
         ]
         sums = (self.parameters, self.projectors, self.moments, self.moments_without_galore)
-        lines = _table([header, *rows, ("sum", "", "", *map(size, sums))])
+        lines = _table([header, *rows, ("sum", "", "", *map(size, sums))], left=2)
         rule = "-" * max(map(len, lines))
         counted = "arrays as they are" if self.dtype is None else f"arrays as if {self.dtype}"
         lines = [
@@ -208,6 +208,62 @@ def memory_report(
         counters_without_galore=without.counters,
         dtype=None if dtype is None else jnp.dtype(dtype).name,
     )
+
+
+def compare_memory(reports: Mapping[str, MemoryReport]) -> str:
+    """A table of what several optimizers cost, one line each, to print.
+
+    Args:
+      reports: by name what :func:`memory_report` found, each for its own parameters, which may be
+        in other dtypes or codes.
+
+    Returns:
+      Parameters, projectors and moments, their total with counters included, and that over the
+      first one's total.
+
+    Raises:
+      TypeError: something is not a `MemoryReport`.
+      ValueError: there is no report.
+
+    Examples:
+      >>> import galore_optax, jax, jax.numpy as jnp, optax
+      >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}
+      >>> optimizers = {"AdamW": optax.adamw(1e-3), "8-bit AdamW": galore_optax.adamw_8bit(1e-3)}
+      >>> reports = {name: memory_report(tx, params) for name, tx in optimizers.items()}
+      >>> print(galore_optax.compare_memory(reports))
+      MiB          parameters  projectors  moments  total  / AdamW
+      ------------------------------------------------------------
+      AdamW             32.00        0.00    64.00  96.00     1.00
+      8-bit AdamW       32.00        0.00    32.50  64.50     0.67
+    """
+    for name, report in reports.items():
+        if not isinstance(report, MemoryReport):
+            raise TypeError(
+                f"reports[{name!r}] must be what memory_report(tx, params) returns; got {report!r}"
+            )
+    if not reports:
+        raise ValueError("reports must have at least one MemoryReport; got none")
+    (first, base), *_ = reports.items()
+    largest = max(report.total for report in reports.values())
+    unit, unit_name = next(
+        (2**e, name)
+        for e, name in ((30, "GiB"), (20, "MiB"), (10, "KiB"))
+        if largest >= 2**e or e == 10
+    )
+    header = (unit_name, "parameters", "projectors", "moments", "total", f"/ {first}")
+    rows = [
+        (
+            name,
+            *(
+                f"{size / unit:,.2f}"
+                for size in (report.parameters, report.projectors, report.moments, report.total)
+            ),
+            f"{report.total / base.total:.2f}",
+        )
+        for name, report in reports.items()
+    ]
+    lines = _table([header, *rows], left=1)
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 @dataclasses.dataclass
@@ -306,11 +362,11 @@ def _unit(size: int) -> tuple[int, str]:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

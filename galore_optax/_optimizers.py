@@ -1,17 +1,17 @@
 """Presets: Optax's optimizers inside galore, with Optax's argument names and order."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import optax
 
 from galore_optax._galore import galore
-from galore_optax._matrix import DEFAULT_EXCLUDE, ExcludeSpec, RankSpec
+from galore_optax._options import GaloreOptions, shows_galore_options
 
 Numeric = jax.typing.ArrayLike
 
 
+@shows_galore_options()
 def galore_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: Numeric = 0.9,
@@ -23,13 +23,7 @@ def galore_adamw(
     mask: Any | None = None,
     *,
     nesterov: bool = False,
-    rank: RankSpec = 128,
-    update_proj_gap: int | jax.Array | optax.Schedule = 200,
-    scale: float | jax.Array = 0.25,
-    projector: str | Callable[..., jax.Array] = "svd",
-    side: str = "short",
-    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
+    **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW in the gradient's subspace: ``galore(optax.adamw(...), rank=rank, ...)``.
 
@@ -46,13 +40,8 @@ def galore_adamw(
       weight_decay: of whole matrices, times the learning rate, not scaled by ``scale``.
       mask: the leaves to decay.
       nesterov: whether to use Nesterov momentum.
-      rank: see `galore_optax.galore`, as for all arguments from here on.
-      update_proj_gap: steps between refreshes of the projectors.
-      scale: factor of the update of projected leaves.
-      projector: how the subspace is chosen.
-      side: which side of a matrix is projected.
-      exclude: leaves that are not projected.
-      weight_dimension_numbers: the axes that form each leaf's matrix.
+      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
+        `galore_optax.galore`.
 
     Returns:
       The transformation.
@@ -77,16 +66,11 @@ def galore_adamw(
             mask,
             nesterov=nesterov,
         ),
-        rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        projector=projector,
-        side=side,
-        exclude=exclude,
-        weight_dimension_numbers=weight_dimension_numbers,
+        **options,
     )
 
 
+@shows_galore_options()
 def galore_adafactor(
     learning_rate: optax.ScalarOrSchedule | None = None,
     min_dim_size_to_factor: int = 128,
@@ -100,14 +84,7 @@ def galore_adafactor(
     eps: Numeric = 1e-30,
     factored: bool = True,
     weight_decay_mask: Any | None = None,
-    *,
-    rank: RankSpec = 128,
-    update_proj_gap: int | jax.Array | optax.Schedule = 200,
-    scale: float | jax.Array = 0.25,
-    projector: str | Callable[..., jax.Array] = "svd",
-    side: str = "short",
-    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
+    **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Adafactor in the gradient's subspace: ``galore(optax.adafactor(...), rank=rank, ...)``.
 
@@ -127,13 +104,8 @@ def galore_adafactor(
       eps: added to the squared gradient.
       factored: whether to factor the second moment.
       weight_decay_mask: the leaves to decay.
-      rank: see `galore_optax.galore`, as for all arguments from here on.
-      update_proj_gap: steps between refreshes of the projectors.
-      scale: factor of the update of projected leaves.
-      projector: how the subspace is chosen.
-      side: which side of a matrix is projected.
-      exclude: leaves that are not projected.
-      weight_dimension_numbers: the axes that form each leaf's matrix.
+      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
+        `galore_optax.galore`.
 
     Returns:
       The transformation.
@@ -157,16 +129,11 @@ def galore_adafactor(
             factored,
             weight_decay_mask,
         ),
-        rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        projector=projector,
-        side=side,
-        exclude=exclude,
-        weight_dimension_numbers=weight_dimension_numbers,
+        **options,
     )
 
 
+@shows_galore_options()
 def galore_lion(
     learning_rate: optax.ScalarOrSchedule,
     b1: Numeric = 0.9,
@@ -174,14 +141,7 @@ def galore_lion(
     mu_dtype: Any | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: Any | None = None,
-    *,
-    rank: RankSpec = 128,
-    update_proj_gap: int | jax.Array | optax.Schedule = 200,
-    scale: float | jax.Array = 0.25,
-    projector: str | Callable[..., jax.Array] = "svd",
-    side: str = "short",
-    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
+    **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Lion in the gradient's subspace: ``galore(optax.lion(...), rank=rank, ...)``.
 
@@ -192,13 +152,8 @@ def galore_lion(
       mu_dtype: dtype of the moment.
       weight_decay: of whole matrices, times the learning rate, not scaled by ``scale``.
       mask: the leaves to decay.
-      rank: see `galore_optax.galore`, as for all arguments from here on.
-      update_proj_gap: steps between refreshes of the projectors.
-      scale: factor of the update of projected leaves.
-      projector: how the subspace is chosen.
-      side: which side of a matrix is projected.
-      exclude: leaves that are not projected.
-      weight_dimension_numbers: the axes that form each leaf's matrix.
+      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
+        `galore_optax.galore`.
 
     Returns:
       The transformation.
@@ -209,29 +164,17 @@ def galore_lion(
     """
     return galore(
         optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask),
-        rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        projector=projector,
-        side=side,
-        exclude=exclude,
-        weight_dimension_numbers=weight_dimension_numbers,
+        **options,
     )
 
 
+@shows_galore_options()
 def galore_sgd(
     learning_rate: optax.ScalarOrSchedule,
     momentum: Numeric | None = None,
     nesterov: bool = False,
     accumulator_dtype: Any | None = None,
-    *,
-    rank: RankSpec = 128,
-    update_proj_gap: int | jax.Array | optax.Schedule = 200,
-    scale: float | jax.Array = 0.25,
-    projector: str | Callable[..., jax.Array] = "svd",
-    side: str = "short",
-    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
+    **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """SGD in the gradient's subspace: ``galore(optax.sgd(...), rank=rank, ...)``.
 
@@ -240,13 +183,8 @@ def galore_sgd(
       momentum: decay rate of the momentum, or None for none.
       nesterov: whether to use Nesterov momentum.
       accumulator_dtype: dtype of the momentum.
-      rank: see `galore_optax.galore`, as for all arguments from here on.
-      update_proj_gap: steps between refreshes of the projectors.
-      scale: factor of the update of projected leaves.
-      projector: how the subspace is chosen.
-      side: which side of a matrix is projected.
-      exclude: leaves that are not projected.
-      weight_dimension_numbers: the axes that form each leaf's matrix.
+      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
+        `galore_optax.galore`.
 
     Returns:
       The transformation.
@@ -257,11 +195,5 @@ def galore_sgd(
     """
     return galore(
         optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
-        rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        projector=projector,
-        side=side,
-        exclude=exclude,
-        weight_dimension_numbers=weight_dimension_numbers,
+        **options,
     )

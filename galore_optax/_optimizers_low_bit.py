@@ -1,15 +1,13 @@
 """Presets that keep their state in few bits, with Optax's argument names and order."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import optax
 
 from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
-from galore_optax._matrix import DEFAULT_EXCLUDE, ExcludeSpec, RankSpec
-from galore_optax._refresh import Lazy
+from galore_optax._options import GaloreOptions, shows_galore_options
 
 Numeric = jax.typing.ArrayLike
 
@@ -70,6 +68,7 @@ def adamw_8bit(
     )
 
 
+@shows_galore_options()
 def galore_adamw_8bit(
     learning_rate: optax.ScalarOrSchedule,
     b1: Numeric = 0.9,
@@ -83,13 +82,7 @@ def galore_adamw_8bit(
     nesterov: bool = False,
     block_size: int = 256,
     min_size: int = 4096,
-    rank: RankSpec = 128,
-    update_proj_gap: int | jax.Array | optax.Schedule = 200,
-    scale: float | jax.Array = 0.25,
-    projector: str | Callable[..., jax.Array] = "svd",
-    side: str = "short",
-    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
+    **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """8-bit GaLore: ``galore(adamw_8bit(...), rank=rank, ...)``.
 
@@ -105,13 +98,8 @@ def galore_adamw_8bit(
       nesterov: whether to use Nesterov momentum.
       block_size: elements of a block.
       min_size: moments of fewer elements are not rounded.
-      rank: see `galore_optax.galore`, as for all arguments from here on.
-      update_proj_gap: steps between refreshes of the projectors.
-      scale: factor of the update of projected leaves.
-      projector: how the subspace is chosen.
-      side: which side of a matrix is projected.
-      exclude: leaves that are not projected.
-      weight_dimension_numbers: the axes that form each leaf's matrix.
+      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
+        `galore_optax.galore`.
 
     Returns:
       The transformation.
@@ -137,16 +125,14 @@ def galore_adamw_8bit(
             block_size=block_size,
             min_size=min_size,
         ),
-        rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        projector=projector,
-        side=side,
-        exclude=exclude,
-        weight_dimension_numbers=weight_dimension_numbers,
+        **options,
     )
 
 
+_Q_GALORE: GaloreOptions = {"projector_dtype": "int4", "refresh": "lazy"}
+
+
+@shows_galore_options(_Q_GALORE)
 def q_galore_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: Numeric = 0.9,
@@ -160,15 +146,7 @@ def q_galore_adamw(
     nesterov: bool = False,
     block_size: int = 256,
     min_size: int = 4096,
-    rank: RankSpec = 128,
-    update_proj_gap: int | jax.Array | optax.Schedule = 200,
-    scale: float | jax.Array = 0.25,
-    projector: str | Callable[..., jax.Array] = "svd",
-    projector_dtype: str = "int4",
-    refresh: str | Lazy = "lazy",
-    side: str = "short",
-    exclude: ExcludeSpec = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
+    **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Q-GaLore: 8-bit moments, 4-bit projectors, and lazy refreshes.
 
@@ -189,15 +167,9 @@ def q_galore_adamw(
       nesterov: whether to use Nesterov momentum.
       block_size: elements of a block.
       min_size: moments of fewer elements are not rounded.
-      rank: see `galore_optax.galore`, as for all arguments from here on.
-      update_proj_gap: steps between refreshes of the projectors.
-      scale: factor of the update of projected leaves.
-      projector: how the subspace is chosen.
-      projector_dtype: in what it is kept.
-      refresh: ``"lazy"``, ``"periodic"``, or a `galore_optax.Lazy`.
-      side: which side of a matrix is projected.
-      exclude: leaves that are not projected.
-      weight_dimension_numbers: the axes that form each leaf's matrix.
+      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
+        `galore_optax.galore`; ``projector_dtype`` is ``"int4"`` and ``refresh`` is ``"lazy"``
+        where they are not given.
 
     Returns:
       The transformation.
@@ -229,13 +201,5 @@ def q_galore_adamw(
             block_size=block_size,
             min_size=min_size,
         ),
-        rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        projector=projector,
-        projector_dtype=projector_dtype,
-        refresh=refresh,
-        side=side,
-        exclude=exclude,
-        weight_dimension_numbers=weight_dimension_numbers,
+        **(_Q_GALORE | options),
     )

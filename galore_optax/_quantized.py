@@ -96,6 +96,14 @@ class QuantizedArray:
         """Lets functions of ``jax.numpy`` dequantize it where they use it."""
         return self.dequantize()
 
+    def __rmul__(self, other: Any) -> Any:
+        # What a decaying moment or a weight decay comes to; jax.numpy multiplies without this.
+        raise TypeError(
+            f"{other!r} times a QuantizedArray of shape {self.shape}: if this is a transformation "
+            "of Optax, it cannot update quantized parameters. galore, low_bit and the presets of "
+            "galore_optax can, with others inside them; elsewhere, dequantize() first."
+        )
+
 
 def is_quantized(x: Any) -> bool:
     """Whether this is a quantized array; a predicate for ``is_leaf``."""
@@ -237,7 +245,17 @@ def check_block_size(block_size: Any) -> None:
         or block_size < 2
         or block_size % 2
     ):
-        raise ValueError(f"block_size must be a positive multiple of 2; got {block_size!r}")
+        raise ValueError(
+            f"block_size must be a positive multiple of 2; got {block_size!r}"
+            + static_hint(block_size)
+        )
+
+
+def static_hint(value: Any) -> str:
+    """What to add to the error of an argument that must not be an array."""
+    if isinstance(value, jax.Array):
+        return ". Under optax.inject_hyperparams, name it in static_args."
+    return ""
 
 
 def fitting_block_size(item_shape: tuple[int, ...], block_size: int) -> int:

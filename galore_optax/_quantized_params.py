@@ -102,6 +102,8 @@ def value_and_grad(
     or by handing them to a function of ``jax.numpy``. In a scan over layers whose body is under
     ``jax.checkpoint`` only one layer at a time is dequantized.
 
+    ``jax.grad`` itself refuses integers, ``codes`` among them, without saying which leaf.
+
     Args:
       fun: a function of the parameters and whatever else, to a scalar.
       has_aux: whether it returns a pair of that and auxiliary data.
@@ -142,6 +144,17 @@ def carrier(leaf: Any) -> Any:
 def attach(leaf: Any, carrier: Any) -> Any:
     """What a function is given for a leaf, so that its gradient goes to the carrier."""
     return _Attached(leaf, carrier) if is_quantized(leaf) else carrier
+
+
+def check_gradients(gradients: Any) -> None:
+    """Raises for a leaf that is in codes, as those that ``jax.grad`` takes are."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients, is_leaf=is_quantized):
+        if is_quantized(leaf):
+            raise TypeError(
+                f"the gradient of {jax.tree_util.keystr(path, simple=True, separator='/')!r} must "
+                f"be an array of its shape {leaf.shape}; got a QuantizedArray. Take gradients with "
+                "galore_optax.value_and_grad."
+            )
 
 
 def apply_updates(

@@ -30,7 +30,10 @@ class Lazy:
 
     Attributes:
       threshold: of the mean similarity. The paper's 0.4 is of the cosine of one singular vector,
-        which is another measure.
+        which is another measure. Of this one, the demo's LLaMA has medians of 0.38 at T = 10, 0.32
+        at T = 50 and 0.18 at T = 100; noise alone leaves 0.43 between two batches of 1,024 tokens
+        at the same weights, 0.53 of 65,536. At T = 10 a threshold of 0.6 saves no refresh, 0.4 a
+        third, 0.3 58 % and 0.2 70 %, none at a loss higher than without (benchmarks/lazy.py).
       queue: how many similarities are averaged.
 
     References:

@@ -15,7 +15,8 @@ import pytest
 from flax import nnx
 from flax_llama_runs import finish, metrics, saved_arrays, start, tiny, write_text
 
-from examples.flax_llama import checkpoint, run_directory, train
+import galore_optax
+from examples.flax_llama import checkpoint, optimizers, run_directory, train
 from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, load_run
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.evaluate import Evaluation
@@ -261,6 +262,79 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(
     broken.rename(copy.out / "broken")
     train.train(copy)
     assert metrics(copy.out) == metrics(finished[0].out)
+
+
+@pytest.fixture(scope="module")
+def eight_bit(text, tmp_path_factory):
+    """A run in few bits, with a vocabulary whose moments are large enough for codes."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    settings = {"optimizer": "q_galore_adamw", "vocab_size": 512, "steps": 1, "out": out}
+    config = tiny(text, **settings)
+    train.train(config)
+    return dataclasses.replace(config, resume=True)
+
+
+def other_bits(**low_bit):
+    def inner(config, schedule):
+        return galore_optax.low_bit(optimizers.adamw(config, schedule), **low_bit)
+
+    return optimizers.in_galore(inner, projector_dtype="int4")
+
+
+OTHERS = {
+    "block_size": (other_bits(block_size=64), r"mu/embed/embedding/scales is float32\[.*\], and"),
+    "bits": (
+        other_bits(bits=16),
+        r"mu/embed/embedding is codes uint8.*, scales .*, and should be bfloat16\[512",
+    ),
+    "projector_bits": (
+        optimizers.in_galore(optimizers.adamw_8bit, projector_dtype="int8"),
+        r"left/blocks/.*/kernel/codes is uint8\[2, 32\], and should be uint8\[2, 64\]",
+    ),
+    "projector_dtype": (
+        optimizers.in_galore(optimizers.adamw_8bit),
+        r"left/blocks/.*/kernel is codes uint8.*, zeros .*, and should be float32\[2, 16, 4\]",
+    ),
+    "names": (
+        other_bits(names={"mu": None}),
+        r"mu/embed/embedding is codes uint8.*, and should be float32\[512, 16\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_other_bits_or_blocks_names_the_leaf(eight_bit, monkeypatch, name):
+    """As another version of the library, or of the application, may have them."""
+    optimizer, message = OTHERS[name]
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "q_galore_adamw", optimizer)
+    read = []
+    restore = checkpoint.ocp.CheckpointManager.restore
+
+    def counting(self, *arguments, **keywords):
+        read.append(keywords["args"].keys())
+        return restore(self, *arguments, **keywords)
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", counting)
+    before = contents(eight_bit.out)
+    with pytest.raises(UsageError, match=f"1/optimizer does not fit: .*{message}"):
+        train.train(eight_bit)
+    assert contents(eight_bit.out) == before
+    assert all(keys == {"settings"} for keys in read)
+
+
+def test_a_model_of_another_shape_names_the_leaf(finished):
+    config, result = finished
+    params = params_of(result.model)
+    like = jax.eval_shape(lambda: params | {"norm": {"scale": np.ones(8)}, "more": np.ones(3)})
+    with Checkpoints(config.out, read_only=True) as checkpoints:
+        with pytest.raises(UsageError, match=r"params does not fit: more is absent, and should"):
+            checkpoints.restore_params(12, like)
+        del like["more"]
+        with pytest.raises(UsageError, match=r"norm/scale is float32\[16\], and should be .*\[8\]"):
+            checkpoints.restore_params(12, like)
+        del like["norm"]
+        with pytest.raises(UsageError, match=r"norm/scale is float32.*, and should be absent"):
+            checkpoints.restore_params(12, like)
 
 
 def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(copy, monkeypatch):

@@ -98,3 +98,17 @@ def test_bfloat16_parameters_rounded_at_random_move_by_updates_too_small_for_the
 
     assert moved(True) > 0
     assert moved(False) == 0
+
+
+def test_adamw_with_8_bit_state_ends_within_1_percent_of_float32_state():
+    shape = {"hidden": 64, "intermediate": 176, "rank": 16}
+    settings = {"tokenizer": "bytes", "steps": 60, "lr": 0.01, "eval_tokens": 4000, **shape}
+    configs = {name: tiny("austen", optimizer=name, **settings) for name in ("adamw", "adamw_8bit")}
+    losses = {name: train(config).valid[-1]["valid_loss"] for name, config in configs.items()}
+    assert losses["adamw"] < 0.7 * np.log(256)
+    assert losses["adamw_8bit"] != losses["adamw"]
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.01)
+    config = configs["adamw_8bit"].resolve()
+    params = jax.eval_shape(lambda: initial_params(config, config.shape(256)))
+    report = galore_optax.memory_report(make_optimizer(config), params)
+    assert report.moments < 2 * 1.04 * report.parameters / 4  # of float32

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import galore_optax
-from galore_optax import DimensionNumbers, memory_report
+from galore_optax import DimensionNumbers, compare_memory, memory_report
 
 VOCABULARY = 32000
 
@@ -400,3 +400,37 @@ def test_quantized_parameters_have_the_moments_of_others():
     assert few_bits.parameters < plain.parameters
     assert (few_bits.moments, few_bits.projectors) == (plain.moments, plain.projectors)
     assert few_bits.moments_without_galore == plain.moments_without_galore == 8 * (8 * 12 + 8)
+
+
+@pytest.mark.parametrize(("size", "unit", "name"), [("9m", 2**20, "MiB"), ("1b", 2**30, "GiB")])
+def test_comparison_has_a_line_for_each_report(size, unit, name):
+    llama = LLAMAS[size]
+    reports = {
+        "AdamW": memory_report(optax.adamw(1e-3), shapes_of(llama, jnp.float32)),
+        "GaLore, half": memory_report(adamw_for(llama), shapes_of(llama, jnp.bfloat16)),
+    }
+    header, _, *lines = compare_memory(reports).splitlines()
+    assert header.split() == [name, "parameters", "projectors", "moments", "total", "/", "AdamW"]
+    projectors, moments, _ = elements(llama)
+    h, i = llama.hidden, llama.intermediate
+    norms = (2 * llama.layers + 1) * h
+    count = llama.layers * (4 * h * h + 3 * h * i) + 2 * VOCABULARY * h + norms
+    expected = np.array([[4 * count, 0, 8 * count], [2 * count, 4 * projectors, 4 * moments]])
+    for line, row, report in zip(lines, expected, reports, strict=True):
+        assert line.startswith(report)
+        shown = [float(x) for x in line.removeprefix(report).split()]
+        sizes = [*row, row.sum()]
+        np.testing.assert_allclose(shown[:4], np.array(sizes) / unit, atol=0.0051)
+        np.testing.assert_allclose(shown[4], row.sum() / expected[0].sum(), atol=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("reports", "error", "message"),
+    [
+        ({}, ValueError, "at least one MemoryReport; got none"),
+        ({"AdamW": optax.adamw(1e-3)}, TypeError, r"reports\['AdamW'\] must be what memory_report"),
+    ],
+)
+def test_comparison_of_what_are_no_reports(reports, error, message):
+    with pytest.raises(error, match=message):
+        compare_memory(reports)

@@ -1,5 +1,7 @@
 """Projectors in few bits, quantized parameters, and all of it together: Q-GaLore."""
 
+import pathlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -217,20 +219,34 @@ def numbers_7b(params):
     }
 
 
-def test_llama_7b_in_gib():
+def reports_7b(dtype):
     params = llama_7b()
     options = {"rank": 1024, "weight_dimension_numbers": numbers_7b}
-
-    def total(tx, params):
-        return galore_optax.memory_report(tx, params).total / GIB
-
     int8 = jax.eval_shape(lambda p: galore_optax.quantize_params(p, **options), params)
-    q_galore = total(galore_optax.q_galore_adamw(1e-3, **options), int8)
-    eight_bit = galore_optax.galore(
-        galore_optax.adamw_8bit(1e-3), projector_dtype="bfloat16", **options
-    )
-    assert q_galore <= 10.8
-    assert total(eight_bit, params) <= 17.9
-    assert total(galore_optax.adamw_8bit(1e-3), params) > total(eight_bit, params)
+    eight_bit = galore_optax.galore_adamw_8bit(1e-3, projector_dtype="bfloat16", **options)
+    rows = {
+        "AdamW": (optax.adamw(1e-3), params),
+        "8-bit AdamW": (galore_optax.adamw_8bit(1e-3), params),
+        "GaLore": (galore_optax.galore_adamw(1e-3, **options), params),
+        "8-bit GaLore": (eight_bit, params),
+        "Q-GaLore": (galore_optax.q_galore_adamw(1e-3, **options), int8),
+    }
+    return {name: galore_optax.memory_report(*row, dtype) for name, row in rows.items()}
+
+
+def test_llama_7b_in_gib():
+    reports = reports_7b(None)
+    total = {name: report.total / GIB for name, report in reports.items()}
+    assert total["Q-GaLore"] <= 10.8
+    assert total["8-bit GaLore"] <= 17.9
+    assert total["8-bit GaLore"] < total["8-bit AdamW"] < total["GaLore"] < total["AdamW"]
     # 6.74e9 parameters and two moments of each, all in bfloat16.
-    np.testing.assert_allclose(total(optax.adamw(1e-3), params), 6.738e9 * 6 / GIB, rtol=1e-3)
+    np.testing.assert_allclose(total["AdamW"], 6.738e9 * 6 / GIB, rtol=1e-3)
+    # Moments of embedding and head, which are not projected, in 8 bits.
+    groups = {group.path: group for group in reports["Q-GaLore"].groups}
+    assert groups["embed"].moments + groups["head"].moments <= 2 * 2 * 32000 * 4096 * 1.02
+
+
+def test_readme_has_the_table_of_llama_7b():
+    table = galore_optax.compare_memory(reports_7b("bfloat16"))
+    assert table in (pathlib.Path(__file__).parents[1] / "README.md").read_text()

@@ -303,3 +303,56 @@ def test_other_arguments_that_cannot_be_right():
             rank=8,
             weight_dimension_numbers=DimensionNumbers(0, 1),
         )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        optax.adamw,
+        optax.lion,
+        lambda lr: optax.sgd(lr, momentum=0.9),
+        lambda lr: optax.chain(galore_adamw(lr, rank=2), optax.add_decayed_weights(lr)),
+    ],
+    ids=["adamw", "lion", "momentum", "decay_after_galore"],
+)
+def test_an_optimizer_that_cannot_update_quantized_leaves_says_which_can(make):
+    tx, grads = make(0.1), dequantize_params(QUANTIZED)
+    state = tx.init(QUANTIZED)
+    message = r"times a QuantizedArray of shape \(4, 64\).*galore, low_bit and the presets"
+    with pytest.raises(TypeError, match=message):
+        tx.update(grads, state, QUANTIZED)
+
+
+def apply_multi_steps(params, updates):
+    tx = optax.MultiSteps(galore_adamw(0.1, rank=2), 2)
+    tx.update(updates, tx.init(params), params)
+
+
+@pytest.mark.parametrize("apply", [optax.apply_updates, apply_multi_steps])
+def test_functions_of_optax_that_match_trees_name_the_leaf(apply):
+    with pytest.raises(ValueError, match=r"\['dense'\]\['w'\](.|\n)*QuantizedArray"):
+        apply(QUANTIZED, dequantize_params(QUANTIZED))
+
+
+def test_jax_grad_refuses_quantized_leaves():
+    with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
+        jax.grad(lambda params: jnp.sum(params["dense"]["w"].dequantize()))(QUANTIZED)
+
+
+@pytest.mark.parametrize("tx", [galore_adamw(0.1, rank=2), galore_optax.adamw_8bit(0.1)])
+def test_gradients_in_codes_are_refused_with_the_leaf(tx):
+    message = r"gradient of 'dense/w' must .* \(4, 64\); got a QuantizedArray.*value_and_grad"
+    with pytest.raises(TypeError, match=message):
+        tx.update(QUANTIZED, tx.init(QUANTIZED), QUANTIZED)
+    gradients = jax.grad(lambda params: jnp.sum(params["dense"]["w"].dequantize()), allow_int=True)(
+        QUANTIZED
+    )
+    with pytest.raises(TypeError, match=message):
+        tx.update(gradients, tx.init(QUANTIZED), QUANTIZED)
+
+
+@pytest.mark.parametrize("factor", [jnp.float32(2), 2 * jnp.ones((4, 64))])
+def test_arrays_of_jax_multiply_quantized_ones(factor):
+    quantized = quantize(normal(4, 64))
+    for product in (factor * quantized, quantized * factor):
+        np.testing.assert_allclose(product, 2 * np.asarray(quantized.dequantize()))

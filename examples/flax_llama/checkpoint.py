@@ -153,7 +153,7 @@ class Checkpoints:
           batches: of the same data.
 
         Raises:
-          UsageError: the checkpoint cannot be read.
+          UsageError: the checkpoint cannot be read, or holds other arrays than these.
         """
         items = self._restore(
             step,
@@ -169,7 +169,12 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
+            for name, item in items.items():
+                if isinstance(item, ocp.args.StandardRestore):
+                    check_arrays(self.path / str(step) / name, item.item)
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except UsageError:
+            raise
         except Exception as error:
             others = [other for other in self.steps if other != step]
             advice = (
@@ -190,6 +195,39 @@ class Checkpoints:
             f"the checkpoint after update {self._writing} could not be written to {self.path}: "
             f"{reason}. Whole ones there: {whole}."
         )
+
+
+def check_arrays(path: Path, like: Any) -> None:
+    """Refuses a saved tree with other arrays than `like`, before any of them is read.
+
+    Orbax casts those of another dtype without a word, and does not name those of another shape.
+
+    Raises:
+      UsageError: an array has another shape or dtype, is missing, or should not be there.
+    """
+
+    def arrays(tree: Any) -> dict[str, str]:
+        return {
+            jax.tree_util.keystr(key, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}"
+            for key, x in jax.tree.leaves_with_path(tree)
+        }
+
+    def at(name: str, tree: dict[str, str]) -> str:
+        parts = [
+            f"{key[len(name) + 1 :]} {x}" for key, x in tree.items() if key.startswith(f"{name}/")
+        ]
+        return tree.get(name) or ", ".join(parts) or "absent"
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = arrays(checkpointer.metadata(path).item_metadata.tree)
+    wanted = arrays(like)
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            raise UsageError(
+                f"{path} does not fit: {name} is {at(name, stored)}, and should be "
+                f"{at(name, wanted)}. Resume with the settings and the version of galore_optax "
+                "that it was made with; nothing has been changed."
+            )
 
 
 def first_line(error: Exception) -> str:

@@ -66,7 +66,7 @@ def low_bit(
       bits: 8 for dynamic codes, block by block, rounded to the nearest; 16 for bfloat16 with
         stochastic rounding.
       block_size: elements that share a scale; even.
-      min_size: moments of fewer elements stay as they are.
+      min_size: moments of fewer elements stay as they are; those of one layer of a stack count.
       names: names of more fields, with ``"signed"`` or ``"unsigned"`` for each, or None to leave
         a field as it is. Of a field called unsigned, negative numbers become 0.
       seed: of the stochastic rounding with 16 bits.
@@ -220,11 +220,8 @@ class _Rules:
     def _is_large(self, leaf: Any) -> bool:
         shape = jnp.shape(leaf)
         dtype = leaf.dtype if is_quantized(leaf) else jnp.result_type(leaf)
-        return (
-            jnp.issubdtype(dtype, jnp.floating)
-            and math.prod(shape) >= self.min_size
-            and math.prod(shape[_batch_axes(shape) :]) >= _FEWEST
-        )
+        size = _item_size(shape)
+        return jnp.issubdtype(dtype, jnp.floating) and size >= max(self.min_size, _FEWEST)
 
     def store(self, array: jax.Array, kind: str, key: jax.Array | None = None) -> Any:
         """A moment as it is kept between steps."""
@@ -304,12 +301,17 @@ def _components(path: tuple[Any, ...]) -> tuple[str, ...]:
 def _unboxed(tree: Any, min_size: int) -> Any:
     """A tree with its large leaves out of Flax's boxes, which take a moment in codes for a tree."""
     leaves = jax.tree.leaves(tree)
-    large = [math.prod(jnp.shape(leaf)) >= min_size for leaf in leaves]
+    large = [_item_size(jnp.shape(leaf)) >= min_size for leaf in leaves]
     return structure(tree, large).unflatten(leaves)
 
 
 def _batch_axes(shape: tuple[int, ...]) -> int:
     return max(0, len(shape) - 2)
+
+
+def _item_size(shape: tuple[int, ...]) -> int:
+    """The elements of what stands behind the batch axes: of one layer of a stack."""
+    return math.prod(shape[_batch_axes(shape) :])
 
 
 def _wide(array: jax.Array) -> jax.Array:

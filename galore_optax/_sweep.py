@@ -162,7 +162,7 @@ class Sweep:
         inputs: Any,
         dx: Any,
         stacked: Callable[[Any], list[Any]],
-        visit: Callable[[jax.Array, list[Any], Any], Any],
+        visit: Callable[[jax.Array, list[Any], list[Any], Any], Any],
         carry: Any,
     ) -> tuple[Any, Any]:
         """Goes through the layers from the last to the first.
@@ -171,7 +171,7 @@ class Sweep:
           inputs: of all layers.
           dx: the gradient of what the last one returns.
           stacked: of a carry the parameters of the blocks.
-          visit: of a layer's index and gradient and a carry the next carry.
+          visit: of a layer's index, parameters and gradient and a carry the next carry.
           carry: the first one.
 
         Returns:
@@ -195,7 +195,7 @@ class Sweep:
                 return jax.vjp(apply, _carriers(params), x)[1](dx)
 
             gradients, dx = self._mean(one, (x, dx))
-            return dx, visit(layer, gradients, carry)
+            return dx, visit(layer, params, gradients, carry)
 
         return jax.lax.fori_loop(0, layers, body, (dx, carry))
 
@@ -203,7 +203,7 @@ class Sweep:
         """The gradient of the first layer's input, and the square of the norm of the layers'."""
         stacked = _only(self.parts.in_blocks, leaves)
 
-        def visit(_: Any, gradients: list[Any], square: jax.Array) -> jax.Array:
+        def visit(_: Any, __: Any, gradients: list[Any], square: jax.Array) -> jax.Array:
             return square + self._square(gradients)
 
         return self._backward(inputs, dx, lambda _: stacked, visit, jnp.zeros([], self.dtype))
@@ -226,13 +226,13 @@ class Sweep:
         piece = self.parts.layer
         old = _take(piece, state)
 
-        def visit(layer: jax.Array, gradients: list[Any], carry: Any) -> Any:
+        def visit(layer: jax.Array, params: Any, gradients: Any, carry: Any) -> Any:
             square, new = carry
             own, scale = self._square(gradients), factor
             if self.settings.clip_norm is not None and self.settings.clip_by == "layer":
                 scale = self._clip_factor(own)
-            gradients = jax.tree.map(lambda x: x[None], gradients)
-            call = _Call(gradients, scale, layer, layer, write)
+            gradients, params = jax.tree.map(lambda x: x[None], (gradients, params))
+            call = _Call(gradients, params, scale, layer, layer, write)
             return square + own, self._in_place(piece, call, old, new, layer, 1)
 
         zero = jnp.zeros([], self.dtype)
@@ -253,12 +253,12 @@ class Sweep:
         place = piece.chosen.index(True)
         salt = self.parts.layers + place
         if piece.slices == 1:
-            return self._update(piece, _Call(gradients, factor, None, salt, write), leaves, old)
+            return self._update(piece, _Call(gradients, leaves, factor, None, salt, write), old)
         size = leaves[place].shape[0] // piece.slices
 
         def body(i: jax.Array, new: Updated) -> Updated:
-            rows = jax.tree.map(lambda x: _cut(x, i, size), gradients)
-            call = _Call(rows, factor, None, salt * piece.slices + i, write)
+            rows = jax.tree.map(lambda x: _cut(x, i, size), (gradients, new.leaves))
+            call = _Call(rows[0], rows[1], factor, None, salt * piece.slices + i, write)
             return self._in_place(piece, call, old, new, i, size)
 
         first = Updated(leaves, old, jnp.zeros([], self.dtype))
@@ -276,13 +276,12 @@ class Sweep:
         """Updates the i-th part of stacks, of so many of their leading entries, within them."""
         # What all parts share, such as a step counter, is for all of them the old one.
         own = [
-            _row_major(_cut(stack, i, size)) if has else shared
+            _cut(stack, i, size) if has else shared
             for stack, shared, has in zip(stacks.state, old, piece.stacked, strict=True)
         ]
-        params = jax.tree.map(lambda x: _cut(x, i, size), stacks.leaves)
-        new = self._update(piece, call, params, own)
+        new = self._update(piece, call, own)
         state = [
-            _paste(stack, _row_major(part), i) if has else part
+            _paste(stack, part, i) if has else part
             for stack, part, has in zip(stacks.state, new.state, piece.stacked, strict=True)
         ]
         leaves = stacks.leaves
@@ -290,10 +289,9 @@ class Sweep:
             leaves = jax.tree.map(lambda stack, part: _paste(stack, part, i), leaves, new.leaves)
         return Updated(leaves, state, stacks.update_square + new.update_square)
 
-    def _update(
-        self, piece: Piece, call: "_Call", leaves: list[Any], state: list[jax.Array]
-    ) -> Updated:
+    def _update(self, piece: Piece, call: "_Call", state: list[jax.Array]) -> Updated:
         """What is updated at a time, after its update."""
+        leaves = call.leaves
 
         def scaled(gradient: jax.Array, leaf: Any) -> jax.Array:
             gradient = gradient if call.factor is None else gradient * call.factor
@@ -347,6 +345,7 @@ class _Call(NamedTuple):
     """What there is to know for the update of a part."""
 
     gradients: list[Any]
+    leaves: list[Any]  # of the parameters.
     factor: jax.Array | None  # to clip them by.
     layer: jax.Array | None
     salt: jax.Array | int  # for the random numbers of this part.
@@ -377,19 +376,24 @@ def _take(piece: Piece, state: list[jax.Array]) -> list[jax.Array]:
 
 def _index(tree: Any, layer: jax.Array, axis: int = 0) -> Any:
     def index(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False)
+        return _row_major(jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False))
 
     return jax.tree.map(index, tree)
 
 
 def _cut(stack: jax.Array, i: jax.Array, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(stack, i * size, size)
+    return _row_major(jax.lax.dynamic_slice_in_dim(stack, i * size, size))
 
 
 def _paste(stack: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(stack, part, i * part.shape[0], 0)
+    start = i * part.shape[0]
+    return jax.lax.dynamic_update_slice_in_dim(stack, _row_major(part), start, 0)
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-    """Keeps XLA from choosing another layout for the whole stack, which would be a second copy."""
+    """What is read from a stack or written to it, in the layout that arguments have.
+
+    Free to choose, XLA gives some whole stacks the layout that a product inside the loop prefers,
+    or reads them once more after they are written: a second copy of the stack either way.
+    """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

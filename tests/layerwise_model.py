@@ -85,7 +85,7 @@ def ordinary(tx, micro_batches=1):
 
 
 def norm(tree):
-    return jnp.sqrt(sum(jnp.sum(x.astype(jnp.float64) ** 2) for x in jax.tree.leaves(tree)))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
 
 
 def batches(steps, micro_batches=1, shape=(3, 5)):

@@ -111,7 +111,9 @@ def sgd(config: Config, schedule: optax.Schedule) -> optax.GradientTransformatio
 
 
 def adamw_8bit(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return galore_optax.low_bit(adamw(config, schedule))
+    # Larger than the layers' norms together, which are no matrix though they are stacked like one.
+    norms = config.layers * config.hidden
+    return galore_optax.low_bit(adamw(config, schedule), min_size=max(4096, norms + 1))
 
 
 def in_galore(inner: Optimizer) -> Optimizer:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax._orthonormalize import orthonormalize
+from galore_optax._random import uniform
 
 
 def svd(matrix: jax.Array, rank: int) -> jax.Array:
@@ -82,7 +83,7 @@ def randomized_svd(
     """
     m, n = matrix.shape
     columns = min(rank + oversampling, m, n)
-    sample = _product(matrix, jax.random.normal(key, (n, columns), matrix.dtype))
+    sample = _product(matrix, uniform(key, (n, columns), matrix.dtype))
     for _ in range(power_iterations):
         sample = _product(matrix, orthonormalize(_product(matrix.T, orthonormalize(sample))))
     basis = orthonormalize(sample)
@@ -116,7 +117,7 @@ def power_iteration(
     Returns:
       (m, r), orthonormal.
     """
-    start = jnp.where(first, jax.random.normal(key, old.shape, matrix.dtype), old)
+    start = jnp.where(first, uniform(key, old.shape, matrix.dtype), old)
 
     def iterate(_: Any, basis: jax.Array) -> jax.Array:
         return orthonormalize(_product(matrix, _product(matrix.T, basis)))
@@ -138,7 +139,8 @@ def gaussian(matrix: jax.Array, rank: int, *, key: jax.Array) -> jax.Array:
     References:
       Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024, algorithm 1.
     """
-    return jax.random.normal(key, (matrix.shape[0], rank), matrix.dtype) / rank**0.5
+    uniform_entries = uniform(key, (matrix.shape[0], rank), matrix.dtype)
+    return (2 / rank) ** 0.5 * jax.lax.erf_inv(uniform_entries)
 
 
 def orthonormal(matrix: jax.Array, rank: int, *, key: jax.Array) -> jax.Array:
@@ -161,10 +163,9 @@ def orthonormal(matrix: jax.Array, rank: int, *, key: jax.Array) -> jax.Array:
     """
     rows = matrix.shape[0]
     _check_columns("orthonormal", rank, rows)
-    of_columns, of_signs = jax.random.split(key)
-    columns = jax.random.choice(of_columns, rows, (rank,), replace=False)
-    signs = jax.random.rademacher(of_signs, (rows, 1), matrix.dtype)
-    return signs * _cosines(columns, rows, matrix.dtype)
+    weights, signs = uniform(key, (2, rows), matrix.dtype)
+    _, columns = jax.lax.top_k(weights, rank)
+    return jnp.sign(signs)[:, None] * _cosines(columns, rows, matrix.dtype)
 
 
 def rows(matrix: jax.Array, rank: int, *, old: jax.Array, first: jax.Array) -> jax.Array:

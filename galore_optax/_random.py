@@ -1,8 +1,8 @@
 """Random entries of bases, by a hash that is a handful of instructions in the program.
 
-``jax.random`` is a cipher, Threefry: some hundred instructions wherever it is called. Every leaf has
-a part of the program to itself, so that these were most of what compiling an update took; and
-bases that are made again on every step need numbers soon.
+``jax.random`` is a cipher, Threefry: some hundred instructions wherever it is called. Each leaf
+has a part of the program to itself, so that these would be most of what compiling an update takes;
+and bases that are made again on every step need their numbers soon.
 """
 
 from typing import Any

@@ -132,7 +132,8 @@ def power_iteration(
     Returns:
       (m, r), orthonormal.
     """
-    start = jnp.where(first, uniform(key, old.shape, matrix.dtype), old)
+    random = uniform(key, (matrix.shape[0], rank), matrix.dtype)
+    start = jnp.where(first, random, old)
 
     def iterate(_: Any, basis: jax.Array) -> jax.Array:
         return orthonormalize(_product(matrix, _product(matrix.T, basis)))

@@ -184,7 +184,7 @@ def init_subspace(sides: Sides, queue: int, diagnostics: bool) -> Subspace:
         stored = side.store(jnp.eye(side.size, side.rank, dtype=side.dtype))
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), stored)
 
-    left, right = sides.of_matrix(sides.keys[0])
+    left, right = sides.of_matrix(jax.random.split(jax.random.key(0)))
     return Subspace(
         left=basis(left),
         right=basis(right),

@@ -34,8 +34,7 @@ def of_trained_model(
     )
     model = train(config).model
     graphdef, state = nnx.split(model, nnx.Param)
-    tokens = load_corpus(config.tokenizer or "").train
-    ids = np.asarray(getattr(tokens, "ids", tokens))
+    ids = np.asarray(load_corpus(config.tokenizer or "").train.ids)
 
     @jax.jit
     def gradient(params, tokens_BxS1):

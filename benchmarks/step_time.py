@@ -34,6 +34,7 @@ import importlib.util
 import json
 import pathlib
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,9 +106,17 @@ def make_optimizer(
 
 
 def measure(
-    model: str, steps: int, peers: list[str], baselines: list[str], seed: int = 0
+    model: str,
+    steps: int,
+    peers: list[str],
+    baselines: list[str],
+    seed: int = 0,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Runs the comparison and returns what is written as JSON; times in milliseconds."""
+    """Runs the comparison and returns what is written as JSON; times in milliseconds.
+
+    What there is after each peer is given to `save`.
+    """
     if not 0 < steps < GAP // 2:
         raise SystemExit(f"steps must be 1 to {GAP // 2 - 1}, less than a period; got {steps}")
     keys = jax.random.split(jax.random.key(seed))
@@ -138,12 +147,7 @@ def measure(
         for each in [name] if name else fixed:
             summarize(rows, each, times, refreshed[each], count)
 
-    for name in baselines:
-        fixed[name] = start(name)
-    turns(None)
-    for name in peers:
-        turns(name)
-    return {
+    result = {
         "benchmark": "step_time",
         "machine": machine(),
         "model": model,
@@ -153,6 +157,12 @@ def measure(
         "steps": steps,
         "optimizers": rows,
     }
+    for name in baselines:
+        fixed[name] = start(name)
+    for name in (None, *peers):
+        turns(name)
+        save(result)
+    return result
 
 
 def torch_is_available() -> bool:
@@ -222,10 +232,13 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
     peers = [name for name in args.peers if name not in args.baselines]
-    result = measure(args.model, args.steps, peers, args.baselines, args.seed)
+
+    def save(result: dict[str, Any]) -> None:
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+    result = measure(args.model, args.steps, peers, args.baselines, args.seed, save)
     print(f"\n{table(result)}")
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,62 @@
-"""Orthonormal columns, mostly from products."""
+"""Orthonormal columns, from products."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from galore_optax._random import uniform
+
+_NEAR = 0.1  # of the Gram matrix to the identity, entry by entry, for the last pass.
+_MOST_PASSES = 40
 
 
 def orthonormalize(matrix: jax.Array) -> jax.Array:
     """An orthonormal basis whose first k columns span those of the matrix, for every k.
 
-    The Q of a QR factorization, by Cholesky factorization of the Gram matrix, twice (CholeskyQR2):
-    nearly all of it is matrix products, which run well on any device and under any sharding. The
-    columns are scaled to one length first, which is most of what a power iteration needs. Where
-    the matrix is too ill-conditioned for it all the same, ``jnp.linalg.qr`` does the work.
+    The Q of a QR factorization, by Cholesky factorizations of Gram matrices: nearly all of it is
+    products of matrices, which run well on any device and under any sharding. The columns are
+    scaled to one length first, which is most of what a power iteration needs; then two passes do,
+    as in CholeskyQR2. Where directions are too weak for the factorization a shift of the Gram
+    matrix lets it pass, which makes them some hundred times stronger, and there are more passes.
 
     Args:
       matrix: (m, r), m >= r, float32 or float64.
 
     Returns:
       (m, r), in the same dtype. Of a matrix without full rank, or with columns of zeros,
-      orthonormal all the same.
+      orthonormal all the same: some round-off is added first that has full rank.
 
     References:
-      Fukaya et al., `CholeskyQR2 <https://doi.org/10.1109/ScalA.2014.11>`_, 2014.
+      Fukaya et al., `Shifted Cholesky QR for computing the QR factorization of ill-conditioned
+      matrices <https://arxiv.org/abs/1809.11085>`_, 2018.
     """
+    m, r = matrix.shape
+    epsilon = jnp.finfo(matrix.dtype).eps
     lengths = jnp.linalg.norm(matrix, axis=0)
     scaled = matrix / jnp.where(lengths > 0, lengths, 1)
-    once, _ = _cholesky_qr(scaled)
-    twice, gram = _cholesky_qr(once)
-    # The second pass is exact where the first one came near; not a number compares as false.
-    near = jnp.all(jnp.abs(gram - jnp.eye(*gram.shape, dtype=gram.dtype)) < 0.1)
-    return jax.lax.cond(near, lambda: twice, lambda: jnp.linalg.qr(scaled)[0])
+    scaled += 10 * epsilon / m**0.5 * uniform(jax.random.key(0), (m, r), matrix.dtype)
+    eye = jnp.eye(r, dtype=matrix.dtype)
+
+    def go_on(carry: Any) -> jax.Array:
+        _, _, done, passes = carry
+        return ~done & (passes < _MOST_PASSES)
+
+    def again(carry: Any) -> Any:
+        basis, shift, _, passes = carry
+        gram = _product(basis.T, basis)
+        near = jnp.all(jnp.abs(gram - eye) < _NEAR)  # not a number compares as false
+        lower = jnp.linalg.cholesky(gram + jnp.where(near, 0, shift) * eye)
+        inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+        new = _product(basis, inverse.T)
+        # The factor is not a number where the matrix, shifted, is not positive definite.
+        sound = jnp.all(jnp.isfinite(inverse))
+        new, shift = jnp.where(sound, new, basis), jnp.where(sound, shift, 10 * shift)
+        return new, shift, near & sound, passes + 1
+
+    first = scaled, jnp.asarray(4 * r * epsilon, matrix.dtype), jnp.asarray(False), 0
+    return jax.lax.while_loop(go_on, again, first)[0]
 
 
-def _cholesky_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A more orthonormal basis of the same columns, and the Gram matrix of what was given."""
-    gram = jnp.matmul(matrix.T, matrix, precision=jax.lax.Precision.HIGHEST)
-    lower = jnp.linalg.cholesky(gram)  # not a number where it is not positive definite
-    # Solved for the transpose: solvers return columns one after the other in memory, which for
-    # the basis itself would be another layout than that of all other arrays.
-    solution = jax.lax.linalg.triangular_solve(lower, matrix.T, left_side=True, lower=True)
-    return solution.T, gram
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

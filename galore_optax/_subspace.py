@@ -11,6 +11,7 @@ import optax
 from galore_optax._matrix import MatrixView, moment_dtype
 from galore_optax._part import Layer
 from galore_optax._quantized import is_quantized, quantize
+from galore_optax._random import fold_in
 from galore_optax.projectors import Projector
 
 ABSENT = optax.MaskedNode()
@@ -75,12 +76,13 @@ class Side:
         Raises:
           ValueError: the projector returns another shape.
         """
-        # By a power of two, which is exact: products of entries could over- or underflow.
-        _, exponent = jnp.frexp(jnp.max(jnp.abs(matrix)))
+        # Products of entries could over- or underflow. To divide by a power of two is exact.
+        limits = jnp.finfo(matrix.dtype)
+        peak = jax.lax.reduce_precision(jnp.max(jnp.abs(matrix)) / 2, limits.nexp, 0)
         basis = self.projector(
-            jnp.ldexp(matrix, -exponent),
+            matrix / jnp.maximum(peak, limits.tiny),
             self.rank,
-            key=jax.random.fold_in(self.key, refreshes + 1),
+            key=fold_in(self.key, refreshes + 1),
             old=old.astype(self.dtype),
             first=refreshes == 0,
         )
@@ -103,7 +105,7 @@ class Side:
         """The basis as the last of so many refreshes left it, (m, r)."""
         if not self.projector.stored:
             like = jax.ShapeDtypeStruct((self.size, self.rank), self.dtype)
-            key = jax.random.fold_in(self.key, refreshes)
+            key = fold_in(self.key, refreshes)
             return self.projector(like, self.rank, key=key).astype(self.dtype)
         return stored.dequantize() if is_quantized(stored) else stored
 
@@ -128,21 +130,24 @@ class Sides:
 
     @property
     def keys(self) -> jax.Array:
-        """One for each matrix, (count,)."""
-        leaf = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(self.view.path.encode()))
+        """One for each side of each matrix, (count, 2)."""
         count, layer = self.view.count, self.layer
+        total = count if layer is None else layer.count * count
+        # Numbers, where the seed is one, instead of a part of the program for every leaf.
+        with jax.ensure_compile_time_eval():
+            key, path = jax.random.key(self.seed), zlib.crc32(self.view.path.encode())
+            keys = jax.random.split(jax.random.fold_in(key, path), (total, 2))
         if layer is None:
-            return jax.random.split(leaf, count)
-        keys = jax.random.split(leaf, layer.count * count)
+            return keys
         return jax.lax.dynamic_slice_in_dim(keys, layer.index * count, count)
 
-    def of_matrix(self, key: jax.Array) -> tuple[Side | None, Side | None]:
-        """The left and the right side of the matrix of this key, None where not projected."""
+    def of_matrix(self, keys: jax.Array) -> tuple[Side | None, Side | None]:
+        """The left and the right side of the matrix of these keys, None where not projected."""
         view = self.view
         dtype = moment_dtype(view.dtype)
         left, right = (
-            Side(self.projector, self.stored_dtype, size, view.rank, dtype, side_key)
-            for size, side_key in zip((view.m, view.n), jax.random.split(key), strict=True)
+            Side(self.projector, self.stored_dtype, size, view.rank, dtype, key)
+            for size, key in zip((view.m, view.n), keys, strict=True)
         )
         return left if view.left else None, right if view.right else None
 
@@ -187,7 +192,7 @@ def init_subspace(sides: Sides, queue: int, diagnostics: bool) -> Subspace:
         stored = side.store(jnp.eye(side.size, side.rank, dtype=side.dtype))
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), stored)
 
-    left, right = sides.of_matrix(jax.random.key(0))
+    left, right = sides.of_matrix(jax.random.split(jax.random.key(0)))
     return Subspace(
         left=basis(left),
         right=basis(right),

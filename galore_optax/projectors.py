@@ -18,10 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax._orthonormalize import orthonormalize
+from galore_optax._random import uniform
 
 
 def svd(matrix: jax.Array, rank: int) -> jax.Array:
     """The leading left singular vectors, exactly, by ``jnp.linalg.svd``.
+
+    On CUDA, beyond 1024 rows or columns, that is the QR algorithm, in whose place the polar
+    decomposition is taken (cuSOLVER's ``gesvdp``, "much faster" by its manual, since it is mostly
+    products; it perturbs no singular values but those near zero). On a TPU it is the polar
+    decomposition already, and takes minutes to compile: take ``power_iteration`` there.
 
     Args:
       matrix: (m, n), float32 or float64.
@@ -33,7 +39,17 @@ def svd(matrix: jax.Array, rank: int) -> jax.Array:
     References:
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, equation (12).
     """
-    return jnp.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
+
+    def default(matrix: jax.Array) -> jax.Array:
+        return jnp.linalg.svd(matrix, full_matrices=False)[0]
+
+    def polar(matrix: jax.Array) -> jax.Array:
+        algorithm = jax.lax.linalg.SvdAlgorithm.POLAR
+        return jax.lax.linalg.svd(matrix, full_matrices=False, algorithm=algorithm)[0]
+
+    if max(matrix.shape) <= 1024:  # Jacobi's algorithm on CUDA, which is fast there
+        return default(matrix)[:, :rank]
+    return jax.lax.platform_dependent(matrix, cuda=polar, default=default)[:, :rank]
 
 
 def eigh(matrix: jax.Array, rank: int) -> jax.Array:
@@ -82,7 +98,7 @@ def randomized_svd(
     """
     m, n = matrix.shape
     columns = min(rank + oversampling, m, n)
-    sample = _product(matrix, jax.random.normal(key, (n, columns), matrix.dtype))
+    sample = _product(matrix, uniform(key, (n, columns), matrix.dtype))
     for _ in range(power_iterations):
         sample = _product(matrix, orthonormalize(_product(matrix.T, orthonormalize(sample))))
     basis = orthonormalize(sample)
@@ -116,7 +132,8 @@ def power_iteration(
     Returns:
       (m, r), orthonormal.
     """
-    start = jnp.where(first, jax.random.normal(key, old.shape, matrix.dtype), old)
+    random = uniform(key, (matrix.shape[0], rank), matrix.dtype)
+    start = jnp.where(first, random, old)
 
     def iterate(_: Any, basis: jax.Array) -> jax.Array:
         return orthonormalize(_product(matrix, _product(matrix.T, basis)))
@@ -138,7 +155,8 @@ def gaussian(matrix: jax.Array, rank: int, *, key: jax.Array) -> jax.Array:
     References:
       Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024, algorithm 1.
     """
-    return jax.random.normal(key, (matrix.shape[0], rank), matrix.dtype) / rank**0.5
+    quantiles = uniform(key, (matrix.shape[0], rank), matrix.dtype)
+    return (2 / rank) ** 0.5 * jax.lax.erf_inv(quantiles)
 
 
 def orthonormal(matrix: jax.Array, rank: int, *, key: jax.Array) -> jax.Array:
@@ -161,10 +179,9 @@ def orthonormal(matrix: jax.Array, rank: int, *, key: jax.Array) -> jax.Array:
     """
     rows = matrix.shape[0]
     _check_columns("orthonormal", rank, rows)
-    of_columns, of_signs = jax.random.split(key)
-    columns = jax.random.choice(of_columns, rows, (rank,), replace=False)
-    signs = jax.random.rademacher(of_signs, (rows, 1), matrix.dtype)
-    return signs * _cosines(columns, rows, matrix.dtype)
+    weights, signs = uniform(key, (2, rows), matrix.dtype)
+    _, columns = jax.lax.top_k(weights, rank)
+    return jnp.sign(signs)[:, None] * _cosines(columns, rows, matrix.dtype)
 
 
 def rows(matrix: jax.Array, rank: int, *, old: jax.Array, first: jax.Array) -> jax.Array:
@@ -323,13 +340,13 @@ def _leading_eigenvectors(gram: jax.Array, rank: int) -> jax.Array:
 
 def _cosines(columns: jax.Array, size: int, dtype: Any) -> jax.Array:
     """Columns of the (size, size) orthonormal DCT-II matrix, (size, r)."""
-    # Reduced modulo the period as integers, since in float32 the product would be too coarse; in
-    # two steps, since in int32 it overflows beyond 2^15 rows.
+    # From a table of one period, which is many times faster than cosines. The place in it is
+    # reduced as integers, in two steps, since in int32 the product overflows beyond 2^15 rows.
     odd, period = 2 * jnp.arange(size)[:, None] + 1, 4 * size
-    steps = odd * (columns // 256) % period * 256 + odd * (columns % 256)
-    steps %= period
+    place = odd * (columns // 256) % period * 256 + odd * (columns % 256)
+    wave = jnp.cos(jnp.pi / (2 * size) * jnp.arange(period)).astype(dtype)
     scale = jnp.where(columns == 0, 1.0, 2**0.5) / size**0.5
-    return (scale * jnp.cos(jnp.pi / (2 * size) * steps)).astype(dtype)
+    return scale.astype(dtype) * wave[place % period]
 
 
 def _choose_columns(weights: jax.Array, rank: int, old: jax.Array, first: jax.Array) -> jax.Array:

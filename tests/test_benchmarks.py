@@ -12,7 +12,18 @@ import optax
 import pytest
 
 import galore_optax
-from benchmarks import compile_time, gradients, projectors, quality, runs, shapes, step_time
+from benchmarks import (
+    compile_time,
+    gradients,
+    low_bit,
+    low_bit_training,
+    projectors,
+    quality,
+    runs,
+    shapes,
+    step_time,
+    train_step,
+)
 from examples.flax_llama.config import LlamaConfig
 
 TINY = LlamaConfig(hidden=16, intermediate=24, layers=2, heads=1, vocab_size=32)
@@ -157,6 +168,63 @@ def test_projectors_on_gradients_of_a_trained_model(tmp_path):
     result = {"real": {"9m": {"projectors": rows}}, "synthetic": {"tiny": synthetic}}
     projectors.plot(result | {"machine": {"device": "any"}}, tmp_path / "projectors.png")
     assert (tmp_path / "projectors.png").stat().st_size > 0
+
+
+def test_projectors_writes_a_refresh_of_the_model_and_a_picture(monkeypatch, tmp_path):
+    stack = np.random.default_rng(0).normal(size=(2, 16, 24)).astype(np.float32)
+    few = [{"q": stack}, {"q": stack + 0.1}]
+    monkeypatch.setattr(gradients, "of_trained_model", lambda *_, **__: few)
+    arguments = ("--train", "9m", "--models", "tiny", "--repeats", 1, "--svd-seconds", 1)
+    run_main(monkeypatch, projectors, *arguments, "--out", tmp_path / "projectors")
+    result = json.loads((tmp_path / "projectors.json").read_text())
+    refresh = result["synthetic"]["tiny"]["refresh"]
+    assert list(refresh) == list(projectors.NAMES)
+    by_shape = result["synthetic"]["tiny"]["shapes"]
+    in_turn = sum(
+        count * by_shape[f"{m}x{n}"]["rows"]["ms"]
+        for (m, n), count in shapes.matrices("tiny").items()
+    )
+    assert refresh["rows"]["seconds"] == pytest.approx(in_turn / 1e3)
+    assert (tmp_path / "projectors.png").stat().st_size > 0
+
+
+def test_low_bit_counts_bytes_and_kernels(monkeypatch, tmp_path):
+    path = tmp_path / "low_bit.json"
+    run_main(monkeypatch, low_bit, "--rows", 64, "--columns", 64, "--steps", 2, "--out", path)
+    updates = json.loads(path.read_text())["updates"]
+    bytes_of = {name: row["state_bytes_per_element"] for name, row in updates.items()}
+    # Two moments; in 8 bits with a float32 per block of 256; and a counter, or a few.
+    assert bytes_of["optax.scale_by_adam"] == pytest.approx(8, abs=0.01)
+    assert bytes_of["low_bit, 8 bits"] == pytest.approx(2 + 8 / 256, abs=0.01)
+    assert bytes_of["low_bit, 16 bits"] == pytest.approx(4, abs=0.01)
+    assert updates["optax.scale_by_adam"]["ratio"] == 1
+
+
+def test_low_bit_training_compares_each_at_the_best_of_its_rates(monkeypatch, tmp_path, capsys):
+    def compare(shared, optimizers, sweep, seeds):
+        assert sweep == tuple(f"{name}=0.1,0.2" for name in low_bit_training.OPTIMIZERS)
+        assert (shared.steps, seeds, shared.out) == (7, 2, tmp_path)
+        losses = dict(zip(optimizers, (4.0, 4.04, 4.2), strict=True))
+        runs = {name: [types.SimpleNamespace(loss=loss)] for name, loss in losses.items()}
+        return types.SimpleNamespace(best=runs)
+
+    monkeypatch.setattr(low_bit_training, "compare", compare)
+    arguments = ("--rates", "0.1,0.2", "--seeds", 2, "--steps", 7, "--out", tmp_path)
+    run_main(monkeypatch, low_bit_training, *arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == ["+0.00%", "+1.00%", "+5.00%"]
+
+
+def test_train_step_adds_the_refreshes_to_the_ordinary_steps():
+    settings = {"hidden": 16, "intermediate": 24, "layers": 1, "heads": 1, "rank": 4}
+    settings |= {"tokenizer": "bytes", "batch": 2, "seq": 16, "projector": "rows"}
+    settings |= {"optimizer": "galore_adamw"}
+    row = train_step.measure(settings, steps=6)
+    refreshing = row["refreshing_step_ms"]
+    assert len(refreshing) == 4  # of steps 0, 2, 4 and 6
+    extra = (statistics.median(refreshing[1:]) - row["step_ms"]) / 200
+    assert row["refresh_ms_per_step"] == pytest.approx(extra)
+    assert row["ratio_with_refresh"] == pytest.approx(row["ratio"] + extra / row["gradient_ms"])
 
 
 def fake_train(calls):

@@ -31,3 +31,21 @@ def program(layers, projector, stagger):
 def test_program_is_as_long_for_64_stacked_layers_as_for_4(projector, stagger):
     sizes = [len(program(layers, projector, stagger)) for layers in (4, 16, 64)]
     assert max(sizes[1:]) < 1.1 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("projector", "least", "most"),
+    [("power_iteration", 1.2, 2.2), ("randomized_svd", 1.2, 3.2), ("orthonormal", 0.5, 1.7)],
+)
+def test_part_of_the_program_that_a_leaf_adds_is_short(projector, least, most):
+    def instructions(leaves, projector):
+        params = {str(i): jax.ShapeDtypeStruct((24, 32), jnp.float32) for i in range(leaves)}
+        tx = galore_optax.galore(optax.adamw(1e-3), rank=4, projector=projector)
+        state = jax.eval_shape(tx.init, params)
+        compiled = jax.jit(tx.update).lower(params, state, params).compile()
+        return compiled.as_text().count(" = ")
+
+    def of_a_leaf(projector):
+        return instructions(3, projector) - instructions(2, projector)
+
+    assert least < of_a_leaf(projector) / of_a_leaf("svd") < most

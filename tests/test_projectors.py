@@ -110,7 +110,7 @@ def test_bases_of_difficult_matrices_are_orthonormal(name):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (8, 1030)])
 @pytest.mark.parametrize("name", ["svd", "eigh"])
 def test_exact_projectors_leave_the_smallest_possible_residual(name, shape, rank):
     # Eckart and Young: no rank-r approximation leaves less than the trailing singular values.
@@ -127,6 +127,22 @@ def test_exact_projectors_order_directions_by_singular_value(name, shape):
     basis = basis_of(name, g, 4)
     values = np.linalg.svd(g.astype(np.float64), compute_uv=False)[:4]
     np.testing.assert_allclose(np.linalg.norm(basis.T @ g, axis=1), values, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "platform", "routine"),
+    [
+        ((40, 50), "cpu", "gesdd"),
+        ((40, 2000), "cpu", "gesdd"),
+        ((1024, 1024), "cuda", "gesvdj"),
+        ((1025, 40), "cuda", "gesvdp"),
+        ((40, 1025), "cuda", "gesvdp"),
+    ],
+)
+def test_svd_is_by_the_routine_that_is_fast_on_the_platform(shape, platform, routine):
+    traced = jax.jit(resolve("svd", {}), static_argnums=1).trace(jnp.zeros(shape), 8)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert re.findall(r"custom_call @\w*?(ges\w+)_ffi", text) == [routine]
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])

@@ -142,11 +142,11 @@ def test_gap_that_grows_beyond_any_step_ends_the_refreshes():
     assert executed[6, 9] == 2  # at steps 0 and 2
 
 
-SVD_TARGET = re.compile(r"gesdd|gesvd|svd", re.IGNORECASE)
+FACTORIZATION = re.compile("svd|gesdd|syev|eigh|qr|potrf|cholesky|triang", re.IGNORECASE)
 
 
 def hlo_computations(text):
-    """Computations of an HLO module: {name: (svd calls, callees, callees that are branches)}."""
+    """Of an HLO module: {computation: (factorizations, callees, callees that are branches)}."""
     computations, entry, name = {}, None, None
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
@@ -159,7 +159,7 @@ def hlo_computations(text):
         elif name is not None:
             operation = re.sub(r"metadata=\{[^}]*\}", "", line)
             target = re.search(r'custom_call_target="([^"]*)"', operation)
-            computations[name][0] += bool(target and SVD_TARGET.search(target[1]))
+            computations[name][0] += bool(target and FACTORIZATION.search(target[1]))
             callees = set()
             for single, several in re.findall(r"\w+=(?:%([\w.-]+)|\{(%[^}]*)\})", operation):
                 callees.update([single] if single else re.findall(r"%([\w.-]+)", several))
@@ -167,8 +167,8 @@ def hlo_computations(text):
     return computations, entry
 
 
-def svd_calls_of_hlo(compiled):
-    """(all, unconditional) calls of a singular value decomposition in a compiled function."""
+def factorizations_of_hlo(compiled):
+    """(all, unconditional) factorizations in a compiled function."""
     computations, entry = hlo_computations(compiled.as_text())
     unconditional, pending = set(), [entry]
     while pending:
@@ -182,7 +182,7 @@ def svd_calls_of_hlo(compiled):
     )
 
 
-def svd_calls_of_stablehlo(lowered):
+def factorizations_of_stablehlo(lowered):
     """The same before XLA's optimizations, in the functions and regions of StableHLO."""
     functions = {}
     calls = {True: 0, False: 0}
@@ -198,7 +198,7 @@ def svd_calls_of_stablehlo(lowered):
             inside = conditional or child.name in ("stablehlo.case", "stablehlo.if")
             if child.name == "stablehlo.custom_call":
                 target = str(child.attributes["call_target_name"])
-                calls[inside] += bool(SVD_TARGET.search(target))
+                calls[inside] += bool(FACTORIZATION.search(target))
             elif child.name == "func.call":
                 callee = str(child.attributes["callee"]).lstrip("@")
                 assert callee not in stack
@@ -212,8 +212,8 @@ def svd_calls_of_stablehlo(lowered):
 
 
 @functools.cache
-def lowered_update():
-    tx = galore_optax.galore_sgd(0.1, rank=2, weight_dimension_numbers=NUMBERS)
+def lowered_update(projector):
+    tx = galore_optax.galore_sgd(0.1, rank=2, projector=projector, weight_dimension_numbers=NUMBERS)
     params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in LAYOUTS.items()}
     return jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params)
 
@@ -237,14 +237,16 @@ def test_temporaries_of_an_update_do_not_grow_with_the_number_of_leaves():
     assert temporaries(24) - temporaries(8) < 4 * 256 * 512
 
 
-def test_compiled_update_factorizes_only_in_branches_of_conditionals():
-    calls, unconditional = svd_calls_of_hlo(lowered_update().compile())
+@pytest.mark.parametrize("projector", ["svd", "eigh", "randomized_svd", "power_iteration"])
+def test_compiled_update_factorizes_only_in_branches_of_conditionals(projector):
+    calls, unconditional = factorizations_of_hlo(lowered_update(projector).compile())
     assert calls >= len(LAYOUTS)
     assert unconditional == 0
 
 
-def test_lowered_update_factorizes_only_in_branches_of_conditionals():
-    calls, unconditional = svd_calls_of_stablehlo(lowered_update())
+@pytest.mark.parametrize("projector", ["svd", "eigh", "randomized_svd", "power_iteration"])
+def test_lowered_update_factorizes_only_in_branches_of_conditionals(projector):
+    calls, unconditional = factorizations_of_stablehlo(lowered_update(projector))
     assert calls >= len(LAYOUTS)
     assert unconditional == 0
 
@@ -277,8 +279,8 @@ def test_checkers_find_a_factorization_outside_of_conditionals(bad, batch):
         jax.ShapeDtypeStruct((*batch, 6, 9), jnp.float32),
         jax.ShapeDtypeStruct((*batch, 6, 2), jnp.float32),
     )
-    assert svd_calls_of_stablehlo(lowered) == (1, 1)
-    assert svd_calls_of_hlo(lowered.compile()) == (1, 1)
+    assert factorizations_of_stablehlo(lowered) == (1, 1)
+    assert factorizations_of_hlo(lowered.compile()) == (1, 1)
 
 
 GAP, RANK = 4, 2

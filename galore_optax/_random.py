@@ -1,0 +1,44 @@
+"""Random entries of bases, by a hash that is a handful of instructions in the program.
+
+``jax.random`` is a cipher, Threefry: some hundred instructions wherever it is called. Each leaf
+has a part of the program to itself, so that these would be most of what compiling an update takes;
+and bases that are made again on every step need their numbers soon.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+    """A key for each number, (), int, like ``jax.random.fold_in``, by an addition.
+
+    The hash below scatters keys, so that they may be neighbours.
+    """
+    words = jax.random.key_data(key)
+    return jax.random.wrap_key_data(words + data.astype(words.dtype), impl=jax.random.key_impl(key))
+
+
+def uniform(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """Independent entries, uniform in the open interval (-1, 1), never zero.
+
+    Each is a hash of its place and the words of the key.
+
+    Args:
+      key: of any implementation.
+      shape: (m, n), fewer than 2^32 entries.
+      dtype: float32 or float64, both to 23 bits.
+
+    References:
+      Wellons, `hash-prospector <https://github.com/skeeto/hash-prospector>`_, 2018: the
+      integer hash with multipliers 7feb352d and 846ca68b.
+    """
+    row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+    bits = row * jnp.uint32(shape[1]) + column
+    for word in jax.random.key_data(key):
+        bits ^= word
+        bits = (bits ^ bits >> 16) * jnp.uint32(0x7FEB352D)
+        bits = (bits ^ bits >> 15) * jnp.uint32(0x846CA68B)
+        bits ^= bits >> 16
+    return ((bits >> 9).astype(dtype) + 0.5) / 2**22 - 1

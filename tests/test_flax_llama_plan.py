@@ -99,7 +99,7 @@ def test_the_fullest_moment_counts():
     [
         ({}, {"layerwise": True}),
         ({"remat": False}, {"remat": True}),
-        ({"dtype": "float32"}, {}),
+        ({"dtype": "float32", "layerwise": True}, {"layerwise": True}),
         ({"int8_weights": False}, {}),
         ({"attention": "xla", "layerwise": True}, {"attention": "cudnn", "layerwise": True}),
         ({"optimizer": "adamw"}, {"optimizer": "galore_adamw"}),

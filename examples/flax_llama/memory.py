@@ -104,8 +104,9 @@ def step(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     D, F = shape.hidden, shape.intermediate
     # Of a micro-batch, and with several of them their float32 sums.
     gradients = shape.num_params * (p if config.accumulate == 1 else p + 4)
-    # Without `remat` the outputs of the kernels are kept, too: of five D wide, of two F.
-    inputs = shape.layers * N * a * (D if config.remat else 6 * D + 2 * F)
+    # Without `remat` the outputs of the kernels are kept, too, but for the last one's: of four D
+    # wide, of two F.
+    inputs = shape.layers * N * a * (D if config.remat else 5 * D + 2 * F)
     matrix = shape.layers * shape.hidden * shape.intermediate
     return {
         "block": (gradients, inputs, block(config, shape)),

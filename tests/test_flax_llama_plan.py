@@ -74,11 +74,12 @@ def test_the_inputs_of_all_blocks_are_kept(batch, layerwise):
     assert moments(settings, settings.shape(32_000))["block"][1] == batch * 2**26
 
 
-def test_layerwise_has_the_gradients_of_one_layer_and_of_what_is_outside():
+def test_layerwise_has_the_gradients_of_one_layer_and_with_clipping_of_the_embedding():
     shape = seven_billion().shape(32_000)
-    moments = memory.step_layerwise(seven_billion(layerwise=True), shape)
     layer = 4 * 4096**2 + 3 * 4096 * 11008
-    assert moments["block"][0] == 2 * (layer + 2 * 32_000 * 4096)
+    for clip in ({}, {"clip": 0.0}, {"clip_by": "layer"}):
+        moments = memory.step_layerwise(seven_billion(layerwise=True, **clip), shape)
+        assert moments["block"][0] == 2 * (layer + (not clip) * 32_000 * 4096)
     whole = memory.step(seven_billion(), shape)["block"][0]
     assert whole == 2 * (32 * (layer + 2 * 4096) + 2 * 32_000 * 4096 + 4096)
     # Micro-batches are added up in float32.

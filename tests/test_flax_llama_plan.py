@@ -87,12 +87,23 @@ def test_layerwise_has_the_gradients_of_one_layer_and_with_clipping_of_the_embed
     assert summed == 3 * whole
 
 
-def test_the_fullest_moment_counts():
-    settings = seven_billion(layerwise=True, optimizer="adamw")
-    moments = memory.step_layerwise(settings, settings.shape(32_000))
+@pytest.mark.parametrize(
+    ("settings", "fullest"),
+    [
+        ({"layerwise": True, "optimizer": "adamw"}, "block"),
+        ({"layerwise": True, "optimizer": "adamw", "batch": 1, "seq": 8, "clip": 0.0}, "head"),
+        ({"optimizer": "adamw"}, "block"),
+        # The update of a stack of kernels is more than what a block's backward pass needs.
+        ({"optimizer": "q_galore_adamw"}, "update"),
+    ],
+)
+def test_the_fullest_moment_counts(settings, fullest):
+    settings = seven_billion(**settings)
+    moments = memory.step_layerwise if settings.layerwise else memory.step
+    found = moments(settings, settings.shape(32_000))
     estimated = estimate(settings, 32_000)
-    assert estimated.temporaries == max(map(sum, moments.values()))
-    assert estimated.temporaries == sum(moments[estimated.moment])
+    assert estimated.moment == fullest
+    assert estimated.temporaries == sum(found[fullest]) == max(map(sum, found.values()))
 
 
 @pytest.mark.parametrize(

@@ -222,12 +222,6 @@ def main() -> None:
     unknown = set(args.rows or ()) - rows.keys()
     if unknown:
         parser.error(f"--rows: {', '.join(sorted(unknown))}: expected some of {', '.join(rows)}")
-    if not args.run:
-        try:
-            for row in rows.values():
-                device_named(row["device"]).mesh()
-        except UsageError as error:
-            raise SystemExit(f"error: {error}") from None
     record: dict[str, Any] = {"benchmark": "memory_7b", "rows": {}}
     if args.out and args.out.exists():
         record = json.loads(args.out.read_text())
@@ -235,6 +229,11 @@ def main() -> None:
     if args.run and not args.rows:
         wanted = [name for name in wanted if name.startswith("7b Q-GaLore power_iteration rtx")]
     if not args.run:
+        try:
+            for name in wanted:
+                device_named(rows[name]["device"]).mesh()
+        except UsageError as error:
+            raise SystemExit(f"error: {error}") from None
         print(f"{'GiB':44}{'estimate':>10}{'XLA peak':>10}{'usable':>10}")
     for name in wanted:
         row = rows[name]
@@ -243,8 +242,9 @@ def main() -> None:
         else:
             arguments = {"device": row["device"], "settings": row["settings"]}
             result = apart("analyse", arguments, args.limit)
-        record["rows"][name] = row | result
-        print(described(name, record["rows"][name]), flush=True)
+        done = record["rows"] | {name: row | result}
+        record["rows"] = {name: done[name] for name in rows if name in done}
+        print(described(name, done[name]), flush=True)
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
     if any("error" in record["rows"][name] for name in wanted):

@@ -1,4 +1,4 @@
-"""Writes the memory table of the README from the figures of benchmarks.memory_7b.
+"""Writes the memory table of the README, and its picture, from the figures of memory_7b.
 
 python -m benchmarks.memory_table
 """
@@ -8,9 +8,11 @@ import pathlib
 from typing import Any
 
 from examples.flax_llama.devices import DEVICES, GIB
+from examples.flax_llama.memory_chart import Bar, draw
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIGURES = ROOT / "benchmarks" / "results" / "memory_7b.json"
+PICTURE = FIGURES.with_suffix(".png")
 README = ROOT / "README.md"
 START = "<!-- made by python -m benchmarks.memory_table -->\n"
 END = "<!-- end of the memory table -->\n"
@@ -53,8 +55,22 @@ def replaced(text: str, table: str) -> str:
     return before + start + table + end + after
 
 
+def bars(record: dict[str, Any]) -> list[Bar]:
+    """One for each line of the table: the estimate's parts, and XLA's peak."""
+    return [
+        Bar(
+            f"LLaMA-{row['settings']['preset'].upper()}, {row['method']}\n{row['device']}",
+            {k: v for k, v in row["estimate"].items() if k not in ("total", "moment")},
+            row["xla"]["peak"] if "xla" in row else None,
+        )
+        for name, row in record["rows"].items()
+        if " svd " not in name
+    ]
+
+
 def main() -> None:
     record = json.loads(FIGURES.read_text())
+    draw(bars(record), [DEVICES["rtx4060ti_16gb"], DEVICES["rtx4090_24gb"]], PICTURE)
     README.write_text(replaced(README.read_text(), markdown(record)))
 
 

@@ -188,6 +188,17 @@ def test_the_table_has_a_line_for_each_device_with_both_projectors():
     assert refused.endswith("| 12.0 | too much |")
 
 
+def test_the_picture_has_a_bar_for_each_line_of_the_table():
+    figures = record(power_iteration=12 * GIB, svd=13 * GIB)
+    for row in figures["rows"].values():
+        row["estimate"] = {"weights": 8 * GIB, "inputs": GIB, "total": 9 * GIB, "moment": "head"}
+    bars = memory_table.bars(figures)
+    assert len(bars) == len(memory_table.markdown(figures).splitlines()) - 2
+    assert bars[1].name == "LLaMA-7B, Q-GaLore\nrtx4060ti_16gb"
+    assert bars[1].parts == {"weights": 8 * GIB, "inputs": GIB}
+    assert [bar.peak for bar in bars] == [12 * GIB] * 4 + [None]
+
+
 def test_the_table_goes_between_the_comments():
     text = f"a\n{memory_table.START}old\n{memory_table.END}b\n"
     new = memory_table.replaced(text, "new\n")
@@ -200,7 +211,7 @@ def test_the_table_goes_between_the_comments():
 def test_the_readme_has_the_table_of_the_figures():
     text, figures = memory_table.README.read_text(), json.loads(memory_table.FIGURES.read_text())
     assert memory_table.replaced(text, memory_table.markdown(figures)) == text
-    assert figures["rows"].keys() == memory_7b.table().keys()
+    assert figures["rows"].keys() <= memory_7b.table().keys()
 
 
 def test_the_estimate_is_near_the_compilers_figures():
@@ -209,4 +220,4 @@ def test_the_estimate_is_near_the_compilers_figures():
         if "xla" in row:
             estimated = estimate(Config(**row["settings"]).resolve(), memory_7b.VOCAB_SIZE)
             assert estimated.arguments == pytest.approx(row["xla"]["arguments"], rel=1e-3), name
-            assert estimated.total == pytest.approx(row["xla"]["peak"], rel=0.06), name
+            assert estimated.total == pytest.approx(row["xla"]["peak"], rel=0.03), name

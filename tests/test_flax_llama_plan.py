@@ -74,11 +74,12 @@ def test_the_inputs_of_all_blocks_are_kept(batch, layerwise):
     assert moments(settings, settings.shape(32_000))["block"][1] == batch * 2**26
 
 
-def test_layerwise_has_the_gradients_of_one_layer_and_of_what_is_outside():
+def test_layerwise_has_the_gradients_of_one_layer_and_with_clipping_of_the_embedding():
     shape = seven_billion().shape(32_000)
-    moments = memory.step_layerwise(seven_billion(layerwise=True), shape)
     layer = 4 * 4096**2 + 3 * 4096 * 11008
-    assert moments["block"][0] == 2 * (layer + 2 * 32_000 * 4096)
+    for clip in ({}, {"clip": 0.0}, {"clip_by": "layer"}):
+        moments = memory.step_layerwise(seven_billion(layerwise=True, **clip), shape)
+        assert moments["block"][0] == 2 * (layer + (not clip) * 32_000 * 4096)
     whole = memory.step(seven_billion(), shape)["block"][0]
     assert whole == 2 * (32 * (layer + 2 * 4096) + 2 * 32_000 * 4096 + 4096)
     # Micro-batches are added up in float32.
@@ -86,12 +87,23 @@ def test_layerwise_has_the_gradients_of_one_layer_and_of_what_is_outside():
     assert summed == 3 * whole
 
 
-def test_the_fullest_moment_counts():
-    settings = seven_billion(layerwise=True, optimizer="adamw")
-    moments = memory.step_layerwise(settings, settings.shape(32_000))
+@pytest.mark.parametrize(
+    ("settings", "fullest"),
+    [
+        ({"layerwise": True, "optimizer": "adamw"}, "block"),
+        ({"layerwise": True, "optimizer": "adamw", "batch": 1, "seq": 8, "clip": 0.0}, "head"),
+        ({"optimizer": "adamw"}, "block"),
+        # The update of a stack of kernels is more than what a block's backward pass needs.
+        ({"optimizer": "q_galore_adamw"}, "update"),
+    ],
+)
+def test_the_fullest_moment_counts(settings, fullest):
+    settings = seven_billion(**settings)
+    moments = memory.step_layerwise if settings.layerwise else memory.step
+    found = moments(settings, settings.shape(32_000))
     estimated = estimate(settings, 32_000)
-    assert estimated.temporaries == max(map(sum, moments.values()))
-    assert estimated.temporaries == sum(moments[estimated.moment])
+    assert estimated.moment == fullest
+    assert estimated.temporaries == sum(found[fullest]) == max(map(sum, found.values()))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +111,7 @@ def test_the_fullest_moment_counts():
     [
         ({}, {"layerwise": True}),
         ({"remat": False}, {"remat": True}),
-        ({"dtype": "float32"}, {}),
+        ({"dtype": "float32", "layerwise": True}, {"layerwise": True}),
         ({"int8_weights": False}, {}),
         ({"attention": "xla", "layerwise": True}, {"attention": "cudnn", "layerwise": True}),
         ({"optimizer": "adamw"}, {"optimizer": "galore_adamw"}),

@@ -22,7 +22,7 @@ from examples.flax_llama.step import initial_params
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # Arrays of (N, D) and of (N, F) that the backward pass of a block has at its fullest moment.
-BLOCK_D, BLOCK_F = 8, 6
+BLOCK_D, BLOCK_F = 8, 4
 # Float32 arrays in the update of a leaf: of its size where moments are decoded, of that of the
 # projected gradient with GaLore. XLA computes all else in one go.
 UPDATE = 2.5
@@ -42,7 +42,7 @@ class Estimate:
       inputs: what the forward pass keeps of each block.
       working: the rest, of what is computed at that moment.
       moment: which one that is: "block", the backward pass of a block; "head", that of the head;
-        "update", the optimizer's update.
+        "update", the optimizer's update of a stacked matrix.
     """
 
     weights: int
@@ -104,8 +104,9 @@ def step(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     D, F = shape.hidden, shape.intermediate
     # Of a micro-batch, and with several of them their float32 sums.
     gradients = shape.num_params * (p if config.accumulate == 1 else p + 4)
-    # Without `remat` the outputs of the kernels are kept, too: of five D wide, of two F.
-    inputs = shape.layers * N * a * (D if config.remat else 6 * D + 2 * F)
+    # Without `remat` the outputs of the kernels are kept, too, but for the last one's: of four D
+    # wide, of two F.
+    inputs = shape.layers * N * a * (D if config.remat else 5 * D + 2 * F)
     matrix = shape.layers * shape.hidden * shape.intermediate
     return {
         "block": (gradients, inputs, block(config, shape)),
@@ -114,19 +115,20 @@ def step(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
 
 
 def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
-    """The full moments of a step with the updates inside the backward pass."""
+    """The full moments of a step with the updates inside the backward pass, small themselves."""
     a, p = BYTES[config.dtype], BYTES[config.param_dtype]
     K = config.accumulate
     N = config.batch // K * config.seq
     inputs = K * shape.layers * N * shape.hidden * a
     dense = shape.vocab_size * shape.hidden
     layer = layer_entries(shape) * (p if K == 1 else p + 4)
+    held_back = 1 if config.clip and config.clip_by == "global" else 0
     chunk = chunk_size(config.batch // K, config.seq, shape.hidden) * config.batch // K
     return {
         "head": (4 * dense, inputs, LOGITS * 4 * chunk * shape.vocab_size),
-        # Of the head until the embedding's is there, whose update comes last.
-        "block": (layer + 2 * p * dense, inputs, block(config, shape)),
-        "update": (2 * p * dense, inputs, update_in_full(config, dense)),
+        # Of the layer, and with clipping by the global norm of the embedding, since it has been
+        # measured before any layer is updated.
+        "block": (layer + held_back * p * dense, inputs, block(config, shape)),
     }
 
 
@@ -135,14 +137,14 @@ def layer_entries(shape: LlamaConfig) -> int:
 
 
 def block(config: Config, shape: LlamaConfig) -> int:
-    """Of the backward pass of one block: activations, attention's weights, decoded kernels."""
+    """Of the backward pass of one block: activations and attention's weights."""
     a = BYTES[config.dtype]
     B = config.batch // config.accumulate
     activations = B * config.seq * (BLOCK_D * shape.hidden + BLOCK_F * shape.intermediate) * a
-    # The softmax in float32 and in `dtype`; cuDNN's kernel never has it.
+    # The softmax in float32 and in `dtype`; cuDNN's kernel never has it. XLA decodes quantized
+    # kernels where it multiplies with them.
     scores = 0 if config.attention == "cudnn" else B * shape.heads * config.seq**2 * (4 + a)
-    kernels = layer_entries(shape) * a if config.int8_weights else 0
-    return activations + scores + kernels
+    return activations + scores
 
 
 def update(config: Config, entries: int) -> int:

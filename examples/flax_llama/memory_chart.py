@@ -15,7 +15,10 @@ NAMES = {"inputs": "block inputs", "working": "working set"}
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One configuration: bytes by part, and the peak of its compiled step where that is known."""
+    """One configuration: bytes by part, and the peak of its compiled step where that is known.
+
+    The number beside it is the peak, or the sum of the parts where there is none.
+    """
 
     name: str
     parts: dict[str, int]
@@ -42,13 +45,21 @@ def draw(bars: Sequence[Bar], devices: Sequence[Device], out: Path) -> None:
             widths = [bar.parts[part] / GIB for bar in bars]
             axes.barh(range(len(bars)), widths, 0.6, left, label=NAMES.get(part, part))
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        for y, total in enumerate(left):
-            axes.annotate(f" {total:.1f}", (total, y), va="center")
+        for y, (total, bar) in enumerate(zip(left, bars, strict=True)):
+            peak = total if bar.peak is None else bar.peak / GIB
+            axes.annotate(
+                f"{peak:.1f}",
+                (max(total, peak), y),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                bbox={"color": "white", "pad": 1},
+            )
         peaks = [(bar.peak / GIB, y) for y, bar in enumerate(bars) if bar.peak is not None]
         if peaks:
             axes.plot(*zip(*peaks, strict=True), "kD", markersize=5, label="XLA's peak")
         for device in devices:
-            axes.axvline(device.usable / GIB, color="black", linestyle="--", linewidth=1)
+            axes.axvline(device.usable / GIB, color="black", linestyle="--", linewidth=1, zorder=1)
             axes.annotate(
                 device.name,
                 (device.usable / GIB, 1),

@@ -20,7 +20,7 @@ from examples.flax_llama.memory_chart import Bar, draw
 MOMENTS = {
     "block": "the backward pass of a block",
     "head": "the backward pass of the head",
-    "update": "the optimizer's update of the embedding or the head",
+    "update": "the optimizer's update of a stacked matrix",
 }
 
 

@@ -4,6 +4,7 @@ Sizes in the suffixes of names: B batch, S sequence, C context (the length of a 
 F intermediate, H heads, K size of a head, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -244,6 +245,21 @@ class Llama(nnx.Module):
         x_BxSxD = self.embed(tokens_BxS).astype(config.dtype)
         x_BxSxD, cache = jax.lax.scan(layer, x_BxSxD, (stacked, cache))
         return self.norm(x_BxSxD), cache
+
+
+def draw_layers(config: LlamaConfig, rngs: nnx.Rngs, finish: Callable[[Params], Params]) -> Params:
+    """What `finish` makes of the initial parameters of each layer, stacked; one after the other.
+
+    The numbers are those of a `Llama` from the same `rngs`.
+    """
+    rngs.params()  # what the embedding is drawn from
+    graphdef, keys = nnx.split(rngs.split(config.layers))
+
+    def layer(key: Any) -> Params:
+        block = Block(config, rngs=nnx.merge(graphdef, key))
+        return finish(nnx.to_pure_dict(nnx.state(block, nnx.Param)))
+
+    return jax.lax.map(layer, keys)
 
 
 def is_quantized(x: Any) -> bool:

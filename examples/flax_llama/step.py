@@ -17,7 +17,7 @@ import galore_optax
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.layerwise import make_layerwise
 from examples.flax_llama.loss import loss_sum
-from examples.flax_llama.model import Llama, Params, dimension_numbers, is_quantized
+from examples.flax_llama.model import Llama, Params, draw_layers, is_quantized
 from examples.flax_llama.optimizers import learning_rate, schedule_count, skipped_updates
 
 Metrics = dict[str, Any]
@@ -39,12 +39,18 @@ class Batch(NamedTuple):
 
 
 def initial_params(config: Config, shape: LlamaConfig) -> Params:
-    """The parameters that a run of a resolved configuration starts from."""
+    """The parameters that a run of a resolved configuration starts from.
+
+    With 8-bit weights each layer is drawn and quantized before the next one: a model that is larger
+    than the device before it is quantized need not be there.
+    """
     params = nnx.to_pure_dict(nnx.state(Llama(shape, rngs=nnx.Rngs(config.seed)), nnx.Param))
     if config.int8_weights:
-        params = galore_optax.quantize_params(
-            params, rank=config.rank, weight_dimension_numbers=dimension_numbers
-        )
+
+        def quantize(layer: Params) -> Params:
+            return galore_optax.quantize_params({"blocks": layer}, rank=config.rank)["blocks"]
+
+        params["blocks"] = draw_layers(shape, nnx.Rngs(config.seed), quantize)
     return params
 
 

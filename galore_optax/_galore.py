@@ -308,7 +308,7 @@ def _transformation(
                 )
         inner_treedef = _inner_structure(updates, views)
         gap = settings.timing.gap(state.step)
-        part = current_part() or Part(turns(views), None, settings.accumulation_steps, False)
+        part = current_part() or Part(turns(views), None, 0, settings.accumulation_steps, False)
 
         low_rank = [g.astype(moment_dtype(g.dtype)) for g in gradients]
         bases = [Bases(None, None)] * len(views)
@@ -322,7 +322,7 @@ def _transformation(
                     matrices,
                     subspaces[i],
                     sides=sides,
-                    turn=part.turn(view.path, view.count),
+                    turn=part.turn_of(view.path, view.count),
                     step=step,
                     gap=gap,
                     timing=settings.timing,

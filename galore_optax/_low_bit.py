@@ -12,6 +12,7 @@ import optax
 
 from galore_optax import _codes
 from galore_optax._matrix import structure
+from galore_optax._part import current_part
 from galore_optax._quantized import (
     check_block_size,
     fitting_block_size,
@@ -150,6 +151,8 @@ def low_bit(
         step_key = None
         if bits == 16:
             step_key = jax.random.fold_in(jax.random.key(seed), state.rounds)
+            if (part := current_part()) is not None:
+                step_key = jax.random.fold_in(step_key, part.turn)
         stored = []
         new_leaves = treedef.flatten_up_to(new_inner)
         for i, (kind, old, new) in enumerate(zip(kinds, leaves, new_leaves, strict=True)):

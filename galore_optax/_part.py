@@ -30,17 +30,19 @@ class Part:
     Attributes:
       turns: by path, of all matrices of the whole tree.
       layer: which layer the leaves are of, or None where they are whole.
+      turn: (), int32, another one for each call of ``update`` with the same leaves in a step.
       micro_batches: gradients that make a step, which a galore that accumulates must agree with.
       complete: whether this gradient is the mean of all of them.
     """
 
     turns: Mapping[str, Turn]
     layer: Layer | None
+    turn: jax.Array | int
     micro_batches: int
     complete: bool
 
-    def turn(self, path: str, count: int) -> Turn:
-        """Of a leaf of this part, which has so many matrices here."""
+    def turn_of(self, path: str, count: int) -> Turn:
+        """The place of the matrices of a leaf of this part, which has so many here."""
         first, total = self.turns[path]
         return Turn(first if self.layer is None else first + self.layer.index * count, total)
 

@@ -160,6 +160,7 @@ class Parts:
         params: Sequence[Any],
         *,
         layer: jax.Array | None,
+        turn: jax.Array | int,
         micro_batches: int,
         complete: bool,
     ) -> tuple[list[Any], list[jax.Array]]:
@@ -171,6 +172,7 @@ class Parts:
           state: the leaves of the part's state, of one layer where they are layered.
           params: like the gradients.
           layer: the layer's index, or None of other parts.
+          turn: see `Part`.
           micro_batches: see `Part`.
           complete: see `Part`.
 
@@ -178,7 +180,7 @@ class Parts:
           The updates and the leaves of the next state.
         """
         place = None if layer is None else Layer(layer, self.layers)
-        with updating(Part(self.turns, place, micro_batches, complete)):
+        with updating(Part(self.turns, place, turn, micro_batches, complete)):
             updates, new_state = self._tx.update(
                 self.treedef.unflatten(gradients),
                 piece.treedef.unflatten(state),

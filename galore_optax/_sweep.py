@@ -232,7 +232,7 @@ class Sweep:
             if self.settings.clip_norm is not None and self.settings.clip_by == "layer":
                 scale = self._clip_factor(own)
             gradients, params = jax.tree.map(lambda x: x[None], (gradients, params))
-            call = _Call(gradients, params, scale, layer, layer, write)
+            call = _Call(gradients, params, scale, layer, layer, self._key(layer), write)
             return square + own, self._in_place(piece, call, old, new, layer, 1)
 
         zero = jnp.zeros([], self.dtype)
@@ -251,14 +251,15 @@ class Sweep:
     ) -> Updated:
         """Updates a leaf outside of the blocks, as a whole or in slices of its rows."""
         place = piece.chosen.index(True)
-        salt = self.parts.layers + place
+        key = self._key(self.parts.layers + place)
         if piece.slices == 1:
-            return self._update(piece, _Call(gradients, leaves, factor, None, salt, write), old)
+            return self._update(piece, _Call(gradients, leaves, factor, None, 0, key, write), old)
         size = leaves[place].shape[0] // piece.slices
 
         def body(i: jax.Array, new: Updated) -> Updated:
             rows = jax.tree.map(lambda x: _cut(x, i, size), (gradients, new.leaves))
-            call = _Call(rows[0], rows[1], factor, None, salt * piece.slices + i, write)
+            own = None if key is None else jax.random.fold_in(key, i)
+            call = _Call(rows[0], rows[1], factor, None, i, own, write)
             return self._in_place(piece, call, old, new, i, size)
 
         first = Updated(leaves, old, jnp.zeros([], self.dtype))
@@ -304,15 +305,18 @@ class Sweep:
             state,
             leaves,
             layer=call.layer,
+            turn=call.turn,
             micro_batches=self.settings.micro_batches,
             complete=self.complete,
         )
         if call.write:
-            key = None if self.key is None else jax.random.fold_in(self.key, call.salt)
             leaves = apply_updates(
-                leaves, updates, key, round_bfloat16=self.settings.round_bfloat16
+                leaves, updates, call.key, round_bfloat16=self.settings.round_bfloat16
             )
         return Updated(leaves, new_state, self._square(updates))
+
+    def _key(self, place: jax.Array | int) -> jax.Array | None:
+        return None if self.key is None else jax.random.fold_in(self.key, place)
 
     def _mean(self, function: Callable[[Any], tuple[Any, Any]], xs: Any) -> tuple[Any, Any]:
         """The mean of a function's first result over micro-batches, and all of its second."""
@@ -348,7 +352,8 @@ class _Call(NamedTuple):
     leaves: list[Any]  # of the parameters.
     factor: jax.Array | None  # to clip them by.
     layer: jax.Array | None
-    salt: jax.Array | int  # for the random numbers of this part.
+    turn: jax.Array | int  # how many calls for the same piece come before it, or after.
+    key: jax.Array | None  # for what is rounded at random.
     write: bool  # whether to change the parameters.
 
 

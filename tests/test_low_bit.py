@@ -392,7 +392,7 @@ def test_a_state_of_another_configuration_names_the_leaf(name):
 
 def test_a_state_of_another_configuration_inside_galore_names_the_leaf():
     other = low_bit(optax.adamw(0.1), block_size=128)
-    with pytest.raises(ValueError, match=r"another configuration.*inner/0/mu/v is signed .* 128"):
+    with pytest.raises(ValueError, match=r"another configuration.*inner/0/mu/w is signed .* 128"):
         updated(
             galore(low_bit(optax.adamw(0.1)), **ARGUMENTS),
             galore(other, **ARGUMENTS).init(normal()),

@@ -29,17 +29,17 @@ def markdown(record: dict[str, Any]) -> str:
             continue
         other = record["rows"].get(name.replace("power_iteration", "svd"))
         svd = "-" if other is None or other is row else peak(other)
-        held = f"{row['xla']['arguments'] / GIB:.1f}" if "xla" in row else "-"
+        held = f"{row['xla']['arguments'] / GIB:.2f}" if "xla" in row else "-"
         lines.append(
             f"| LLaMA-{row['settings']['preset'].upper()}, {row['method']} "
-            f"| {DEVICES[row['device']].description} | {row['usable'] / GIB:.1f} "
+            f"| {DEVICES[row['device']].description} | {row['usable'] / GIB:.2f} "
             f"| {held} | {peak(row)} | {svd} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def peak(row: dict[str, Any]) -> str:
-    return f"{row['xla']['peak'] / GIB:.1f}" if "xla" in row else "too much"
+    return f"{row['xla']['peak'] / GIB:.2f}" if "xla" in row else "too much"
 
 
 def replaced(text: str, table: str) -> str:

@@ -278,7 +278,15 @@ def other_bits(**low_bit):
     def inner(config, schedule):
         return galore_optax.low_bit(optimizers.adamw(config, schedule), **low_bit)
 
-    return optimizers.in_galore(inner, projector_dtype="int4")
+    return other_projectors("int4", inner)
+
+
+def other_projectors(dtype, inner=optimizers.adamw_8bit):
+    def make(config, schedule):
+        config = dataclasses.replace(config, projector_dtype=dtype)
+        return optimizers.in_galore(inner)(config, schedule)
+
+    return make
 
 
 OTHERS = {
@@ -288,11 +296,11 @@ OTHERS = {
         r"mu/embed/embedding is codes uint8.*, scales .*, and should be bfloat16\[512",
     ),
     "projector_bits": (
-        optimizers.in_galore(optimizers.adamw_8bit, projector_dtype="int8"),
+        other_projectors("int8"),
         r"left/blocks/.*/kernel/codes is uint8\[2, 32\], and should be uint8\[2, 64\]",
     ),
     "projector_dtype": (
-        optimizers.in_galore(optimizers.adamw_8bit),
+        other_projectors(None),
         r"left/blocks/.*/kernel is codes uint8.*, zeros .*, and should be float32\[2, 16, 4\]",
     ),
     "names": (

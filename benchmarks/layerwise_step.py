@@ -29,7 +29,7 @@ from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.step import State, data_mesh, initial_params, make_update, put_batch
 from examples.flax_llama.train import any_batch, open_dataset
 
-WAYS = {"ordinary": {"remat": True}, "layer-wise": {"layerwise": True}}
+WAYS: dict[str, dict[str, Any]] = {"ordinary": {"remat": True}, "layer-wise": {"layerwise": True}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Update:
 
     @property
     def flops(self) -> float:
-        return self.compiled.cost_analysis()["flops"]
+        cost = self.compiled.cost_analysis()
+        assert cost is not None
+        return cost["flops"]
 
 
 def compile_update(config: Config, vocab_size: int) -> Update:

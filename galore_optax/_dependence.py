@@ -45,11 +45,21 @@ def _of_equation(equation: Any, inputs: _Sets) -> _Sets:
         predicate, *operands = inputs
         branches = [_of_jaxpr(b.jaxpr, operands) for b in equation.params["branches"]]
         return [predicate.union(*outputs) for outputs in zip(*branches, strict=True)]
-    called = [p for p in equation.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
-    if len(called) == 1:
-        jaxpr = called[0].jaxpr if isinstance(called[0], ClosedJaxpr) else called[0]
-        # A call, not a loop, which has constants and carries beside what its body sees.
-        is_call = equation.primitive.name not in ("scan", "while", "pallas_call")
-        if is_call and len(jaxpr.invars) == len(inputs):
-            return _of_jaxpr(jaxpr, inputs)
+    jaxpr = called_once(equation)
+    if jaxpr is not None:
+        return _of_jaxpr(jaxpr, inputs)
     return [frozenset().union(*inputs)] * len(equation.outvars)
+
+
+def called_once(equation: Any) -> Jaxpr | None:
+    """What an equation applies to its operands as they are, once; None of any other equation."""
+    called = [p for p in equation.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
+    if len(called) != 1 or equation.primitive.name in ("scan", "while", "pallas_call"):
+        return None
+    jaxpr = called[0].jaxpr if isinstance(called[0], ClosedJaxpr) else called[0]
+
+    def shapes(variables: Sequence[Any]) -> list[Any]:
+        return [getattr(v.aval, "shape", None) for v in variables]
+
+    # A reduction, for one, has the function of two numbers that it applies again and again.
+    return jaxpr if shapes(jaxpr.invars) == shapes(equation.invars) else None

@@ -47,8 +47,8 @@ def layerwise(
 
     Args:
       tx: any transformation that treats each leaf, and each layer of a stacked leaf, by itself:
-        any optimizer of Optax or of this library. Masks and labels inside it must be callables.
-        Clipping by the global norm is an argument here instead.
+        any optimizer of Optax or of this library. Clipping by the global norm is an argument here
+        instead.
       embed: ``(params, batch) -> x``; the parameters are those without the blocks, and x is a
         floating-point array, or a tree of such.
       block: ``(layer_params, x) -> x``, one layer; the parameters are those of the blocks without
@@ -86,7 +86,8 @@ def layerwise(
     Notes:
       What a transformation computes over a whole leaf, such as the root mean square that
       ``optax.clip_by_block_rms`` clips or the trust ratio of ``optax.lamb``, is one of each layer
-      of that leaf here.
+      of that leaf here. Random numbers drawn by the shape of a leaf, as by ``optax.add_noise``, are
+      the same for all of its layers.
 
     Examples:
       >>> import galore_optax, jax, jax.numpy as jnp

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
+
+from galore_optax._dependence import called_once
 
 
 class Use(enum.Enum):
@@ -69,11 +71,9 @@ def _of_equation(equation: Any, uses: list[Use]) -> list[Use]:
         return [Use.ALL if Use.ALL in uses else Use.NONE] * len(equation.outvars)
     if Use.ALL in uses:
         return [Use.ALL] * len(equation.outvars)
-    called = [p for p in equation.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
-    if len(called) == 1 and equation.primitive.name not in ("scan", "while"):
-        jaxpr = called[0].jaxpr if isinstance(called[0], ClosedJaxpr) else called[0]
-        if len(jaxpr.invars) == len(uses):
-            return _of_jaxpr(jaxpr, uses)
+    jaxpr = called_once(equation)
+    if jaxpr is not None:
+        return _of_jaxpr(jaxpr, uses)
     by_rows = _keeps_rows(equation, [x is Use.ROWS for x in uses])
     return [Use.ROWS if by_rows else Use.ALL] * len(equation.outvars)
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from galore_optax._matrix import moment_dtype
 from galore_optax._parts import Parts, Piece
 from galore_optax._quantized_params import apply_updates, attach, carrier
+from galore_optax._row_major import row_major
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,24 +381,15 @@ def _take(piece: Piece, state: list[jax.Array]) -> list[jax.Array]:
 
 def _index(tree: Any, layer: jax.Array, axis: int = 0) -> Any:
     def index(x: jax.Array) -> jax.Array:
-        return _row_major(jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False))
+        return row_major(jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False))
 
     return jax.tree.map(index, tree)
 
 
 def _cut(stack: jax.Array, i: jax.Array, size: int) -> jax.Array:
-    return _row_major(jax.lax.dynamic_slice_in_dim(stack, i * size, size))
+    return row_major(jax.lax.dynamic_slice_in_dim(stack, i * size, size))
 
 
 def _paste(stack: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
     start = i * part.shape[0]
-    return jax.lax.dynamic_update_slice_in_dim(stack, _row_major(part), start, 0)
-
-
-def _row_major(x: jax.Array) -> jax.Array:
-    """What is read from a stack or written to it, in the layout that arguments have.
-
-    Free to choose, XLA gives some whole stacks the layout that a product inside the loop prefers,
-    or reads them once more after they are written: a second copy of the stack either way.
-    """
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return jax.lax.dynamic_update_slice_in_dim(stack, row_major(part), start, 0)

@@ -1,5 +1,6 @@
 """The benchmarks run, and compute what they say."""
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -15,6 +16,7 @@ import galore_optax
 from benchmarks import (
     compile_time,
     gradients,
+    layerwise_step,
     low_bit,
     low_bit_training,
     projectors,
@@ -24,7 +26,7 @@ from benchmarks import (
     step_time,
     train_step,
 )
-from examples.flax_llama.config import LlamaConfig
+from examples.flax_llama.config import PRESETS, LlamaConfig
 
 TINY = LlamaConfig(hidden=16, intermediate=24, layers=2, heads=1, vocab_size=32)
 
@@ -225,6 +227,24 @@ def test_train_step_adds_the_refreshes_to_the_ordinary_steps():
     extra = (statistics.median(refreshing[1:]) - row["step_ms"]) / 200
     assert row["refresh_ms_per_step"] == pytest.approx(extra)
     assert row["ratio_with_refresh"] == pytest.approx(row["ratio"] + extra / row["gradient_ms"])
+
+
+def test_layerwise_step_counts_the_operations_of_xla(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "layerwise.json"
+    sizes = ("--vocab-size", 300, "--batch", 8, "--seq", 64, "--steps", 2, "--optimizers", "sgd")
+    run_main(monkeypatch, layerwise_step, *sizes, "--out", path)
+    row = json.loads(path.read_text())["optimizers"]["sgd"]
+    assert f"{row['ratio']:.3f}" in capsys.readouterr().out.splitlines()[1].split()
+    assert min(row["ms"].values()) > 0
+    shape = dataclasses.replace(PRESETS["9m"], layers=1, vocab_size=1, max_seq=64)
+    counted = layerwise_step.operations(shape)
+    # XLA adds what is done entry by entry, and a chunk of the head.
+    for way, flops in row["xla_flops_of_one_layer"].items():
+        assert flops / (8 * 64) == pytest.approx(counted[way], rel=0.1)
+    assert row["xla_flops_ratio"] == pytest.approx(
+        counted["layer-wise"] / counted["ordinary"], abs=0.01
+    )
+    assert row["operations_ratio"] < row["xla_flops_ratio"] <= 1.03
 
 
 def fake_train(calls):

@@ -105,6 +105,46 @@ def test_any_number_of_layers(layers):
     assert_close(params, expected[0])
 
 
+def is_stacked(params):
+    return jax.tree.map(lambda x: x.ndim > 2, params)
+
+
+def label(params):
+    return jax.tree.map(lambda x: "adam" if x else "sgd", is_stacked(params))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [lambda function: function, lambda function: function(model.init())],
+    ids=["function", "tree"],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda given: optax.adamw(0.01, weight_decay=0.3, mask=given(is_stacked)),
+        lambda given: optax.partition(
+            {"adam": optax.adam(0.01), "sgd": optax.sgd(0.1)}, given(label)
+        ),
+    ],
+    ids=["mask", "labels"],
+)
+def test_masks_and_labels_are_functions_or_trees(make, given):
+    (params, _, _), expected = both(make(given), steps=5)
+    assert_close(params, expected[0])
+
+
+def test_two_seeds_train_under_vmap_as_each_by_itself():
+    training, tokens = model.layerwise(galore(projector="power_iteration")), model.batches(4)
+    seeds = model.init(), jax.tree.map(lambda x: x * 1.1, model.init())
+    alone = [model.train(training.step, p, training.init(p), tokens)[0] for p in seeds]
+    params = jax.tree.map(lambda *x: jnp.stack(x), *seeds)
+    step = jax.vmap(training.step, in_axes=(0, 0, None, None))
+    state = jax.vmap(training.init)(params)
+    for one in tokens:
+        params, state, _ = jax.jit(step)(params, state, one, None)
+    assert_close(params, jax.tree.map(lambda *x: jnp.stack(x), *alone))
+
+
 def test_a_tied_embedding_gets_both_of_its_gradients():
     (params, _, metrics), expected = both(galore(), params=model.init(tied=True))
     assert_close(params, expected[0])

@@ -1,0 +1,75 @@
+"""The layer-wise step over several devices: the numbers of one, and no kernel goes around."""
+
+import os
+import subprocess
+import sys
+
+SHARDED = """
+import re
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import galore_optax
+from tests import layerwise_model as model
+
+mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto, AxisType.Auto))
+D, F = 32, 48
+params = jax.device_get(model.init(jnp.float32, d=D, f=F, v=24))  # apart from what is donated
+tokens = model.batches(5, shape=(8, 6))
+galore = {"rank": 8, "update_proj_gap": 3, "weight_dimension_numbers": model.numbers}
+
+def sharded(tree):
+    # Kernels, and what the state has of them, on their output axis.
+    def of(path, x):
+        is_cut = "kernel" in jax.tree_util.keystr(path) and x.ndim == 3 and x.shape[-1] >= D
+        return NamedSharding(mesh, P(None, None, "model") if is_cut else P())
+    return jax.tree.map_with_path(of, tree)
+
+def close(path, found, expected, tolerance):
+    error = np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-3)
+    assert error < tolerance, (jax.tree_util.keystr(path), error)
+
+for tx, tolerance in (
+    (optax.adamw(0.01, eps=1e-4), 1e-5),
+    (galore_optax.galore_adamw(0.01, eps=1e-4, projector="power_iteration", **galore), 1e-4),
+):
+    training = model.layerwise(tx, clip_norm=4.0, slice_size=None)
+    state = jax.device_get(training.init(params))
+    expected = model.train(training.step, params, state, tokens)
+
+    places = sharded(params), sharded(state)
+    assert sum(x.spec != P() for x in jax.tree.leaves(places[1])) >= 4
+    own, rows = jax.device_put((params, state), places), NamedSharding(mesh, P("data"))
+    step = jax.jit(training.step, donate_argnums=(0, 1), out_shardings=(*places, None))
+    batch = [jax.device_put(x, rows) for x in tokens]
+    compiled = step.lower(*own, batch[0], None).compile()
+    donated = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(own))
+    assert compiled.memory_analysis().alias_size_in_bytes == donated
+    collectives = re.findall(r"= \\w+\\[([0-9,]*)\\]\\S* all-(?:gather|to-all)", compiled.as_text())
+    assert collectives
+    moved = [sorted(map(int, x.split(",")))[-2:] for x in collectives if "," in x]
+    assert [D, D] not in moved and [D, F] not in moved, moved
+
+    metrics = []
+    for i, one in enumerate(batch):
+        *own, new = step(*own, one, None)
+        metrics.append({name: float(x) for name, x in new.items()})
+    found = jax.device_get(own[0])
+    jax.tree.map_with_path(lambda *x: close(*x, tolerance), found, jax.device_get(expected[0]))
+    for a, b in zip(metrics, expected[2], strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4)
+"""
+
+
+def test_sharded_kernels_are_updated_where_they_are():
+    """On 8 devices, in a process of its own."""
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SHARDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]

@@ -38,22 +38,8 @@ _ELEMENTWISE = frozenset(
         *("abs", "add", "add_any", "and", "bitcast_convert_type", "cbrt", "ceil", "clamp"),
         *("convert_element_type", "copy", "cos", "div", "eq", "erf", "exp", "exp2", "expm1"),
         *("floor", "ge", "gt", "integer_pow", "is_finite", "layout_constraint", "le", "log"),
-        *(
-            "log1p",
-            "logistic",
-            "lt",
-            "max",
-            "min",
-            "mul",
-            "ne",
-            "neg",
-            "nextafter",
-            "not",
-            "or",
-            "pow",
-            "rem",
-        ),
-        *("round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic"),
+        *("log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or"),
+        *("pow", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic"),
         *("shift_right_logical", "sign", "sin", "sqrt", "square", "stop_gradient", "sub"),
         *("tanh", "xor"),
     )
@@ -85,8 +71,8 @@ def _of_equation(equation: Any, uses: list[Use]) -> list[Use]:
         return [Use.ALL] * len(equation.outvars)
     if "branches" in equation.params and uses[0] is Use.NONE:
         branches = [_of_jaxpr(b.jaxpr, uses[1:]) for b in equation.params["branches"]]
-        same = [len(set(outputs)) == 1 for outputs in zip(*branches, strict=True)]
-        return [use if s else Use.ALL for use, s in zip(branches[0], same, strict=True)]
+        alike = [set(outputs) for outputs in zip(*branches, strict=True)]
+        return [use.pop() if len(use) == 1 else Use.ALL for use in alike]
     called = [p for p in equation.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
     if len(called) == 1 and equation.primitive.name not in ("scan", "while"):
         jaxpr = called[0].jaxpr if isinstance(called[0], ClosedJaxpr) else called[0]

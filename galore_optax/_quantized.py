@@ -180,6 +180,8 @@ def quantize(
     return _quantized(array, key, scheme, block_size, batch_axes, keep_positive)
 
 
+# This and what follows is compiled as one outside of a compiled function too: init often is.
+@functools.partial(jax.jit, inline=True)
 def requantize(
     quantized: QuantizedArray, updates: jax.Array, key: jax.Array | None
 ) -> QuantizedArray:
@@ -204,7 +206,6 @@ def requantize(
     return dataclasses.replace(quantized, codes=_merge(codes), scales=scales, zeros=zeros)
 
 
-# Compiled as one where they are called outside of a compiled function: init often is.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
 def _quantized(
     array: jax.Array,

@@ -69,7 +69,7 @@ def _of_equation(equation: Any, uses: list[Use]) -> list[Use]:
         return [Use.ALL if Use.ALL in uses else Use.NONE] * len(equation.outvars)
     if Use.ALL in uses:
         return [Use.ALL] * len(equation.outvars)
-    if "branches" in equation.params and uses[0] is Use.NONE:
+    if "branches" in equation.params and uses[0] is Use.NONE:  # as by the platform
         branches = [_of_jaxpr(b.jaxpr, uses[1:]) for b in equation.params["branches"]]
         alike = [set(outputs) for outputs in zip(*branches, strict=True)]
         return [use.pop() if len(use) == 1 else Use.ALL for use in alike]

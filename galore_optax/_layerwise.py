@@ -10,7 +10,7 @@ import optax
 
 from galore_optax._dependence import dependence
 from galore_optax._parts import Parts
-from galore_optax._state import accumulates, is_due
+from galore_optax._state import accumulates, at_a_step, is_due
 from galore_optax._sweep import Settings, Sweep
 
 Params = Any  # a mapping; whatever mapping the model has.
@@ -108,6 +108,8 @@ def layerwise(
       <https://arxiv.org/abs/2306.09782>`_, 2023; Zhao et al., `GaLore
       <https://arxiv.org/abs/2403.03507>`_, 2024, section 4.3.
     """
+    if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+        raise TypeError(f"tx must be an Optax transformation; got {tx!r}")
     for name, function in {"embed": embed, "block": block, "head_loss": head_loss}.items():
         if not callable(function):
             raise TypeError(f"{name} must be a function; got {function!r}")
@@ -115,8 +117,14 @@ def layerwise(
         raise TypeError(f"micro_batches must be a positive int; got {micro_batches!r}")
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1; got {micro_batches}")
+    if clip_norm is not None and not isinstance(clip_norm, numbers.Real):
+        raise TypeError(f"clip_norm must be a number, or None; got {clip_norm!r}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, or None; got {clip_norm!r}")
+    if clip_norm is None and clip_by != "global":
+        raise ValueError(f"clip_by={clip_by!r} needs clip_norm, the norm to clip to")
+    if slice_size is not None and not isinstance(slice_size, numbers.Integral):
+        raise TypeError(f"slice_size must be a positive int, or None; got {slice_size!r}")
     if slice_size is not None and slice_size < 1:
         raise ValueError(f"slice_size must be at least 1, or None; got {slice_size}")
     if clip_by not in ("global", "layer"):
@@ -158,6 +166,9 @@ class _Step:
         rest, stacked = parts.divide(parts.shapes)
         x = jax.eval_shape(settings.embed, rest, batch)
         _check_block(settings.block, stacked, x)
+        loss = jax.eval_shape(settings.head_loss, rest, x, batch)
+        if getattr(loss, "shape", None) != ():
+            raise ValueError(f"head_loss must return a scalar; got {loss}")
         by_embed = self._used(settings.embed, rest, batch)
         by_head = self._used(settings.head_loss, rest, x, batch)
         outside = [not inside for inside in parts.in_blocks]
@@ -170,13 +181,16 @@ class _Step:
     def __call__(self, params: Any, state: Any, batch: Any) -> tuple[Any, Any, Metrics]:
         parts, settings = self.parts, self.settings
         leaves = parts.treedef.flatten_up_to(params)
-        state_leaves = parts.state_leaves(state)
         low_rank = accumulates(state) and settings.micro_batches > 1
         if low_rank and settings.clip_norm is not None:
             raise ValueError(
                 "clip_norm needs the gradients of all micro-batches of a layer at once: leave out "
                 "galore's accumulation_steps"
             )
+        if low_rank:
+            parts.check_accumulates(state)
+            state = at_a_step(state)
+        state_leaves = parts.state_leaves(state)
         if low_rank:
             leaves, state_leaves, metrics = jax.lax.cond(
                 is_due(state), self._at_once, self._one_by_one, leaves, state_leaves, batch

@@ -30,7 +30,7 @@ class Part:
     Attributes:
       turns: by path, of all matrices of the whole tree.
       layer: which layer the leaves are of, or None where they are whole.
-      turn: (), int32, another one for each call of ``update`` with the same leaves in a step.
+      turn: (), int32, another one for each layer, and for each leaf that is in none.
       micro_batches: gradients that make a step, which a galore that accumulates must agree with.
       complete: whether this gradient is the mean of all of them.
     """

@@ -15,7 +15,7 @@ from galore_optax._matrix import leaves_with_paths, logical
 from galore_optax._part import Layer, Part, Turn, updating
 from galore_optax._quantized import is_quantized
 from galore_optax._rows import Use, use_of_rows
-from galore_optax._state import Inspection, inspecting
+from galore_optax._state import Inspection, inspecting, is_galore_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,20 +71,22 @@ class Parts:
 
         inspection = Inspection()
         state = self._init(params, inspection)
+        # By path, the places of all matrices among those of their galore.
         self.turns: dict[str, Turn] = {}
         for views in inspection.trees:
             self.turns |= turns(views)
         found, self.state_treedef = jax.tree_util.tree_flatten_with_path(state)
+        self._seen_by_galore = {view.path for views in inspection.trees for view in views}
         self._paths = {path: i for i, (path, _) in enumerate(found)}
         self._state_shapes = [leaf.shape for _, leaf in found]
         count = 1 if self.layers > 1 else 2
-        others = jax.tree.leaves(self._init(self._with_layers(params, count)))
+        others = jax.tree.leaves(self._init(self._with_layers(count)))
         self.layered = [
             self._is_layered(path, leaf.shape, other.shape, count)
             for (path, leaf), other in zip(found, others, strict=True)
         ]
-        self._check_independent(self._with_layers(params, 1))
-        self.layer = self._piece(self.in_blocks, self._with_layers(params, 1))
+        self._check_independent(self._with_layers(1))
+        self.layer = self._piece(self.in_blocks, self._with_layers(1))
 
     def pieces(self, chosen: Sequence[bool], slice_size: int | None) -> list[Piece]:
         """A part for each of some leaves.
@@ -135,8 +137,11 @@ class Parts:
             if stacked[-1] and whole != (rows * slices, *part.shape[1:]):
                 return None
         is_row = [True, *stacked, True]
-        uses = use_of_rows(self._tx.update, params, state, params, rows=is_row)
-        wanted = [Use.ROWS, *(Use.ROWS if x else Use.NONE for x in stacked)]
+        try:
+            uses = use_of_rows(self._tx.update, params, state, params, rows=is_row)
+        except (TypeError, ValueError):  # such as for an array of the leaf's size inside of it
+            return None
+        wanted = [Use.ROWS, *(Use.ROWS if x else Use.SAME for x in stacked)]
         if jax.tree.leaves(uses) != wanted:
             return None
         return Piece(piece.chosen, piece.positions, tuple(stacked), treedef, slices)
@@ -202,16 +207,32 @@ class Parts:
             )
         return leaves
 
+    def check_accumulates(self, state: Any) -> None:
+        """Raises where not all of a transformation averages gradients before it makes an update."""
+        names = [path for path, _ in leaves_with_paths(logical(self._params))]
+        outside = [f"the parameter {name}" for name in names if name not in self._seen_by_galore]
+        found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_galore_state)
+        outside += [f"the state's {_name(path)}" for path, x in found if not is_galore_state(x)]
+        if outside:
+            raise ValueError(
+                "with accumulation_steps, galore must be all of the transformation that layerwise "
+                f"gets, or else what is beside it counts each micro-batch for a step; {outside[0]} "
+                "is not in it. Put the rest inside galore, or leave out accumulation_steps."
+            )
+
     def _init(self, params: Any, inspection: Inspection | None = None) -> Any:
         with inspecting(inspection or Inspection()):
             # A function of its own, so that no earlier trace of tx.init is reused.
             return jax.eval_shape(lambda p: self._tx.init(p), params)
 
-    def _with_layers(self, params: Any, count: int) -> Any:
-        def resized(leaf: Any) -> Any:
-            return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype)
+    def _with_layers(self, count: int) -> Any:
+        def resized(array: Any) -> Any:
+            return jax.ShapeDtypeStruct((count, *array.shape[1:]), array.dtype)
 
-        return {**params, self._blocks: jax.tree.map(resized, params[self._blocks])}
+        pairs = zip(self.shapes, self.in_blocks, strict=True)
+        return self.treedef.unflatten(
+            [jax.tree.map(resized, leaf) if inside else leaf for leaf, inside in pairs]
+        )
 
     def _is_layered(
         self, path: Any, shape: tuple[int, ...], other: tuple[int, ...], count: int
@@ -219,10 +240,17 @@ class Parts:
         if shape == other:
             return False
         if shape[:1] != (self.layers,) or other != (count, *shape[1:]):
+            in_codes = _name(path[-1:]) in ("codes", "scales", "zeros")
             raise ValueError(
                 f"the state's {_name(path)} has the shape {shape} for {self.layers} layers and "
-                f"{other} for {count}: layerwise needs the layers on its leading axis. Name them "
-                "batch axes of the matrices, by galore's weight_dimension_numbers."
+                f"{other} for {count}: layerwise needs the layers on its leading axis. "
+                + (
+                    "low_bit takes a stack of vectors for one matrix: raise its min_size above the "
+                    "elements of that stack, or its block_size so that it divides the vectors."
+                    if in_codes
+                    else "Name them batch axes of the matrices, by galore's "
+                    "weight_dimension_numbers."
+                )
             )
         return True
 
@@ -235,6 +263,11 @@ class Parts:
 
         def check(what: str, depends: frozenset[int], allowed: int) -> None:
             of = [names[i] for i in sorted(depends) if i < len(names)]
+            if len(of) == 1 and not allowed:
+                raise ValueError(
+                    f"{what} depends on the gradients of {of[0]} and has no axis of layers: "
+                    "layerwise needs a state of its own for each layer"
+                )
             if len(of) > allowed:
                 raise ValueError(
                     f"the transformation needs all gradients at once: {what} depends on the "

@@ -13,7 +13,7 @@ from galore_optax._dependence import called_once
 class Use(enum.Enum):
     """What a value has to do with the rows of the arguments."""
 
-    NONE = enum.auto()  # it does not depend on them.
+    SAME = enum.auto()  # it does not depend on them, and is one number or the same for each row.
     ROWS = enum.auto()  # its leading axis is theirs, and each row depends on the same row only.
     ALL = enum.auto()  # anything else.
 
@@ -28,10 +28,12 @@ def use_of_rows(function: Callable[..., Any], *args: Any, rows: Sequence[bool]) 
 
     Returns:
       A tree like the function's result of `Use`. What is not known to work by rows, such as a
-      product of matrices or a loop, counts as `Use.ALL`.
+      product of matrices or a loop, counts as `Use.ALL`; so does what differs from row to row by
+      itself, such as random numbers.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    uses = _of_jaxpr(closed.jaxpr, [Use.ROWS if x else Use.NONE for x in rows])
+    inputs = zip(closed.jaxpr.invars, rows, strict=True)
+    uses = _of_jaxpr(closed.jaxpr, [Use.ROWS if x else _of_constant(v) for v, x in inputs])
     return jax.tree.unflatten(jax.tree.structure(shapes), uses)
 
 
@@ -39,9 +41,9 @@ _ELEMENTWISE = frozenset(
     (
         *("abs", "add", "add_any", "and", "bitcast_convert_type", "cbrt", "ceil", "clamp"),
         *("convert_element_type", "copy", "cos", "div", "eq", "erf", "exp", "exp2", "expm1"),
-        *("floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic"),
-        *("lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "rem"),
-        *("round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic"),
+        *("floor", "ge", "gt", "integer_pow", "is_finite", "layout_constraint", "le", "log"),
+        *("log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or"),
+        *("pow", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic"),
         *("shift_right_logical", "sign", "sin", "sqrt", "square", "stop_gradient", "sub"),
         *("tanh", "xor"),
     )
@@ -58,7 +60,9 @@ def _of_jaxpr(jaxpr: Jaxpr, inputs: Sequence[Use]) -> list[Use]:
     known = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def read(variable: Any) -> Use:
-        return Use.NONE if isinstance(variable, Literal) else known.get(variable, Use.NONE)
+        if isinstance(variable, Literal) or variable not in known:
+            return _of_constant(variable)
+        return known[variable]
 
     for equation in jaxpr.eqns:
         uses = _of_equation(equation, [read(v) for v in equation.invars])
@@ -66,16 +70,28 @@ def _of_jaxpr(jaxpr: Jaxpr, inputs: Sequence[Use]) -> list[Use]:
     return [read(v) for v in jaxpr.outvars]
 
 
+def _of_constant(variable: Any) -> Use:
+    return Use.ALL if variable.aval.shape else Use.SAME
+
+
 def _of_equation(equation: Any, uses: list[Use]) -> list[Use]:
-    if Use.ROWS not in uses:
-        return [Use.ALL if Use.ALL in uses else Use.NONE] * len(equation.outvars)
     if Use.ALL in uses:
         return [Use.ALL] * len(equation.outvars)
+    if "branches" in equation.params and uses[0] is Use.SAME:  # as by the platform
+        branches = [_of_jaxpr(b.jaxpr, uses[1:]) for b in equation.params["branches"]]
+        alike = [set(outputs) for outputs in zip(*branches, strict=True)]
+        return [use.pop() if len(use) == 1 else Use.ALL for use in alike]
     jaxpr = called_once(equation)
     if jaxpr is not None:
         return _of_jaxpr(jaxpr, uses)
-    by_rows = _keeps_rows(equation, [x is Use.ROWS for x in uses])
-    return [Use.ROWS if by_rows else Use.ALL] * len(equation.outvars)
+    if Use.ROWS in uses:
+        by_rows = _keeps_rows(equation, [x is Use.ROWS for x in uses])
+        return [Use.ROWS if by_rows else Use.ALL] * len(equation.outvars)
+    name = equation.primitive.name
+    spreads = name == "broadcast_in_dim" and 0 not in equation.params["broadcast_dimensions"]
+    if spreads or (name in _ELEMENTWISE and uses):
+        return [Use.SAME] * len(equation.outvars)
+    return [_of_constant(v) for v in equation.outvars]
 
 
 def _keeps_rows(equation: Any, has_rows: list[bool]) -> bool:

@@ -59,6 +59,23 @@ def accumulates(state: Any) -> bool:
     return any(not is_absent(node.accumulator) for node in _galore_states(state))
 
 
+def at_a_step(state: Any) -> Any:
+    """The state without the micro-batches of a step that was begun and not finished."""
+
+    def empty(node: Any) -> Any:
+        if not is_galore_state(node) or is_absent(node.accumulator):
+            return node
+        kept = jax.lax.cond(
+            node.accumulator.count == 0,
+            lambda accumulator: accumulator,
+            lambda accumulator: jax.tree.map(jnp.zeros_like, accumulator),
+            node.accumulator,
+        )
+        return node._replace(accumulator=kept)
+
+    return jax.tree.map(empty, state, is_leaf=is_galore_state)
+
+
 def is_due(state: Any) -> jax.Array:
     """Whether any matrix is to be refreshed on the next step, (), bool."""
     due = [
@@ -147,11 +164,12 @@ def inspection_in_progress() -> Inspection | None:
 
 
 def _galore_states(state: Any) -> list[GaloreState]:
-    nodes = jax.tree.leaves(state, is_leaf=_is_galore_state)
-    return [node for node in nodes if _is_galore_state(node)]
+    nodes = jax.tree.leaves(state, is_leaf=is_galore_state)
+    return [node for node in nodes if is_galore_state(node)]
 
 
-def _is_galore_state(x: Any) -> bool:
+def is_galore_state(x: Any) -> bool:
+    """Whether this is a state of galore; a predicate for ``is_leaf``."""
     return isinstance(x, GaloreState)
 
 

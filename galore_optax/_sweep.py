@@ -251,15 +251,18 @@ class Sweep:
     ) -> Updated:
         """Updates a leaf outside of the blocks, as a whole or in slices of its rows."""
         place = piece.chosen.index(True)
-        key = self._key(self.parts.layers + place)
+        turn = self.parts.layers + place
+        key = self._key(turn)
         if piece.slices == 1:
-            return self._update(piece, _Call(gradients, leaves, factor, None, 0, key, write), old)
+            return self._update(
+                piece, _Call(gradients, leaves, factor, None, turn, key, write), old
+            )
         size = leaves[place].shape[0] // piece.slices
 
         def body(i: jax.Array, new: Updated) -> Updated:
             rows = jax.tree.map(lambda x: _cut(x, i, size), (gradients, new.leaves))
             own = None if key is None else jax.random.fold_in(key, i)
-            call = _Call(rows[0], rows[1], factor, None, i, own, write)
+            call = _Call(rows[0], rows[1], factor, None, turn, own, write)
             return self._in_place(piece, call, old, new, i, size)
 
         first = Updated(leaves, old, jnp.zeros([], self.dtype))
@@ -325,7 +328,7 @@ class Sweep:
 
         def add(sums: Any, x: Any) -> tuple[Any, Any]:
             new, mapped = function(x)
-            return jax.tree.map(lambda s, n: s + n / self.count, sums, new), mapped
+            return jax.tree.map(lambda s, n: s + n.astype(s.dtype) / self.count, sums, new), mapped
 
         first, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, moment_dtype(x.dtype)), first)
@@ -352,7 +355,7 @@ class _Call(NamedTuple):
     leaves: list[Any]  # of the parameters.
     factor: jax.Array | None  # to clip them by.
     layer: jax.Array | None
-    turn: jax.Array | int  # how many calls for the same piece come before it, or after.
+    turn: jax.Array | int  # of the layer, or the leaf.
     key: jax.Array | None  # for what is rounded at random.
     write: bool  # whether to change the parameters.
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -219,6 +220,28 @@ def test_batch_axes_work_in_scan_vmap_cond_and_under_donation(scheme, columns):
     chex.assert_trees_all_equal(chosen, whole)
     donated = jax.jit(lambda q: jax.tree.map(lambda leaf: leaf + 0, q), donate_argnums=0)
     assert donated(jax.tree.map(jnp.copy, whole)).shape == whole.shape
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "minor_to_major"),
+    [((), 128, "0, 2, 1"), ((3,), 128, "1, 3, 2, 0"), ((), 127, None)],
+)
+def test_on_a_tpu_the_rows_of_blocks_are_last_in_memory(batch, rows, minor_to_major):
+    """As lowered for one. What moves is what is given: no float32 in the place of narrower."""
+    updates = jnp.zeros((*batch, rows, 512), jnp.bfloat16)
+    quantized = quantize(updates, batch_axes=len(batch))
+
+    def read_and_write(quantized, updates):
+        return quantized.dequantize(), apply_updates(quantized, updates, None)
+
+    traced = jax.jit(read_and_write).trace(quantized, updates)
+    tpu, cpu = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("tpu", "cpu"))
+    found = re.findall(
+        r"@LayoutConstraint.*result_layouts = \[dense<\[(.*?)\]>.*x(\w+)>$", tpu, re.M
+    )
+    dtypes = {"ui8", "bf16"} if minor_to_major else set()
+    assert set(found) == {(minor_to_major, dtype) for dtype in dtypes}
+    assert "LayoutConstraint" not in cpu
 
 
 def test_slicing_an_axis_that_is_no_batch_axis_is_an_error():

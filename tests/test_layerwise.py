@@ -209,19 +209,23 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_large_leaves_are_updated_in_slices_of_their_rows(name):
-    params = model.init(jnp.float32, d=32, f=32)
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "slice_size"),
+    [*((name, 20, 256) for name in ROWS), ("8 bit", 512, 4096)],
+)
+def test_large_leaves_are_updated_in_slices_of_their_rows(name, vocabulary, slice_size):
+    """Of 128 rows, too, from which on codes of a TPU have a layout of their own."""
+    params = model.init(jnp.float32, d=32, f=32, v=vocabulary)
     results = [
         model.train(training.step, params, training.init(params), model.batches(6))
-        for training in (model.layerwise(ROWS[name], slice_size=s) for s in (None, 256))
+        for training in (model.layerwise(ROWS[name], slice_size=s) for s in (None, slice_size))
     ]
     assert_close(results[1][0], results[0][0], tolerance=1e-6 if name != "16 bit" else 2e-2)
     hlo = [
         jax.jit(model.layerwise(ROWS[name], slice_size=s).step)
         .lower(params, ROWS[name].init(params), model.batches(1)[0], None)
         .as_text()
-        for s in (None, 256)
+        for s in (None, slice_size)
     ]
     whiles = [text.count("stablehlo.while") for text in hlo]
     assert whiles[1] == whiles[0] + 2  # of the embedding and of the head

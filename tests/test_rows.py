@@ -9,19 +9,22 @@ import pytest
 import galore_optax
 from galore_optax._rows import Use, use_of_rows
 
-NONE, ROWS, ALL = Use.NONE, Use.ROWS, Use.ALL
+SAME, ROWS, ALL = Use.SAME, Use.ROWS, Use.ALL
 N, A, B = 4, 3, 6
 C = np.random.default_rng(0).normal(size=(N, A, B)).astype(np.float32)
 
 # Of x (N, A, B), whose leading axis is one of rows, and c (N, A, B), which is constant.
 CASES = {
-    "argument": (lambda x, c: (x, c), (ROWS, NONE)),
+    "argument": (lambda x, c: (x, c), (ROWS, SAME)),
     "elementwise": (lambda x, c: jnp.sqrt(jnp.abs(x) + 1) * c - 2, ROWS),
     "select": (lambda x, c: jnp.where(c > 0, x, jnp.clip(x, -1, 1)), ROWS),
     "cast": (lambda x, c: x.astype(jnp.float16), ROWS),
-    "no rows": (lambda x, c: (c.sum(0), jnp.flip(c)), (NONE, NONE)),
-    "shape only": (lambda x, c: jnp.zeros_like(x), NONE),
-    "literal": (lambda x, c: (1.0, x + 1.0), (NONE, ROWS)),
+    "no rows": (lambda x, c: (jnp.ones(3) * 2, jnp.float32(1) + 1), (SAME, SAME)),
+    "numbers of each row": (lambda x, c: x * jnp.arange(N, dtype=x.dtype)[:, None, None], ALL),
+    "one number for all rows": (lambda x, c: x * jnp.full((N, 1, 1), 2.0), ROWS),
+    "random numbers": (lambda x, c: x + jax.random.normal(jax.random.key(0), x.shape), ALL),
+    "shape only": (lambda x, c: jnp.zeros_like(x), SAME),
+    "literal": (lambda x, c: (1.0, x + 1.0), (SAME, ROWS)),
     "sum of rows": (lambda x, c: x.sum((1, 2)), ROWS),
     "one of each": (lambda x, c: (x.sum(2), x.sum(0)), (ROWS, ALL)),
     "sum of all": (lambda x, c: x.sum(), ALL),
@@ -53,7 +56,7 @@ CASES = {
         (ROWS, ALL),
     ),
     "reverse": (lambda x, c: jnp.flip(x, 0), ALL),
-    "jit": (jax.jit(lambda x, c: (x * c, x.sum(0), c)), (ROWS, ALL, NONE)),
+    "jit": (jax.jit(lambda x, c: (x * c, x.sum(0), c)), (ROWS, ALL, ROWS)),
     "custom_jvp": (lambda x, c: jax.nn.silu(x) + jax.nn.relu(x), ROWS),
     "product": (lambda x, c: x @ c[0].T, ALL),
     "loop": (lambda x, c: jax.lax.fori_loop(0, 2, lambda _, y: y + 1, x), ALL),
@@ -79,13 +82,13 @@ def start():
 def test_use_is_what_is_written(name):
     function, expected = CASES[name]
     shapes = [jax.ShapeDtypeStruct((N, A, B), jnp.float32)] * 2
-    assert use_of_rows(function, *shapes, rows=[True, False]) == expected
+    assert use_of_rows(function, *shapes, rows=[True, True]) == expected
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_row_changes_nothing_but_itself(name):
     function, _ = CASES[name]
-    uses = leaves(use_of_rows(function, start(), C, rows=[True, False]))
+    uses = leaves(use_of_rows(function, start(), C, rows=[True, True]))
     before = jax.tree.leaves(function(start(), C))
     for row in range(N):
         after = jax.tree.leaves(function(start().at[row].set(C[row] + 5), C))
@@ -129,7 +132,7 @@ def test_updates_by_rows_are_those_of_each_row_by_itself(name):
     _, state = tx.update(grads, tx.init(params), params)
     has_rows = [jnp.shape(x)[:1] == (6,) for x in jax.tree.leaves(state)]
     uses = use_of_rows(tx.update, more, state, params, rows=[True, *has_rows, True])
-    wanted = [ROWS, *(ROWS if x else NONE for x in has_rows)]
+    wanted = [ROWS, *(ROWS if x else SAME for x in has_rows)]
     assert (leaves(uses) == wanted) is by_rows
     if by_rows:
         updates, _ = tx.update(more, state, params)

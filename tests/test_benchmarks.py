@@ -241,10 +241,10 @@ def test_layerwise_step_counts_the_operations_of_xla(monkeypatch, tmp_path, caps
     # XLA adds what is done entry by entry, and a chunk of the head.
     for way, flops in row["xla_flops_of_one_layer"].items():
         assert flops / (8 * 64) == pytest.approx(counted[way], rel=0.1)
-    assert row["xla_flops_ratio"] == pytest.approx(
-        counted["layer-wise"] / counted["ordinary"], abs=0.01
-    )
-    assert row["operations_ratio"] < row["xla_flops_ratio"] <= 1.03
+    # It merges some of what is computed twice.
+    assert 0.99 < row["xla_flops_ratio"] < 0.01 + counted["layer-wise"] / counted["ordinary"]
+    whole = layerwise_step.operations(dataclasses.replace(shape, layers=4, vocab_size=300))
+    assert row["operations_ratio"] == whole["layer-wise"] / whole["ordinary"]
 
 
 def fake_train(calls):

@@ -121,14 +121,14 @@ def layerwise(
         raise TypeError(f"clip_norm must be a number, or None; got {clip_norm!r}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, or None; got {clip_norm!r}")
-    if clip_norm is None and clip_by != "global":
-        raise ValueError(f"clip_by={clip_by!r} needs clip_norm, the norm to clip to")
     if slice_size is not None and not isinstance(slice_size, numbers.Integral):
         raise TypeError(f"slice_size must be a positive int, or None; got {slice_size!r}")
     if slice_size is not None and slice_size < 1:
         raise ValueError(f"slice_size must be at least 1, or None; got {slice_size}")
     if clip_by not in ("global", "layer"):
         raise ValueError(f'clip_by must be "global" or "layer"; got {clip_by!r}')
+    if clip_norm is None and clip_by != "global":
+        raise ValueError(f"clip_by={clip_by!r} needs clip_norm, the norm to clip to")
     settings = Settings(
         tx,
         embed,
@@ -232,11 +232,12 @@ class _Step:
         """Which leaves of the parameters a function of those without the blocks uses."""
         sets = jax.tree.leaves(dependence(function, rest, *args), is_leaf=_is_set)
         used = frozenset().union(*sets)
-        arrays = iter(range(len(jax.tree.leaves(rest))))
-        return [
-            not inside and any([next(arrays) in used for _ in jax.tree.leaves(leaf)])
-            for leaf, inside in zip(self.parts.shapes, self.parts.in_blocks, strict=True)
-        ]
+        shapes, arrays = self.parts.shapes, iter(range(len(jax.tree.leaves(rest))))
+        result = [False] * len(shapes)
+        # In the order that they have without the blocks.
+        for i in jax.tree.leaves(self.parts.divide(list(range(len(shapes))))[0]):
+            result[i] = any([next(arrays) in used for _ in jax.tree.leaves(shapes[i])])
+        return result
 
 
 def _is_set(x: Any) -> bool:

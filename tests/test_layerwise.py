@@ -1,5 +1,6 @@
 """The update inside the backward pass against the ordinary one: same numbers, less memory."""
 
+import collections
 import re
 
 import chex
@@ -228,7 +229,8 @@ def test_large_leaves_are_updated_in_slices_of_their_rows(name, vocabulary, slic
         for s in (None, slice_size)
     ]
     whiles = [text.count("stablehlo.while") for text in hlo]
-    assert whiles[1] == whiles[0] + 2  # of the embedding and of the head
+    # Of the embedding and of the head; not where random numbers would be the same for all slices.
+    assert whiles[1] == whiles[0] + (0 if name == "16 bit" else 2)
 
 
 def test_what_works_on_a_whole_leaf_is_not_done_in_slices():
@@ -240,6 +242,44 @@ def test_what_works_on_a_whole_leaf_is_not_done_in_slices():
     rms = jnp.sqrt(jnp.mean(gradient**2))
     expected = gradient / jnp.maximum(1, rms / 0.01)
     assert_close(params["embed"]["embedding"] - new["embed"]["embedding"], expected)
+
+
+def test_a_step_that_was_begun_elsewhere_is_begun_again():
+    tx, params, tokens = galore(accumulation_steps=2), model.init(), model.batches(2, 2)
+    training = model.layerwise(tx, micro_batches=2)
+    step = jax.jit(training.step)
+    params, state, _ = step(params, training.init(params), tokens[0], None)
+    gradient = jax.grad(model.loss)(params, tokens[1, 0])
+    _, begun = jax.jit(tx.update)(gradient, state, params)
+    assert int(begun.accumulator.count) == 1
+    results = [step(params, s, tokens[1], None) for s in (begun, state)]
+    chex.assert_trees_all_equal(*results)
+
+
+def test_numbers_of_each_row_are_not_those_of_the_first_slice():
+    """Of noise, and of a learning rate that grows along the vocabulary."""
+
+    def by_row(updates, state, params=None):
+        def scaled(path, g):
+            rows = jnp.arange(g.shape[0], dtype=g.dtype).reshape(-1, *[1] * (g.ndim - 1))
+            return -0.01 * rows * g if path[0].key == "embed" else -0.01 * g
+
+        return jax.tree.map_with_path(scaled, updates), state
+
+    params, tokens = model.init(), model.batches(1)[0]
+    tx = optax.GradientTransformation(lambda _: optax.EmptyState(), by_row)
+    results = []
+    for slice_size in (None, 64):
+        training = model.layerwise(tx, slice_size=slice_size)
+        results.append(jax.jit(training.step)(params, training.init(params), tokens, None)[0])
+    assert_close(*results)
+
+
+def test_parameters_may_be_any_mapping():
+    params = collections.OrderedDict(reversed(model.init().items()))
+    (found, _, _), (expected, _, _) = both(galore(), params=params, steps=3)
+    assert list(found) == list(params)
+    assert_close(found, expected)
 
 
 def test_the_state_is_the_ordinary_one_and_steps_can_alternate():
@@ -326,6 +366,34 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"accumulation_steps of galore is 3.*has 2"):
             training.step(params, training.init(params), model.batches(1, 2)[0], None)
 
+    @pytest.mark.parametrize("beside", ["schedule", "leaves"])
+    def test_of_what_is_beside_a_galore_that_accumulates(self, beside):
+        if beside == "schedule":
+            rate = optax.scale_by_schedule(lambda count: 0.1 / (1 + count))
+            tx = optax.chain(galore(optax.scale_by_adam(), accumulation_steps=2), rate)
+        else:
+            mask = {"blocks": True, "embed": False, "norm": False, "head": False}
+            tx = optax.masked(galore(optax.sgd(0.1), accumulation_steps=2), mask)
+        params, training = model.init(), model.layerwise(tx, micro_batches=2)
+        with pytest.raises(ValueError, match="galore must be all of the transformation"):
+            training.step(params, training.init(params), model.batches(1, 2)[0], None)
+
+    def test_of_a_loss_that_is_no_scalar(self):
+        training = galore_optax.layerwise(
+            optax.sgd(0.1), embed=model.embed, block=model.block, head_loss=lambda p, x, b: x[0, 0]
+        )
+        with pytest.raises(ValueError, match="head_loss must return a scalar; got"):
+            training.step(model.init(), training.init(model.init()), model.batches(1)[0], None)
+
+    def test_of_a_stack_of_vectors_in_codes(self):
+        tx = galore_optax.adamw_8bit(0.1, min_size=8)
+        with pytest.raises(ValueError, match="raise its min_size above"):
+            model.layerwise(tx).init(model.init())
+
+    def test_of_what_is_no_transformation(self):
+        with pytest.raises(TypeError, match="tx must be an Optax transformation; got"):
+            model.layerwise(optax.adamw)
+
     def test_of_clipping_what_is_averaged_at_rank_r(self):
         params, tx = model.init(), galore(accumulation_steps=2)
         training = model.layerwise(tx, micro_batches=2, clip_norm=1.0)
@@ -338,6 +406,9 @@ class TestErrors:
             ({"micro_batches": 0}, ValueError, "micro_batches must be at least 1; got 0"),
             ({"micro_batches": 1.5}, TypeError, "micro_batches must be a positive int"),
             ({"clip_norm": 0.0}, ValueError, "clip_norm must be positive"),
+            ({"clip_norm": "1"}, TypeError, "clip_norm must be a number, or None; got '1'"),
+            ({"clip_by": "layer"}, ValueError, "clip_by='layer' needs clip_norm"),
+            ({"slice_size": 1.5}, TypeError, "slice_size must be a positive int"),
             ({"clip_by": "leaf"}, ValueError, 'clip_by must be "global" or "layer"'),
             ({"slice_size": 0}, ValueError, "slice_size must be at least 1"),
         ],

@@ -258,6 +258,25 @@ def test_orthonormalize_spans_the_same_columns_at_any_condition(condition, shape
     np.testing.assert_allclose(basis @ (basis.T @ matrix), matrix, atol=1e-5)
 
 
+NARROW = {
+    "one direction short": np.eye(12) - 1 / 12,
+    "one direction short, tall": np.pad(np.eye(13) - 1 / 13, ((0, 27), (0, 0))),
+    "nearly square": np.random.default_rng(3).normal(size=(300, 297)),
+    "rank 3": np.random.default_rng(4).normal(size=(40, 3)) @ np.ones((3, 20)),
+    "ones": np.ones((20, 6)),
+    "zeros": np.zeros((20, 6)),
+    "some zero columns": np.eye(20, 12) * (np.arange(12) % 3 > 0),
+    "Hilbert": 1 / (np.arange(30)[:, None] + np.arange(20) + 1.0),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_orthonormalize_makes_orthonormal_columns_of_anything(name):
+    matrix = NARROW[name]
+    basis = np.asarray(jax.jit(orthonormalize)(jnp.asarray(matrix, jnp.float32)), np.float64)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(matrix.shape[1]), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gaussian", "orthonormal"])
 def test_regenerated_bases_take_no_memory_and_are_the_same_until_the_next_refresh(name):
     def tx(seed):

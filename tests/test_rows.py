@@ -15,7 +15,7 @@ C = np.random.default_rng(0).normal(size=(N, A, B)).astype(np.float32)
 
 # Of x (N, A, B), whose leading axis is one of rows, and c (N, A, B), which is constant.
 CASES = {
-    "argument": (lambda x, c: (x, c), (ROWS, SAME)),
+    "argument": (lambda x, c: (x, c), (ROWS, ROWS)),
     "elementwise": (lambda x, c: jnp.sqrt(jnp.abs(x) + 1) * c - 2, ROWS),
     "select": (lambda x, c: jnp.where(c > 0, x, jnp.clip(x, -1, 1)), ROWS),
     "cast": (lambda x, c: x.astype(jnp.float16), ROWS),

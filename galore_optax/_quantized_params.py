@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def quantize_params(
     """Quantizes the leaves that ``galore`` would project, and leaves the others as they are.
 
     Args:
-      params: the parameters, or their ``jax.ShapeDtypeStruct`` under ``jax.eval_shape``.
+      params: the parameters, or their ``jax.ShapeDtypeStruct``.
       rank: with ``side``, ``exclude`` and ``weight_dimension_numbers``, what `galore_optax.galore`
         gets: the same leaves are chosen.
       scheme: ``"int8"`` or ``"int4"``.
@@ -68,8 +69,24 @@ def quantize_params(
                     "elements in a row could share a block. Move that axis, or exclude the leaf."
                 )
             leaf_key = None if key is None else jax.random.fold_in(key, i)
-            leaf = quantize(leaf, scheme, block_size, batch_axes, leaf_key)
+            make = functools.partial(
+                quantize,
+                scheme=scheme,
+                block_size=block_size,
+                batch_axes=batch_axes,
+                key=leaf_key,
+            )
+            is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+            leaf = jax.eval_shape(make, leaf) if is_shape else make(leaf)
         new.append(leaf)
+    if views and not any(map(is_quantized, new)):
+        warnings.warn(
+            "quantize_params quantizes nothing: galore with the same arguments would project "
+            f"nothing. It sees {', '.join(f'{v.path} {v.shape}' for v in views[:3])}, ...; for "
+            "stacks of matrices pass weight_dimension_numbers.",
+            UserWarning,
+            stacklevel=2,
+        )
     return treedef.unflatten(new)
 
 

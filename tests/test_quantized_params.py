@@ -356,3 +356,17 @@ def test_arrays_of_jax_multiply_quantized_ones(factor):
     quantized = quantize(normal(4, 64))
     for product in (factor * quantized, quantized * factor):
         np.testing.assert_allclose(product, 2 * np.asarray(quantized.dequantize()))
+
+
+def test_shapes_are_quantized_like_arrays():
+    params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
+    shapes = jax.eval_shape(lambda: params)
+    found = galore_optax.quantize_params(shapes, rank=8)
+    expected = jax.eval_shape(lambda: galore_optax.quantize_params(params, rank=8))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert [x.shape for x in jax.tree.leaves(found)] == [x.shape for x in jax.tree.leaves(expected)]
+
+
+def test_a_tree_without_matrices_is_worth_a_warning():
+    with pytest.warns(UserWarning, match=r"quantizes nothing.*blocks \(3, 32, 64\).*numbers"):
+        galore_optax.quantize_params({"blocks": jnp.ones((3, 32, 64))}, rank=8)

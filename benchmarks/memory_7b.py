@@ -4,7 +4,7 @@
 
 Every row compiles the application's real update, refreshes of the projectors included, for a device
 that need not be here (`pip install 'jax[cuda13]' libtpu`), in a process of its own. Rows that the
-file has already are kept: the same command goes on where it was interrupted.
+file has already, of the same settings, are kept: the same command goes on where it was interrupted.
 
     python -m benchmarks.memory_7b --run --out benchmarks/results/memory_7b_run.json
 
@@ -202,6 +202,11 @@ def run_capped(row: dict[str, Any], steps: int, limit: float) -> dict[str, Any]:
 TASKS = {"analyse": analyse, "train": train, "memory": memory}
 
 
+def is_of(row: dict[str, Any] | None, done: dict[str, Any]) -> bool:
+    """Whether figures are those of a row of the table as it is now."""
+    return row is not None and all(done[key] == value for key, value in row.items())
+
+
 def described(name: str, row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{name:44} {row['error']}"
@@ -233,6 +238,7 @@ def main() -> None:
     record: dict[str, Any] = {"benchmark": "memory_7b", "rows": {}}
     if args.out and args.out.exists():
         record = json.loads(args.out.read_text())
+        record["rows"] = {k: row for k, row in record["rows"].items() if is_of(rows.get(k), row)}
     wanted = args.rows or [name for name in rows if name not in record["rows"]]
     if args.run and not args.rows:
         wanted = [name for name in wanted if name.startswith("7b Q-GaLore power_iteration rtx")]

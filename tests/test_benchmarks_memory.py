@@ -117,6 +117,16 @@ def test_the_same_command_does_what_is_missing(command, monkeypatch, capsys):
     assert len(done) == len(rows) + 2
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.removeprefix(NAME).split() == ["11.00", "12.00", "15.00"]
+    # Figures of other settings are none of this table, nor are rows that it has no more.
+    changed = memory_7b.table()
+    changed[NAME]["settings"]["seq"] = 512
+    gone, _ = changed.popitem()
+    monkeypatch.setattr(memory_7b, "table", lambda: changed)
+    rows = command()
+    assert done[-1] == NAME
+    assert len(done) == len(changed) + 4
+    assert rows[NAME]["settings"]["seq"] == 512
+    assert gone not in rows
 
 
 def test_a_row_that_failed_is_written_and_ends_with_an_error(command, monkeypatch):
@@ -194,7 +204,7 @@ def test_the_picture_has_a_bar_for_each_line_of_the_table():
         row["estimate"] = {"weights": 8 * GIB, "inputs": GIB, "total": 9 * GIB, "moment": "head"}
     bars = memory_table.bars(figures)
     assert len(bars) == len(memory_table.markdown(figures).splitlines()) - 2
-    assert bars[1].name == "LLaMA-7B, Q-GaLore\nrtx4060ti_16gb"
+    assert bars[1].name == "LLaMA-7B, Q-GaLore\nNVIDIA RTX 4060 Ti 16 GB"
     assert bars[1].parts == {"weights": 8 * GIB, "inputs": GIB}
     assert [bar.peak for bar in bars] == [12 * GIB] * 5 + [None]
 
@@ -211,7 +221,12 @@ def test_the_table_goes_between_the_comments():
 def test_the_readme_has_the_table_of_the_figures():
     text, figures = memory_table.README.read_text(), json.loads(memory_table.FIGURES.read_text())
     assert memory_table.replaced(text, memory_table.markdown(figures)) == text
-    assert figures["rows"].keys() <= memory_7b.table().keys()
+
+
+def test_the_figures_are_of_the_tables_settings():
+    rows = memory_7b.table()
+    for name, row in json.loads(memory_table.FIGURES.read_text())["rows"].items():
+        assert {key: row[key] for key in rows[name]} == rows[name], name
 
 
 def test_the_estimate_is_near_the_compilers_figures():

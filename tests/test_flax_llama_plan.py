@@ -10,15 +10,17 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tyro
 
 from examples.flax_llama import compile_step as compiling
 from examples.flax_llama import fit, memory, memory_chart, plan
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step, standard_error
-from examples.flax_llama.config import Config
+from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import DEVICES, GIB, Device, device_named, installed
 from examples.flax_llama.memory import estimate
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
 from examples.flax_llama.step import State, data_mesh, initial_params
+from examples.flax_llama.train import from_command_line
 
 VOCAB = 300
 
@@ -47,10 +49,30 @@ def run(capsys, *words):
     return stopped.value.code, capsys.readouterr().out
 
 
+def refusal(capsys, *words):
+    """What the command says of settings that cannot work, before it plans anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["plan", *words])
+        with pytest.raises(SystemExit) as stopped:
+            plan.main()
+    printed = capsys.readouterr()
+    assert (stopped.value.code, printed.out) == (2, "")
+    return printed.err
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_what_stays_is_what_a_state_has(name, param_dtype):
-    settings = config(optimizer=name, param_dtype=param_dtype)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"param_dtype": "bfloat16"},
+        # With GaLore there is an accumulator, but not with clipping.
+        {"layerwise": True, "accumulate": 2, "clip": 0.0},
+        {"layerwise": True, "accumulate": 2, "clip": 1.0},
+    ],
+)
+def test_what_stays_is_what_a_state_has(name, given):
+    settings = config(optimizer=name, **given)
     params = initial_params(settings, settings.shape(VOCAB))
     state = State(params, jax.jit(make_optimizer(settings).init)(params))
     estimated = estimate(settings, VOCAB)
@@ -124,6 +146,26 @@ def test_settings_that_need_less(more, less):
     assert totals[0] > totals[1]
 
 
+def test_the_accumulator_of_micro_batches_stays_and_what_leaves_it_out_is_told(capsys):
+    # Of 32 000 x 4096 entries twice, of the layers' matrices at rank 1024, and norms, in float32.
+    entries = 2 * 32_000 * 4096 + 32 * 1024 * (4 * 4096 + 3 * 11008) + 65 * 4096
+    kept, without = (
+        estimate(seven_billion(optimizer="q_galore_adamw", layerwise=True, **s), 32_000).arguments
+        for s in ({"accumulate": 2, "clip": 0.0}, {})
+    )
+    assert kept - without == pytest.approx(4 * entries, rel=1e-3)
+    words = "--device rtx4060ti_16gb --accumulate 2 --clip 0"
+    status, printed = run(capsys, *words.split())
+    assert status == 3
+    for change in ("--accumulate 1", "--clip 1"):
+        assert re.search(f"^  {change}: [0-9.]+ GiB, fits$", printed, re.MULTILINE)
+    assert "Inputs are those of all 2 micro-batches" in printed
+    assert "between refreshes, where GaLore averages" in printed
+    adamw = run(capsys, "--optimizer", "adamw", "--accumulate", "2", "--device", "h100_80gb")[1]
+    assert "all 2 micro-batches" in adamw
+    assert "between refreshes" not in adamw
+
+
 def test_seven_billion_parameters_are_planned_in_a_second():
     # The first trace of anything takes longer.
     estimate(config(optimizer="q_galore_adamw"), VOCAB)
@@ -165,11 +207,13 @@ def test_the_command_says_how_much_room_there_is(capsys):
         "--optimizer galore_adamw --dtype float32 --device rtx4090_24gb",
         "--model 13b --optimizer galore_adamw_8bit --device rtx4090_24gb",
         "--batch 64 --device tpu_v5e",
+        "--accumulate 2 --clip 0 --device rtx4060ti_16gb",
+        "--optimizer galore_adamw_8bit --device rtx4060ti_16gb --seq 2048",
     ],
 )
 def test_what_is_said_to_fit_does(capsys, words):
     status, printed = run(capsys, *words.split())
-    assert status == 1
+    assert status == 3
     assert "too much by" in printed
     changes = re.findall(r"^  (--.*): ([\d.]+) GiB, fits$", printed, re.MULTILINE)
     batches = re.findall(r"^  (--batch \d+): the largest that fits$", printed, re.MULTILINE)
@@ -180,16 +224,42 @@ def test_what_is_said_to_fit_does(capsys, words):
         assert size is None or f"estimate: {size} of" in after
     for batch in batches:
         larger = f"--batch {int(batch.split()[1]) + 1}"
-        assert run(capsys, *words.split(), *larger.split())[0] == 1
+        assert run(capsys, *words.split(), *larger.split())[0] == 3
 
 
 def test_what_cannot_fit_is_told_so_before_anything_is_compiled(capsys, monkeypatch):
     monkeypatch.setattr(Device, "mesh", lambda self: None)
     monkeypatch.setattr(plan, "compile_step", lambda *_: pytest.fail("compiled"))
-    words = "--model 13b --device rtx4060ti_16gb --optimizer adamw --no-layerwise --compile"
+    device = "--device rtx4060ti_16gb"
+    words = f"--model 13b {device} --optimizer adamw --no-layerwise --compile"
     status, printed = run(capsys, *words.split())
-    assert status == 1
-    assert re.search(r"^  another device, or a smaller model: [\d.]+ GiB", printed, re.MULTILINE)
+    assert status == 3
+    assert "XLA: not compiled, since" in printed
+    (found,) = re.findall(r"another device, or a smaller model: (.*) still needs (.*) GiB", printed)
+    status, after = run(capsys, *words.split(), *shlex.split(found[0]))
+    assert status == 3
+    assert f"estimate: {found[1]} of" in after
+    # The least sequences are not enough, and what they need is said.
+    (size,) = re.findall(r"^  --batch 1: (.*) GiB, not enough by itself$", printed, re.MULTILINE)
+    assert f"estimate: {size} of" in run(capsys, *words.split(), "--batch", "1")[1]
+    assert "no batch fits, not even 1" in run(capsys, *words.split(), "--sweep")[1]
+
+
+def test_advice_goes_by_what_the_compiler_found():
+    given = {"optimizer": "q_galore_adamw", "layerwise": True, "attention": "xla"}
+    settings, device = seven_billion(**given), HERE
+    size = estimate(settings, 32_000).total
+    more = device.usable - size + 1
+    by_one = fit.advice(settings, 32_000, device, more)
+    batch = int(by_one[0].removeprefix("--batch ").removesuffix(": the largest that fits"))
+    sizes = [
+        estimate(dataclasses.replace(settings, batch=n), 32_000).total for n in (batch, batch + 1)
+    ]
+    assert sizes[0] + more <= device.usable < sizes[1] + more
+    cudnn = estimate(dataclasses.replace(settings, attention="cudnn"), 32_000).total + more
+    assert f"--attention cudnn: {cudnn / GIB:.2f} GiB, fits" in by_one
+    tpu = fit.advice(settings, 32_000, device_named("tpu_v5e"), more)
+    assert not any("cudnn" in line for line in tpu)
 
 
 @pytest.mark.parametrize("batch", [64, 3])
@@ -198,7 +268,7 @@ def test_a_sweep_takes_the_largest_batch_whatever_is_given(capsys, batch):
     status, printed = run(capsys, *words)
     assert status == 0
     batch = int(re.search(r"largest batch that fits: (\d+)", printed).group(1))
-    for size, status in ((batch, 0), (batch + 1, 1)):
+    for size, status in ((batch, 0), (batch + 1, 3)):
         assert run(capsys, "--device", "h100_80gb", "--batch", str(size))[0] == status
 
 
@@ -226,26 +296,28 @@ def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refus
     ("words", "message"),
     [
         ("--device a100", "device='a100': expected one of rtx4060ti_16gb, rtx4090_24gb, h100_80gb"),
-        ("--model 8b", "preset='8b': expected one of 9m"),
+        ("--model 8b", "model='8b': expected one of 9m"),
         ("--optimizer adam", "optimizer='adam': expected one of adamw"),
         ("--attention auto", "attention='auto': expected xla or cudnn"),
         ("--attention cudnn --device tpu_v5e", "attention='cudnn' needs an NVIDIA GPU and dtype"),
         ("--attention cudnn --dtype float32", "attention='cudnn' needs an NVIDIA GPU and dtype"),
         ("--batch 3 --accumulate 2", "batch=3 does not divide into accumulate=2"),
         ("--vocab-size 0", "vocab_size=0"),
+        ("--out no_such_directory/memory.png", "memory.png cannot be written"),
+        ("--out memory.pgn", "out=memory.pgn: expected a name that ends in one of"),
+        ("--out memory", "out=memory: expected a name that ends in one of"),
     ],
 )
 def test_settings_that_cannot_work(capsys, words, message):
-    assert message in run(capsys, *words.split())[0]
+    assert message in refusal(capsys, *words.split())
 
 
 @pytest.mark.parametrize(("device", "package"), [("tpu_v6e", "libtpu"), ("h100_80gb", "cuda13")])
 def test_a_missing_compiler_is_named(capsys, monkeypatch, device, package):
     monkeypatch.setattr("examples.flax_llama.devices.installed", lambda modules: False)
-    message, printed = run(capsys, "--device", device, "--compile")
+    message = refusal(capsys, "--device", device, "--compile")
     assert f"Compiling for {device} needs pip install" in message
     assert package in message
-    assert printed == ""
     assert run(capsys, "--device", device)[0] == 0
 
 
@@ -268,9 +340,30 @@ def test_the_settings_are_those_of_a_run():
     planned = {field.name for field in dataclasses.fields(plan.Plan)} - own
     assert planned <= fields.keys()
     changed = {"rank": 7, "accumulate": 4, "clip_by": "layer", "seq": 8, "momentum": 0.5}
-    made = plan.Plan(model="60m", **changed).config()
+    made = plan.Plan(model="60m", **changed).given().resolve()
     assert {name: getattr(made, name) for name in changed} == changed
     assert (made.preset, made.hidden, made.int8_weights) == ("60m", 512, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--preset 13b --sweep --batch 3",
+        "--no-layerwise --remat --optimizer galore_adamw --clip 0.5 --rank 64 --heads 16",
+        "--int8-weights False --stochastic-rounding --projector rows --projector-dtype int8",
+        "--preset 1b --optimizer adamw --dtype float32 --param-dtype float32 --no-remat",
+        "--optimizer q_galore_adamw --accumulate 2 --attention cudnn --refresh periodic",
+    ],
+)
+def test_the_command_to_train_is_of_what_was_planned(capsys, words):
+    status, printed = run(capsys, "--device", "h100_80gb", "--seq", "128", *words.split())
+    assert status == 0
+    (command,) = re.findall(r"^  python -m examples.flax_llama.train (.*)$", printed, re.MULTILINE)
+    planned = tyro.cli(plan.Plan, args=["--seq", "128", *words.split()]).given()
+    (batch,) = re.findall(r"largest batch that fits: (\d+)", printed) or [planned.batch]
+    wanted = dataclasses.replace(planned, batch=int(batch))
+    assert from_command_line(shlex.split(command)) == wanted
 
 
 def test_the_compiled_step_is_that_of_the_run_and_its_arguments_as_estimated():
@@ -297,10 +390,23 @@ def test_figures_stand_beside_the_estimate(capsys, monkeypatch, tmp_path):
     assert columns == {"arguments": "10.00", "temporaries": "2.00", "total": "13.00"}
     assert "XLA: 13.00 of 15.50 GiB, fits, with 2.50 to spare" in printed
     assert "or could not: Can't reduce" in printed
+    assert "To train so" in printed
     # The compiler is believed, not the estimate.
     large = dataclasses.replace(found, peak=16 * GIB)
     monkeypatch.setattr(plan, "compile_step", lambda *_: large)
-    assert run(capsys, "--device", "rtx4060ti_16gb", "--compile")[0] == 1
+    status, printed = run(capsys, "--device", "rtx4060ti_16gb", "--compile")
+    assert status == 3
+    assert "To train so" not in printed
+    assert re.search(r"What would help, with the 2\.95 GiB that XLA needs beyond", printed)
+
+    def refused(*_):
+        raise TooLarge("too large")
+
+    monkeypatch.setattr(plan, "compile_step", refused)
+    status, printed = run(capsys, "--device", "rtx4060ti_16gb", "--compile")
+    assert status == 3
+    # No batch as large as the one that was refused.
+    assert int(re.search(r"--batch (\d+): the largest that fits", printed).group(1)) < 16
 
 
 def test_what_libraries_write_to_standard_error_is_read(capfd):
@@ -340,7 +446,7 @@ def test_bars_are_the_parts_and_lines_the_devices(tmp_path, monkeypatch):
     estimates = [estimate(seven_billion(optimizer=name), 32_000) for name in ("adamw", "sgd")]
     bars = [memory_chart.Bar(e.moment, e.parts, peak=30 * GIB) for e in estimates]
     devices = [device_named("rtx4090_24gb"), device_named("tpu_v5e")]
-    memory_chart.draw(bars, devices, tmp_path)
+    memory_chart.draw(bars, devices, memory_chart.picture(tmp_path))
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = closed[0].axes
     ends = np.array([[bar.get_x() + bar.get_width() for bar in c] for c in axes.containers])
@@ -349,15 +455,32 @@ def test_bars_are_the_parts_and_lines_the_devices(tmp_path, monkeypatch):
     lines = [line.get_xdata() for line in axes.get_lines()]
     np.testing.assert_array_equal(lines[0], [30, 30])
     np.testing.assert_allclose(lines[1:], [[d.usable / GIB] * 2 for d in devices])
+    renderer = closed[0].canvas.get_renderer()
+    texts = [text.get_window_extent(renderer) for text in axes.texts]
+    assert {text.get_text().strip() for text in axes.texts} == {
+        *("30.0", "NVIDIA RTX 4090 24 GB", "TPU v5e, 16 GB")
+    }
+    for i, box in enumerate(texts):
+        assert 0 <= box.x0 < box.x1 <= closed[0].bbox.x1
+        assert 0 <= box.y0 < box.y1 <= closed[0].bbox.y1
+        # Beside or above the axes, in which the lines are, and over no other text.
+        assert box.x0 >= axes.bbox.x1 or box.y0 >= axes.bbox.y1 - 1
+        assert not box.count_overlaps(texts[i + 1 :])
     monkeypatch.undo()
     plt.close("all")
 
 
-def test_a_picture_that_cannot_be_written(capsys, tmp_path):
-    message, _ = run(capsys, "--model", "60m", "--out", str(tmp_path / "none" / "memory.png"))
-    assert "memory.png cannot be written" in message
-    assert run(capsys, "--model", "60m", "--out", str(tmp_path))[0] == 0
+def test_the_command_says_where_the_picture_is(capsys, tmp_path):
+    status, printed = run(capsys, "--model", "60m", "--out", str(tmp_path))
+    assert status == 0
+    assert f"wrote {tmp_path / 'memory.png'}" in printed
     assert (tmp_path / "memory.png").is_file()
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    bars = [memory_chart.Bar("one", {"weights": GIB})]
+    with pytest.raises(UsageError, match=r"memory\.png cannot be written"):
+        memory_chart.draw(bars, [HERE], tmp_path / "none" / "memory.png")
 
 
 gpu_compiler = pytest.mark.skipif(

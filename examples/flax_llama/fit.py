@@ -7,6 +7,7 @@ from typing import Any
 from examples.flax_llama.config import Config
 from examples.flax_llama.devices import GIB, Device
 from examples.flax_llama.memory import estimate
+from examples.flax_llama.optimizers import micro_batches_at_rank
 
 # More sequences than any device that is known here has room for.
 MOST = 2**20
@@ -22,8 +23,8 @@ class Change:
     config: Config
 
 
-def alternatives(config: Config) -> Iterator[Change]:
-    """Single changes that need less, those first that leave the result as it is."""
+def alternatives(config: Config, device: Device) -> Iterator[Change]:
+    """Single changes that may need less, those first that leave the result as it is."""
 
     def change(flags: str, **settings: Any) -> Change:
         return Change(flags, dataclasses.replace(config, **settings))
@@ -35,6 +36,15 @@ def alternatives(config: Config) -> Iterator[Change]:
     rows = config.batch // config.accumulate
     if rows > 1 and not config.layerwise:
         yield change(f"--accumulate {config.batch}", accumulate=config.batch)
+    if config.attention == "xla" and config.dtype == "bfloat16" and not device.is_tpu:
+        yield change("--attention cudnn", attention="cudnn")
+    if micro_batches_at_rank(config) > 1:
+        # No accumulator; nor is there one with clipping, for which they are averaged before.
+        yield change("--accumulate 1", accumulate=1)
+        yield change("--clip 1", clip=1.0)
+    if config.layerwise and config.clip and config.clip_by == "global":
+        yield change("--clip-by layer", clip_by="layer")
+        yield change("--clip 0", clip=0.0)
     for name in ("dtype", "param_dtype"):
         if getattr(config, name) == "float32":
             yield change(f"--{name.replace('_', '-')} bfloat16", **{name: "bfloat16"})
@@ -47,7 +57,7 @@ def alternatives(config: Config) -> Iterator[Change]:
         settings = {"projector_dtype": "int4", "refresh": "lazy", "int8_weights": True}
         yield change("--optimizer q_galore_adamw", optimizer="q_galore_adamw", **settings)
     if galore and not config.int8_weights:
-        yield change("--int8-weights", int8_weights=True)
+        yield change("--int8-weights True", int8_weights=True)
     if galore and config.rank // 2 >= config.hidden // LEAST_RANK:
         yield change(f"--rank {config.rank // 2}", rank=config.rank // 2)
 
@@ -67,39 +77,55 @@ def largest_batch(config: Config, fits: Callable[[Config], bool]) -> int:
     return low * config.accumulate
 
 
-def advice(config: Config, vocab_size: int, device: Device) -> list[str]:
-    """What to change in a configuration that does not fit, each with what it would need then."""
+def helpful(config: Config, vocab_size: int, device: Device) -> dict[str, Config]:
+    """The single changes that do need less, by their flags."""
+    found = {change.flags: change.config for change in alternatives(config, device)}
+    size = estimate(config, vocab_size).total
+    return {flags: c for flags, c in found.items() if estimate(c, vocab_size).total < size}
+
+
+def advice(config: Config, vocab_size: int, device: Device, more: int = 0) -> list[str]:
+    """What to change in a configuration that does not fit, each with what it would need then.
+
+    Args:
+      config: resolved.
+      vocab_size: of the model.
+      device: that it does not fit into.
+      more: bytes that the compiled step needs beyond the estimate, taken for those that it will
+        need beyond it after any change, too.
+    """
+
+    def total(config: Config) -> int:
+        return estimate(config, vocab_size).total + more
 
     def fits(config: Config) -> bool:
         return total(config) <= device.usable
 
-    def total(config: Config) -> int:
-        return estimate(config, vocab_size).total
-
-    def helps(config: Config) -> dict[str, Config]:
-        found = {change.flags: change.config for change in alternatives(config)}
-        return {flags: c for flags, c in found.items() if total(c) < total(config)}
+    def line(flags: str, changed: Config) -> str:
+        enough = "fits" if fits(changed) else "not enough by itself"
+        return f"{flags}: {total(changed) / GIB:.2f} GiB, {enough}"
 
     lines = []
-    batch = largest_batch(config, fits)
-    if batch:
+    smallest = dataclasses.replace(config, batch=config.accumulate)
+    if batch := largest_batch(config, fits):
         lines.append(f"--batch {batch}: the largest that fits")
-    for flags, changed in helps(config).items():
-        enough = "fits" if fits(changed) else "not enough by itself"
-        lines.append(f"{flags}: {total(changed) / GIB:.2f} GiB, {enough}")
+    elif total(smallest) < total(config):
+        lines.append(line(f"--batch {smallest.batch}", smallest))
+    lines += [line(*change) for change in helpful(config, vocab_size, device).items()]
     best, taken = config, []
-    while not fits(best) and (smaller := helps(best)):
+    while not fits(best) and (smaller := helpful(best, vocab_size, device)):
         flags = min(smaller, key=lambda flags: total(smaller[flags]))
         best = smaller[flags]
         # One rank instead of another.
         taken = [flag for flag in taken if flag.split()[0] != flags.split()[0]] + [flags]
-    if not fits(best) and (batch := largest_batch(best, fits)):
-        best = dataclasses.replace(best, batch=batch)
-        taken.append(f"--batch {batch}")
     if not fits(best):
-        lines.append(
-            f"another device, or a smaller model: {total(best) / GIB:.2f} GiB at the least"
-        )
+        batch = largest_batch(best, fits) or best.accumulate
+        if batch < best.batch:
+            taken.append(f"--batch {batch}")
+        best = dataclasses.replace(best, batch=batch)
+    if not fits(best):
+        still = f": {' '.join(taken)} still needs {total(best) / GIB:.2f} GiB"
+        lines.append(f"another device, or a smaller model{still if taken else ''}")
     elif len(taken) > 1:
         lines.append(f"{' '.join(taken)}: {total(best) / GIB:.2f} GiB, fits")
     return lines

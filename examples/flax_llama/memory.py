@@ -76,9 +76,9 @@ class Estimate:
 def estimate(config: Config, vocab_size: int) -> Estimate:
     """The memory of a step of a resolved configuration on one device."""
     shape = config.shape(vocab_size)
-    # What the parameters and the state do not depend on is left out, since a sweep changes it.
-    same: dict[str, Any] = {"batch": 1, "accumulate": 1, "layerwise": False}
-    same |= {"clip_by": "global", "attention": "xla"}
+    # What the parameters and the state do not depend on is left out, since a sweep changes it. What
+    # decides whether GaLore averages micro-batches is not: its accumulator stays between updates.
+    same: dict[str, Any] = {"batch": config.accumulate, "clip_by": "global", "attention": "xla"}
     weights, projectors, moments = held(dataclasses.replace(config, **same), vocab_size)
     moments_of_step = step_layerwise(config, shape) if config.layerwise else step(config, shape)
     name, parts = max(moments_of_step.items(), key=lambda item: sum(item[1]))

@@ -2,35 +2,42 @@
 
 python -m examples.flax_llama.plan --model 7b --optimizer q_galore_adamw --device rtx4060ti_16gb \
     --batch 16 --seq 256
+
+The exit status is 0 if it fits, 3 if it does not, and 2 if a setting cannot work.
 """
 
 import dataclasses
+import shlex
+import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step
-from examples.flax_llama.config import Config, UsageError, at_least_one
+from examples.flax_llama.config import PRESETS, Config, UsageError, at_least_one, one_of
 from examples.flax_llama.devices import GIB, Device, device_named
-from examples.flax_llama.fit import advice, alternatives, largest_batch
+from examples.flax_llama.fit import advice, helpful, largest_batch
 from examples.flax_llama.memory import Estimate, estimate
-from examples.flax_llama.memory_chart import Bar, draw
+from examples.flax_llama.memory_chart import Bar, draw, picture
+from examples.flax_llama.optimizers import micro_batches_at_rank
 
 MOMENTS = {
     "block": "the backward pass of a block",
     "head": "the backward pass of the head",
     "update": "the optimizer's update of a stacked matrix",
 }
+DOES_NOT_FIT, ERROR = 3, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What to plan. Settings that a training run has, too, mean the same there."""
 
-    # Shape of the model, and its rank and clipping: 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b,
-    # 7b or 13b; --preset of a training run.
-    model: str = "7b"
+    # Shape of the model, and its rank and clipping, as --preset of a training run: 9m, 20m, 35m,
+    # 60m, 130m, 250m, 350m, 1b, 3b, 7b or 13b.
+    model: Annotated[str, tyro.conf.arg(aliases=["--preset"])] = "7b"
     # rtx4060ti_16gb, rtx4090_24gb, h100_80gb, tpu_v5e or tpu_v6e.
     device: str = "rtx4090_24gb"
     # As in training, such as adamw, galore_adamw, galore_adamw_8bit or q_galore_adamw.
@@ -87,18 +94,36 @@ class Plan:
     # Picture of the parts to write, such as memory.png, or a directory for one of that name.
     out: Path | None = None
 
-    def config(self) -> Config:
-        """The resolved configuration of a run.
+    def given(self) -> Config:
+        """The configuration of a run, with None for what is the preset's.
 
         Raises:
           UsageError: a setting cannot work.
         """
         names = {field.name for field in dataclasses.fields(Config)} - {"out"}
         same = {k: v for k, v in vars(self).items() if k in names}
+        one_of("model", self.model, PRESETS)
         at_least_one("vocab_size", self.vocab_size)
         if self.attention == "auto":
             raise UsageError("attention='auto': expected xla or cudnn, which must be known here.")
-        return Config(preset=self.model, **same).resolve()
+        return Config(preset=self.model, **same)
+
+
+def train_command(given: Config) -> str:
+    """The command that trains with a configuration, as it was given."""
+    words = ["python", "-m", "examples.flax_llama.train", "--preset", given.preset]
+    for field in dataclasses.fields(Config):
+        value = getattr(given, field.name)
+        if field.name != "preset" and value != field.default:
+            words += option(field.name, value, of_bool=isinstance(field.default, bool))
+    return shlex.join(words)
+
+
+def option(name: str, value: object, of_bool: bool) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if of_bool:
+        return [flag if value else flag.replace("--", "--no-")]
+    return [flag, str(value)]
 
 
 def table(estimated: Estimate, compiled: Compiled | None) -> str:
@@ -130,6 +155,17 @@ def table(estimated: Estimate, compiled: Compiled | None) -> str:
         "GiB; XLA's is its peak" if compiled else "GiB",
     )
     return "\n".join(lines)
+
+
+def kept_inputs(config: Config) -> str:
+    """Why a layer-wise update keeps the inputs of several micro-batches."""
+    line = (
+        f"Inputs are those of all {config.accumulate} micro-batches, since one layer's gradient is "
+        "averaged over them before the next one's is computed"
+    )
+    if "galore" in config.optimizer and micro_batches_at_rank(config) > 1:
+        line += "; between refreshes, where GaLore averages at rank r, those of one"
+    return f"{line}."
 
 
 def verdict(size: int, device: Device, whose: str) -> str:
@@ -184,9 +220,11 @@ def plan(settings: Plan) -> bool:
       UsageError: a setting cannot work, or the compiler for the device is missing.
     """
     device, vocab_size = device_named(settings.device), settings.vocab_size
-    config = settings.config()
+    given = settings.given()
+    config = given.resolve()
     if config.attention == "cudnn" and (device.is_tpu or config.dtype != "bfloat16"):
         raise UsageError("attention='cudnn' needs an NVIDIA GPU and dtype='bfloat16'.")
+    out = settings.out and picture(settings.out)
     if settings.compile:
         device.mesh()  # raises before anything else is done
     start = time.perf_counter()
@@ -195,38 +233,50 @@ def plan(settings: Plan) -> bool:
         config = dataclasses.replace(config, batch=batch or config.accumulate)
     estimated = estimate(config, vocab_size)
     seconds = time.perf_counter() - start
-    fits, compiled = estimated.total <= device.usable, None
+    peak, compiled = estimated.total, None
     print(summary(config, vocab_size, device), flush=True)
     # What stays is exact: there is no use in compiling what it leaves no room for.
-    if settings.compile and estimated.arguments <= device.usable:
+    if settings.compile and estimated.arguments > device.usable:
+        print("XLA: not compiled, since what stays between updates is too much by itself")
+    elif settings.compile:
         if settings.sweep:
             config, compiled = compiled_to_fit(config, vocab_size, device)
             estimated = estimate(config, vocab_size)
-            fits = compiled is not None
         else:
             try:
                 compiled = compile_step(config, vocab_size, device)
-                fits = compiled.peak <= device.usable
             except TooLarge as error:
                 print(f"XLA: {error}")
-                fits = False
-    print(f"\n{table(estimated, compiled)}\n\n{verdict(estimated.total, device, 'estimate')}")
+        # What is refused needs more than there is, at least.
+        peak = compiled.peak if compiled else device.usable + 1
+    fits = peak <= device.usable
+    print(f"\n{table(estimated, compiled)}\n")
+    if config.layerwise and config.accumulate > 1:
+        print(kept_inputs(config))
+    print(verdict(estimated.total, device, "estimate"))
     print(f"(estimated in {seconds:.2f} s)")
     if compiled:
         print(verdict(compiled.peak, device, "XLA"))
         print(f"(compiled in {compiled.seconds:.0f} s, with attention of {config.attention})")
         for line in compiled.rematerializes:
             print(f"XLA computes things again to fit, or could not: {line}")
-    if not fits:
-        print("\n  ".join(["What would help:", *advice(config, vocab_size, device)]))
-    elif settings.sweep:
-        print(f"largest batch that fits: {config.batch}")
-    if settings.out is not None:
+    if settings.sweep:
+        found = f"largest batch that fits: {config.batch}"
+        print(found if fits else f"no batch fits, not even {config.batch}")
+    if fits:
+        print(f"To train so:\n  {train_command(dataclasses.replace(given, batch=config.batch))}")
+    else:
+        more = max(0, peak - estimated.total)
+        beyond = f", with the {more / GIB:.2f} GiB that XLA needs beyond the estimate" * bool(more)
+        lines = advice(config, vocab_size, device, more)
+        print("\n  ".join([f"What would help{beyond}:", *lines]))
+    if out is not None:
         name = f"{config.preset} {config.optimizer}, {config.batch} x {config.seq}"
         bars = [Bar(name, estimated.parts, compiled.peak if compiled else None)]
-        for change in () if fits else alternatives(config):
-            bars.append(Bar(change.flags, estimate(change.config, vocab_size).parts))
-        draw(bars, [device], settings.out)
+        changes = {} if fits else helpful(config, vocab_size, device)
+        bars += [Bar(flags, estimate(c, vocab_size).parts) for flags, c in changes.items()]
+        draw(bars, [device], out)
+        print(f"wrote {out}")
     return fits
 
 
@@ -234,8 +284,9 @@ def main() -> None:
     try:
         fits = plan(tyro.cli(Plan, description=__doc__))
     except UsageError as error:
-        raise SystemExit(f"error: {error}") from None
-    raise SystemExit(0 if fits else 1)
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(ERROR) from None
+    raise SystemExit(0 if fits else DOES_NOT_FIT)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class Sweep:
         inputs: Any,
         dx: Any,
         stacked: Callable[[Any], list[Any]],
-        visit: Callable[[jax.Array, list[Any], Any], Any],
+        visit: Callable[[jax.Array, list[Any], list[Any], Any], Any],
         carry: Any,
     ) -> tuple[Any, Any]:
         """Goes through the layers from the last to the first.
@@ -171,7 +171,7 @@ class Sweep:
           inputs: of all layers.
           dx: the gradient of what the last one returns.
           stacked: of a carry the parameters of the blocks.
-          visit: of a layer's index and gradient and a carry the next carry.
+          visit: of a layer's index, parameters and gradient and a carry the next carry.
           carry: the first one.
 
         Returns:
@@ -195,7 +195,7 @@ class Sweep:
                 return jax.vjp(apply, _carriers(params), x)[1](dx)
 
             gradients, dx = self._mean(one, (x, dx))
-            return dx, visit(layer, gradients, carry)
+            return dx, visit(layer, params, gradients, carry)
 
         return jax.lax.fori_loop(0, layers, body, (dx, carry))
 
@@ -203,7 +203,7 @@ class Sweep:
         """The gradient of the first layer's input, and the square of the norm of the layers'."""
         stacked = _only(self.parts.in_blocks, leaves)
 
-        def visit(_: Any, gradients: list[Any], square: jax.Array) -> jax.Array:
+        def visit(_: Any, __: Any, gradients: list[Any], square: jax.Array) -> jax.Array:
             return square + self._square(gradients)
 
         return self._backward(inputs, dx, lambda _: stacked, visit, jnp.zeros([], self.dtype))
@@ -226,15 +226,12 @@ class Sweep:
         piece = self.parts.layer
         old = _take(piece, state)
 
-        def visit(layer: jax.Array, gradients: Any, carry: Any) -> Any:
+        def visit(layer: jax.Array, params: Any, gradients: Any, carry: Any) -> Any:
             square, new = carry
             own, scale = self._square(gradients), factor
             if self.settings.clip_norm is not None and self.settings.clip_by == "layer":
                 scale = self._clip_factor(own)
-            gradients = jax.tree.map(lambda x: x[None], gradients)
-            # Read again, after the gradient: kept from there, it would take memory in between.
-            layer, gradients = jax.lax.optimization_barrier((layer, gradients))
-            params = jax.tree.map(lambda x: _cut(x, layer, 1), new.leaves)
+            gradients, params = jax.tree.map(lambda x: x[None], (gradients, params))
             call = _Call(gradients, params, scale, layer, layer, self._key(layer), write)
             return square + own, self._in_place(piece, call, old, new, layer, 1)
 

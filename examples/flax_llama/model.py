@@ -4,6 +4,7 @@ Sizes in the suffixes of names: B batch, S sequence, C context (the length of a 
 F intermediate, H heads, K size of a head, V vocabulary, L layers.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -84,6 +85,36 @@ def rope(x_BxSxHxK: jax.Array, angles: Rotation) -> jax.Array:
     return rotated.astype(x_BxSxHxK.dtype)
 
 
+# Attention weights that exist at a time where no fused kernel avoids them: 32 MiB in float32.
+MAX_WEIGHTS = 2**23
+
+
+def attend(
+    q_BxSxHxK: jax.Array,
+    k_BxSxHxK: jax.Array,
+    v_BxSxHxK: jax.Array,
+    implementation: Literal["xla", "cudnn"],
+) -> jax.Array:
+    """Causal attention, (B, S, H, K), some sequences after the others if they are many."""
+
+    def some(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return jax.nn.dot_product_attention(*qkv, is_causal=True, implementation=implementation)
+
+    B, S, H, _ = q_BxSxHxK.shape
+    least = math.ceil(B * H * S * S / MAX_WEIGHTS) if implementation == "xla" else 1
+    groups = next(n for n in range(min(least, B), B + 1) if B % n == 0)
+    qkv = q_BxSxHxK, k_BxSxHxK, v_BxSxHxK
+    if groups == 1:
+        return some(qkv)
+
+    def split(x_BxSxHxK: jax.Array) -> jax.Array:
+        # Each group has sequences of every device that the batch is sharded over.
+        return jnp.moveaxis(x_BxSxHxK.reshape(B // groups, groups, *x_BxSxHxK.shape[1:]), 1, 0)
+
+    out = jax.lax.map(jax.checkpoint(some), tuple(map(split, qkv)))
+    return jnp.moveaxis(out, 0, 1).reshape(q_BxSxHxK.shape)
+
+
 class Cache(NamedTuple):
     """Keys, rotated, and values of the tokens so far.
 
@@ -137,13 +168,7 @@ class Attention(nnx.Module):
         k_BxSxHxK = rope(self.k(x_BxSxD).reshape(BxSxHxK), angles)
         v_BxSxHxK = self.v(x_BxSxD).reshape(BxSxHxK)
         if cache is None:
-            out_BxSxHxK = jax.nn.dot_product_attention(
-                q_BxSxHxK,
-                k_BxSxHxK,
-                v_BxSxHxK,
-                is_causal=True,
-                implementation=self.implementation,
-            )
+            out_BxSxHxK = attend(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, self.implementation)
         else:
             cache = cache.append(k_BxSxHxK, v_BxSxHxK)
             mask = cache.causal_mask(queries=x_BxSxD.shape[1])

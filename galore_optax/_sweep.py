@@ -10,6 +10,7 @@ import optax
 
 from galore_optax._matrix import moment_dtype
 from galore_optax._parts import Parts, Piece
+from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import apply_updates, attach, carrier
 from galore_optax._row_major import row_major
 
@@ -231,7 +232,15 @@ class Sweep:
             own, scale = self._square(gradients), factor
             if self.settings.clip_norm is not None and self.settings.clip_by == "layer":
                 scale = self._clip_factor(own)
-            gradients, params = jax.tree.map(lambda x: x[None], (gradients, params))
+            gradients = jax.tree.map(lambda x: x[None], gradients)
+            # Codes are read again: kept from the gradient on, they would take memory in between.
+            layer, gradients = jax.lax.optimization_barrier((layer, gradients))
+            params = [
+                jax.tree.map(lambda x: _cut(x, layer, 1), stack)
+                if is_quantized(stack)
+                else jax.tree.map(lambda x: x[None], own)
+                for stack, own in zip(new.leaves, params, strict=True)
+            ]
             call = _Call(gradients, params, scale, layer, layer, self._key(layer), write)
             return square + own, self._in_place(piece, call, old, new, layer, 1)
 

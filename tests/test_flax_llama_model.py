@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import galore_optax
+from examples.flax_llama import model as llama
 from examples.flax_llama.config import PRESETS, LlamaConfig, UsageError
 from examples.flax_llama.loss import token_losses
 from examples.flax_llama.model import (
@@ -289,3 +290,21 @@ def test_cudnn_where_it_cannot_compute_the_attention_is_refused(
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(UsageError, match=r"hidden=24 .* heads=5"):
         LlamaConfig(hidden=24, intermediate=40, layers=1, heads=5)
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_attention_of_some_sequences_after_the_others_is_that_of_all(monkeypatch, batch):
+    qkv = [jax.random.normal(jax.random.key(i), (batch, 8, 2, 4)) for i in range(3)]
+
+    def value_and_gradients():
+        def function(*qkv):
+            return jnp.sum(jnp.sin(llama.attend(*qkv, "xla")))
+
+        return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*qkv)
+
+    expected = value_and_gradients()
+    monkeypatch.setattr(llama, "MAX_WEIGHTS", 2 * 2 * 8 * 8)
+    for found, right in zip(
+        jax.tree.leaves(value_and_gradients()), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5)

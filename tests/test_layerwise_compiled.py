@@ -9,8 +9,12 @@ import galore_optax
 from tests import layerwise_model as model
 
 
-def compiled(layers, tx, **arguments):
+def compiled(layers, tx, int8_weights=False, **arguments):
     params = model.init(jnp.float32, layers=layers, d=64, f=96)
+    if int8_weights:
+        params = galore_optax.quantize_params(
+            params, rank=32, weight_dimension_numbers=model.numbers
+        )
     training = model.layerwise(tx, **arguments)
     state = training.init(params)
     tokens = jnp.zeros((4, 16), jnp.int32)
@@ -22,15 +26,15 @@ def nbytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("low_bit", [False, True])
-def test_weights_and_state_are_updated_in_place(low_bit):
+@pytest.mark.parametrize(("low_bit", "int8_weights"), [(False, False), (True, False), (True, True)])
+def test_weights_and_state_are_updated_in_place(low_bit, int8_weights):
     inner = galore_optax.adamw_8bit(0.01, min_size=64 * 32 + 1) if low_bit else optax.adamw(0.01)
     tx = galore_optax.galore(
         inner, rank=32, projector="power_iteration", weight_dimension_numbers=model.numbers
     )
     temporaries = {}
     for layers in (8, 16, 32):
-        step, donated, tokens = compiled(layers, tx)
+        step, donated, tokens = compiled(layers, tx, int8_weights)
         memory = step.memory_analysis()
         assert memory.alias_size_in_bytes == nbytes(donated)
         temporaries[layers] = memory.temp_size_in_bytes

@@ -209,6 +209,8 @@ def test_the_command_says_how_much_room_there_is(capsys):
         "--batch 64 --device tpu_v5e",
         "--accumulate 2 --clip 0 --device rtx4060ti_16gb",
         "--optimizer galore_adamw_8bit --device rtx4060ti_16gb --seq 2048",
+        "--optimizer galore_adamw_8bit --projector-dtype bfloat16 --device rtx4060ti_16gb",
+        "--model 13b --optimizer galore_adamw --projector-dtype bfloat16 --device rtx4090_24gb",
     ],
 )
 def test_what_is_said_to_fit_does(capsys, words):

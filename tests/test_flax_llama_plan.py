@@ -447,7 +447,7 @@ def test_bars_are_the_parts_and_lines_the_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", closed.append)
     estimates = [estimate(seven_billion(optimizer=name), 32_000) for name in ("adamw", "sgd")]
     bars = [memory_chart.Bar(e.moment, e.parts, peak=30 * GIB) for e in estimates]
-    devices = [device_named("rtx4090_24gb"), device_named("tpu_v5e")]
+    devices = [device_named("rtx4090_24gb"), device_named("rtx4060ti_16gb")]
     memory_chart.draw(bars, devices, memory_chart.picture(tmp_path))
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = closed[0].axes
@@ -460,7 +460,7 @@ def test_bars_are_the_parts_and_lines_the_devices(tmp_path, monkeypatch):
     renderer = closed[0].canvas.get_renderer()
     texts = [text.get_window_extent(renderer) for text in axes.texts]
     assert {text.get_text().strip() for text in axes.texts} == {
-        *("30.0", "NVIDIA RTX 4090 24 GB", "TPU v5e, 16 GB")
+        *("30.0", "NVIDIA RTX 4090 24 GB", "NVIDIA RTX 4060 Ti 16 GB")
     }
     for i, box in enumerate(texts):
         assert 0 <= box.x0 < box.x1 <= closed[0].bbox.x1

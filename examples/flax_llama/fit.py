@@ -55,7 +55,9 @@ def alternatives(config: Config, device: Device) -> Iterator[Change]:
         if config.optimizer != "galore_adamw_8bit":
             yield change("--optimizer galore_adamw_8bit", optimizer="galore_adamw_8bit")
         settings = {"projector_dtype": "int4", "refresh": "lazy", "int8_weights": True}
-        yield change("--optimizer q_galore_adamw", optimizer="q_galore_adamw", **settings)
+        # One that was asked for is no default any more.
+        dtype = " --projector-dtype int4" if config.projector_dtype not in (None, "int4") else ""
+        yield change(f"--optimizer q_galore_adamw{dtype}", optimizer="q_galore_adamw", **settings)
     if galore and not config.int8_weights:
         yield change("--int8-weights True", int8_weights=True)
     if galore and config.rank // 2 >= config.hidden // LEAST_RANK:
@@ -111,21 +113,23 @@ def advice(config: Config, vocab_size: int, device: Device, more: int = 0) -> li
         lines.append(f"--batch {batch}: the largest that fits")
     elif total(smallest) < total(config):
         lines.append(line(f"--batch {smallest.batch}", smallest))
-    lines += [line(*change) for change in helpful(config, vocab_size, device).items()]
-    best, taken = config, []
+    singles = helpful(config, vocab_size, device)
+    lines += [line(*change) for change in singles.items()]
+    best, taken = config, {}
     while not fits(best) and (smaller := helpful(best, vocab_size, device)):
         flags = min(smaller, key=lambda flags: total(smaller[flags]))
         best = smaller[flags]
-        # One rank instead of another.
-        taken = [flag for flag in taken if flag.split()[0] != flags.split()[0]] + [flags]
+        # By name, so that the last of several ranks stays.
+        taken |= {flag.split()[0]: f"--{flag}" for flag in flags.removeprefix("--").split(" --")}
     if not fits(best):
         batch = largest_batch(best, fits) or best.accumulate
         if batch < best.batch:
-            taken.append(f"--batch {batch}")
+            taken["batch"] = f"--batch {batch}"
         best = dataclasses.replace(best, batch=batch)
+    together = " ".join(taken.values())
     if not fits(best):
-        still = f": {' '.join(taken)} still needs {total(best) / GIB:.2f} GiB"
+        still = f": {together} still needs {total(best) / GIB:.2f} GiB"
         lines.append(f"another device, or a smaller model{still if taken else ''}")
-    elif len(taken) > 1:
-        lines.append(f"{' '.join(taken)}: {total(best) / GIB:.2f} GiB, fits")
+    elif len(taken) > 1 and together not in singles:
+        lines.append(f"{together}: {total(best) / GIB:.2f} GiB, fits")
     return lines

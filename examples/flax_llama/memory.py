@@ -2,7 +2,8 @@
 
 Weights, projectors and moments are exact (`galore_optax.memory_report`). What a step needs besides
 is a model of a few formulas, all of them here; `plan --compile` puts the compiler's figures beside
-it, and so does benchmarks/memory_7b.py, which the constants were set by.
+it, and so does benchmarks/memory_7b.py, which the constants were set by, for GPUs: a TPU takes some
+5 % more.
 
 Sizes: K micro-batches; of one of them B sequences of S tokens, N = B S; D hidden, F intermediate,
 H heads, V vocabulary, L layers.

@@ -33,25 +33,34 @@ import numpy as np
 from benchmarks import gradients
 from benchmarks.machine import machine
 from benchmarks.shapes import RANKS, matrices
+from galore_optax._directions import UnitVectors
 from galore_optax.projectors import PROJECTORS, resolve
 
 WARM, COLD = "power_iteration", "power_iteration, first"
 NAMES = (*PROJECTORS, COLD)
-Basis = Callable[[jax.Array, jax.Array], jax.Array]
+Choose = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @functools.cache
-def basis_function(name: str, rank: int) -> Basis:
-    """Compiled (matrix, old basis) -> basis of a projector."""
+def chooser(name: str, rank: int) -> Choose:
+    """Compiled (matrix, old basis) -> what a projector chooses."""
     projector = resolve(name.split(",")[0], {})
 
     @jax.jit
-    def basis(matrix, old, first):
+    def choose(matrix, old, first):
+        old = old if projector.directions is None else jnp.arange(rank)
         return projector(matrix, rank, key=jax.random.key(1), old=old, first=first)
 
     # An argument, since a constant would let the compiler leave out half of the projector.
     first = jnp.asarray(name != WARM)
-    return lambda matrix, old: basis(matrix, old, first)
+    return lambda matrix, old: choose(matrix, old, first)
+
+
+def basis_of(name: str, rank: int, matrix: jax.Array, old: jax.Array) -> jax.Array:
+    """The (m, r) basis that a projector chooses."""
+    chosen = chooser(name, rank)(matrix, old)
+    basis = resolve(name.split(",")[0], {}).basis(chosen, matrix.shape[0], matrix.dtype)
+    return basis.dense() if isinstance(basis, UnitVectors) else basis
 
 
 @jax.jit
@@ -81,11 +90,11 @@ def on_real_gradients(
             rank = new.shape[0] // 4
             # By the largest entry, as galore() does.
             old, new = (jnp.asarray(x / np.abs(x).max()) for x in (old, new))
-            start = basis_function("svd", rank)(old, jnp.eye(old.shape[0], rank))
-            exact = float(captured(new, basis_function("svd", rank)(new, start)))
+            start = basis_of("svd", rank, old, jnp.eye(old.shape[0], rank))
+            exact = float(captured(new, basis_of("svd", rank, new, start)))
             kept.append(exact / float(jnp.sum(new**2)))
             for name in NAMES:
-                basis = basis_function(name, rank)(new, start)
+                basis = basis_of(name, rank, new, start)
                 energies[name].append(float(captured(new, basis)) / exact)
                 errors[name].append(float(orthogonality_error(basis)))
     return {
@@ -113,22 +122,20 @@ def on_shape(
     optimum = np.sum(values[:rank] ** 2) / np.sum(values**2) * float(jnp.sum(matrix**2))
     # The basis of another batch: near the leading vectors, and no closer than real ones are.
     noise = jnp.std(matrix) * jax.random.normal(jax.random.key(2), matrix.shape)
-    unused = jnp.eye(m, rank)
-    old = basis_function("randomized_svd", rank)(matrix + noise, unused)
+    old = basis_of("randomized_svd", rank, matrix + noise, jnp.eye(m, rank))
     times: dict[str, list[float]] = {name: [] for name in NAMES}
     bases = {
-        name: basis_function(name, rank)(matrix, old) for name in NAMES if name != "svd"
+        name: basis_of(name, rank, matrix, old) for name in NAMES if name != "svd"
     }  # Compiled now.
-    svd = basis_function("svd", rank)
     for _ in range(repeats):
         if sum(times["svd"]) < 1e3 * svd_seconds:
-            elapsed = _milliseconds(svd, matrix, old)
+            elapsed = _milliseconds(chooser("svd", rank), matrix, old)
         else:
             elapsed = times["svd"][-1]
         times["svd"].append(elapsed)
         for name in bases:
-            times[name].append(_milliseconds(basis_function(name, rank), matrix, old))
-    bases["svd"] = svd(matrix, old)
+            times[name].append(_milliseconds(chooser(name, rank), matrix, old))
+    bases["svd"] = basis_of("svd", rank, matrix, old)
     return {
         name: {
             "ms": statistics.median(times[name]),
@@ -142,7 +149,7 @@ def on_shape(
     }
 
 
-def _milliseconds(function: Basis, matrix: jax.Array, old: jax.Array) -> float:
+def _milliseconds(function: Choose, matrix: jax.Array, old: jax.Array) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function(matrix, old))
     return 1e3 * (time.perf_counter() - start)

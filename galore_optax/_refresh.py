@@ -13,7 +13,7 @@ from galore_optax._matrix import moment_dtype
 from galore_optax._part import Turn
 from galore_optax._state import GaloreState
 from galore_optax._subspace import ABSENT, Sides, Subspace, is_absent
-from galore_optax.projectors import Projector, orient
+from galore_optax.projectors import Projector
 
 _NEVER = 2**31 - 1  # the last step that an int32 can count
 
@@ -151,11 +151,9 @@ def refresh_leaf(
             if side is None:
                 stored.append(ABSENT)
                 continue
-            before = side.load(was, old.refreshes)
-            after = side.choose(g, before, old.refreshes)
-            after = orient(after, before, first) if side.projector.stored else after
-            stored.append(side.store(after))
-            overlaps.append(jnp.sum((after.T @ before) ** 2) / side.rank)
+            now, overlap = side.choose(g, was, old.refreshes)
+            stored.append(now)
+            overlaps.append(overlap)
             chances.append(side.rank / side.size)
         overlap = jnp.where(first, 0.0, sum(overlaps) / len(overlaps)).astype(jnp.float32)
         chance = sum(chances) / len(chances)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax._directions import UnitVectors
 from galore_optax._matrix import MatrixView, moment_dtype
 from galore_optax._part import Layer
 from galore_optax._quantized import is_quantized, quantize
 from galore_optax._random import fold_in
-from galore_optax.projectors import Projector
+from galore_optax.projectors import Projector, orient
 
 ABSENT = optax.MaskedNode()
 """Stands in the state wherever there is nothing: no projector on that side, or no matrix."""
@@ -30,7 +31,8 @@ class Subspace(NamedTuple):
     its key whenever it is needed. Of a leaf that is not projected all is absent.
     """
 
-    left: Any = ABSENT  # P, (*batch, m, r), an array or a QuantizedArray, or ABSENT.
+    # P, (*batch, m, r), an array or a QuantizedArray; or numbers of directions, (*batch, r), int32.
+    left: Any = ABSENT
     right: Any = ABSENT  # Q, (*batch, n, r), likewise.
     refreshes: Any = ABSENT  # (*batch,), int32: how often a gradient chose a matrix' subspace.
     due: Any = ABSENT  # (*batch,), int32: the step from which on it is to be chosen again.
@@ -43,8 +45,8 @@ class Subspace(NamedTuple):
 class Bases(NamedTuple):
     """The bases of a leaf's matrices, ready for products; None on a side that is not projected."""
 
-    left: jax.Array | None  # (*batch, m, r)
-    right: jax.Array | None  # (*batch, n, r)
+    left: jax.Array | UnitVectors | None  # (*batch, m, r)
+    right: jax.Array | UnitVectors | None  # (*batch, n, r)
 
 
 PROJECTOR_DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -70,8 +72,12 @@ class Side:
     dtype: Any
     key: jax.Array
 
-    def choose(self, matrix: jax.Array, old: jax.Array, refreshes: jax.Array) -> jax.Array:
-        """A basis of the columns of a matrix, (m, r), for a refresh after so many others.
+    def choose(self, matrix: jax.Array, stored: Any, refreshes: jax.Array) -> tuple[Any, jax.Array]:
+        """Chooses a basis of the columns of a matrix, for a refresh after so many others.
+
+        Returns:
+          What the state holds of the new basis, and |P_new^T P_old|^2 / r, (): its overlap with
+          the old one, of which ``stored`` is held.
 
         Raises:
           ValueError: the projector returns another shape.
@@ -79,35 +85,53 @@ class Side:
         # Products of entries could over- or underflow. To divide by a power of two is exact.
         limits = jnp.finfo(matrix.dtype)
         peak = jax.lax.reduce_precision(jnp.max(jnp.abs(matrix)) / 2, limits.nexp, 0)
-        basis = self.projector(
+        selects, first = self.projector.directions is not None, refreshes == 0
+        old = self._load_chosen(stored, refreshes)
+        old = old if selects else old.astype(self.dtype)
+        new = self.projector(
             matrix / jnp.maximum(peak, limits.tiny),
             self.rank,
             key=fold_in(self.key, refreshes + 1),
-            old=old.astype(self.dtype),
-            first=refreshes == 0,
+            old=old,
+            first=first,
         )
-        if jnp.shape(basis) != (self.size, self.rank):
+        if selects:
+            return new, jnp.mean(jnp.any(new[:, None] == old, axis=1).astype(jnp.float32))
+        if jnp.shape(new) != (self.size, self.rank):
             raise ValueError(
                 f"projector must return a basis of shape {(self.size, self.rank)} for a matrix of "
-                f"shape {matrix.shape} and rank {self.rank}; got {jnp.shape(basis)}"
+                f"shape {matrix.shape} and rank {self.rank}; got {jnp.shape(new)}"
             )
-        return basis.astype(self.dtype)
+        new = new.astype(self.dtype)
+        if self.projector.stored:
+            new = orient(new, old, first)
+        return self._store(new), jnp.sum((new.T @ old) ** 2) / self.rank
 
-    def store(self, basis: jax.Array) -> Any:
-        """What the state holds of a basis."""
-        if not self.projector.stored:
-            return ABSENT
-        if self.stored_dtype in ("int8", "int4"):
-            return quantize(basis, self.stored_dtype)
-        return basis.astype(self.stored_dtype or self.dtype)
+    def initial(self) -> Any:
+        """What the state holds of a basis that no gradient chose."""
+        if self.projector.directions is not None:
+            return jnp.arange(self.rank, dtype=jnp.int32)
+        return self._store(jnp.eye(self.size, self.rank, dtype=self.dtype))
 
-    def load(self, stored: Any, refreshes: jax.Array) -> jax.Array:
+    def load(self, stored: Any, refreshes: jax.Array) -> jax.Array | UnitVectors:
         """The basis as the last of so many refreshes left it, (m, r)."""
+        chosen = self._load_chosen(stored, refreshes)
+        return self.projector.basis(chosen, self.size, self.dtype)
+
+    def _load_chosen(self, stored: Any, refreshes: jax.Array) -> jax.Array:
+        """What the projector chose: a basis, in the dtype it is stored in, or numbers."""
         if not self.projector.stored:
             like = jax.ShapeDtypeStruct((self.size, self.rank), self.dtype)
             key = fold_in(self.key, refreshes)
             return self.projector(like, self.rank, key=key).astype(self.dtype)
         return stored.dequantize() if is_quantized(stored) else stored
+
+    def _store(self, basis: jax.Array) -> Any:
+        if not self.projector.stored:
+            return ABSENT
+        if self.stored_dtype in ("int8", "int4"):
+            return quantize(basis, self.stored_dtype)
+        return basis.astype(self.stored_dtype or self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +213,7 @@ def init_subspace(sides: Sides, queue: int, diagnostics: bool) -> Subspace:
     def basis(side: Side | None) -> Any:
         if side is None:
             return ABSENT
-        stored = side.store(jnp.eye(side.size, side.rank, dtype=side.dtype))
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), stored)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), side.initial())
 
     left, right = sides.of_matrix(jax.random.split(jax.random.key(0)))
     return Subspace(
@@ -217,9 +240,13 @@ def project(matrices: jax.Array, bases: Bases) -> jax.Array:
       of ``matrices``, which is what makes bfloat16 gradients fast; sums are in float32.
     """
     low_rank = matrices.astype(moment_dtype(matrices.dtype))
-    if bases.left is not None:
+    if isinstance(bases.left, UnitVectors):
+        low_rank = bases.left.select(low_rank, axis=-2)
+    elif bases.left is not None:
         low_rank = _product("...mr,...mn->...rn", bases.left, low_rank, matrices.dtype)
-    if bases.right is not None:
+    if isinstance(bases.right, UnitVectors):
+        low_rank = bases.right.select(low_rank, axis=-1)
+    elif bases.right is not None:
         low_rank = _product("...mn,...nr->...mr", low_rank, bases.right, matrices.dtype)
     return low_rank
 
@@ -237,9 +264,13 @@ def project_back(
     Returns:
       (*batch, m, n), in at least float32.
     """
-    if bases.left is not None:
+    if isinstance(bases.left, UnitVectors):
+        low_rank = bases.left.place(low_rank, axis=-2)
+    elif bases.left is not None:
         low_rank = _product("...mr,...rn->...mn", bases.left, low_rank, operand_dtype)
-    if bases.right is not None:
+    if isinstance(bases.right, UnitVectors):
+        low_rank = bases.right.place(low_rank, axis=-1)
+    elif bases.right is not None:
         low_rank = _product("...mr,...nr->...mn", low_rank, bases.right, operand_dtype)
     return low_rank
 

@@ -5,6 +5,9 @@ returns an (m, rank) basis; for the other side the caller passes the transpose. 
 more by the names of its arguments: ``key``, a JAX key of this matrix and refresh; ``old``, the
 (m, rank) basis that it replaces; ``first``, a bool scalar, whether no gradient chose ``old``. Its
 other keyword arguments are options of the user's. Signs are settled afterwards by :func:`orient`.
+
+Those that select among directions given beforehand, ``rows`` and ``dct``, return the numbers of
+these instead of a basis, (rank,) int32, and get such numbers as ``old``.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_optax._directions import UnitVectors, choose, cosines
 from galore_optax._orthonormalize import orthonormalize
 from galore_optax._random import uniform
 
@@ -181,54 +185,55 @@ def orthonormal(matrix: jax.Array, rank: int, *, key: jax.Array) -> jax.Array:
     _check_columns("orthonormal", rank, rows)
     weights, signs = uniform(key, (2, rows), matrix.dtype)
     _, columns = jax.lax.top_k(weights, rank)
-    return jnp.sign(signs)[:, None] * _cosines(columns, rows, matrix.dtype)
+    return jnp.sign(signs)[:, None] * cosines(columns, rows, matrix.dtype)
 
 
 def rows(matrix: jax.Array, rank: int, *, old: jax.Array, first: jax.Array) -> jax.Array:
-    """Unit vectors: the r rows of largest norm. A row that stays selected keeps its column.
+    """The numbers of the r rows of largest norm, whose unit vectors are the basis.
+
+    Nothing is multiplied, at a refresh or on ordinary steps: the low-rank gradient is r rows of
+    the gradient, and the state holds r numbers instead of a basis. A row that stays selected keeps
+    its place.
 
     Args:
       matrix: (m, n), float32 or float64.
       rank: r <= m.
-      old: (m, r), the basis that is replaced, whose columns are unit vectors.
+      old: (r,), int32, the numbers that are replaced.
       first: (), bool, whether ``old`` means nothing.
 
     Returns:
-      (m, r), orthonormal.
+      (r,), int32.
+
+    References:
+      Muhamed et al., `Grass <https://arxiv.org/abs/2406.17660>`_, 2024: its "top-r" selection.
     """
     _check_columns("rows", rank, matrix.shape[0])
-    norms = jnp.sum(matrix**2, axis=1)
-    chosen = _choose_columns(norms, rank, jnp.argmax(jnp.abs(old), axis=0), first)
-    return jax.nn.one_hot(chosen, matrix.shape[0], axis=0, dtype=matrix.dtype)
+    return choose(jnp.sum(matrix**2, axis=1), rank, old, first)
 
 
 def dct(matrix: jax.Array, rank: int, *, old: jax.Array, first: jax.Array) -> jax.Array:
-    """The r columns of the cosine transform (DCT-II) that capture most of the matrix.
+    """The numbers of the r columns of the cosine transform (DCT-II) that capture most.
 
-    No factorization: a fast transform of the columns and a selection. A column that stays
-    selected keeps its place.
+    No factorization: a fast transform of the columns and a selection. The state holds the numbers,
+    from which the basis is made again whenever it is needed. A column that stays selected keeps
+    its place.
 
     Args:
       matrix: (m, n), float32 or float64.
       rank: r <= m.
-      old: (m, r), the basis that is replaced, whose columns are of the cosine transform.
+      old: (r,), int32, the numbers that are replaced.
       first: (), bool, whether ``old`` means nothing.
 
     Returns:
-      (m, r), orthonormal.
+      (r,), int32.
 
     References:
       Modoranu et al., `FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization
       <https://arxiv.org/abs/2505.17967>`_, 2025.
     """
     _check_columns("dct", rank, matrix.shape[0])
-
-    def transform(x: jax.Array) -> jax.Array:
-        return jax.scipy.fft.dct(x, axis=0, norm="ortho")
-
-    energy = jnp.sum(transform(matrix) ** 2, axis=1)
-    chosen = _choose_columns(energy, rank, jnp.argmax(jnp.abs(transform(old)), axis=0), first)
-    return _cosines(chosen, matrix.shape[0], matrix.dtype)
+    transformed = jax.scipy.fft.dct(matrix, axis=0, norm="ortho")
+    return choose(jnp.sum(transformed**2, axis=1), rank, old, first)
 
 
 PROJECTORS: dict[str, Callable[..., jax.Array]] = {
@@ -242,6 +247,7 @@ PROJECTORS: dict[str, Callable[..., jax.Array]] = {
     "dct": dct,
 }
 _REGENERATED = (gaussian, orthonormal)
+_DIRECTIONS: dict[Callable[..., jax.Array], Callable[..., Any]] = {rows: UnitVectors, dct: cosines}
 _SUPPLIED = ("key", "old", "first")
 _LEAST = {"oversampling": 0, "power_iterations": 0, "iterations": 1}
 
@@ -253,17 +259,24 @@ class Projector:
     Attributes:
       function: the projector.
       needs: which of ``key``, ``old`` and ``first`` it asks for.
-      stored: whether its bases are kept in the state. Otherwise they are made again, whenever
-        they are needed, from the key of their refresh.
+      stored: whether what it chooses is kept in the state. Otherwise that is made again, whenever
+        it is needed, from the key of its refresh.
+      directions: ``(numbers, m, dtype) -> basis`` where it chooses numbers of directions, (r,)
+        int32; None where it makes the basis itself.
     """
 
     function: Callable[..., jax.Array]
     needs: tuple[str, ...]
     stored: bool
+    directions: Callable[..., Any] | None
 
     def __call__(self, matrix: Any, rank: int, **supplied: Any) -> jax.Array:
-        """The (m, r) basis of a matrix; ``supplied`` is all that a projector may ask for."""
+        """What it chooses for a matrix; ``supplied`` is all that a projector may ask for."""
         return self.function(matrix, rank, **{name: supplied[name] for name in self.needs})
+
+    def basis(self, chosen: jax.Array, size: int, dtype: Any) -> jax.Array | UnitVectors:
+        """The (size, r) basis that was chosen."""
+        return chosen if self.directions is None else self.directions(chosen, size, dtype)
 
 
 def resolve(projector: str | Callable[..., jax.Array], options: Mapping[str, Any]) -> Projector:
@@ -305,6 +318,7 @@ def resolve(projector: str | Callable[..., jax.Array], options: Mapping[str, Any
         functools.partial(projector, **options),
         tuple(x for x in _SUPPLIED if x in taken[2:]),
         stored=projector not in _REGENERATED,
+        directions=_DIRECTIONS.get(projector),
     )
 
 
@@ -336,28 +350,6 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _leading_eigenvectors(gram: jax.Array, rank: int) -> jax.Array:
     return jnp.linalg.eigh(gram)[1][:, ::-1][:, :rank]
-
-
-def _cosines(columns: jax.Array, size: int, dtype: Any) -> jax.Array:
-    """Columns of the (size, size) orthonormal DCT-II matrix, (size, r)."""
-    # From a table of one period, which is many times faster than cosines. The place in it is
-    # reduced as integers, in two steps, since in int32 the product overflows beyond 2^15 rows.
-    odd, period = 2 * jnp.arange(size)[:, None] + 1, 4 * size
-    place = odd * (columns // 256) % period * 256 + odd * (columns % 256)
-    wave = jnp.cos(jnp.pi / (2 * size) * jnp.arange(period)).astype(dtype)
-    scale = jnp.where(columns == 0, 1.0, 2**0.5) / size**0.5
-    return scale.astype(dtype) * wave[place % period]
-
-
-def _choose_columns(weights: jax.Array, rank: int, old: jax.Array, first: jax.Array) -> jax.Array:
-    """Indices of the ``rank`` largest weights, (r,); those in ``old`` stay where they are there."""
-    _, best = jax.lax.top_k(weights, rank)
-    chosen = jnp.zeros(weights.shape, bool).at[best].set(True)
-    first_holder = jnp.full(weights.shape, rank).at[old].min(jnp.arange(rank))
-    stays = chosen[old] & (first_holder[old] == jnp.arange(rank)) & ~first
-    arrives = chosen & ~jnp.zeros(weights.shape, bool).at[old].max(stays)
-    arrivals = jnp.nonzero(arrives, size=rank, fill_value=0)[0]
-    return jnp.where(stays, old, arrivals[jnp.cumsum(~stays) - 1])
 
 
 def _check_columns(name: str, rank: int, size: int) -> None:

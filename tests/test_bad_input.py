@@ -153,7 +153,7 @@ def test_options_of_projectors(projector, options, error, says):
 def test_more_columns_than_rows(name):
     with pytest.raises(ValueError, match=f"rank of {name} must be at most the 4 rows; got 5"):
         projectors.resolve(name, {})(
-            jnp.ones((4, 9)), 5, key=jax.random.key(0), old=jnp.eye(4, 5), first=jnp.asarray(True)
+            jnp.ones((4, 9)), 5, key=jax.random.key(0), old=jnp.arange(5), first=jnp.asarray(True)
         )
 
 

@@ -59,10 +59,10 @@ def test_step_time_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     assert result["optimizers"][step_time.CONTRIB]["ratio_to_contrib"] == 1
     # 14 matrices over 200 steps: places 0 to 2 on steps 0, 14 and 28.
     assert sum(result["optimizers"][step_time.STAGGERED]["refreshed"]) == 2
-    # Adam's moments, of two (16, 24) matrices and alike, and one basis each.
+    # Adam's moments, of two (16, 24) matrices and alike, and the numbers of 4 rows each.
     moments = sum(2 * 4 * count * n for (_, n), count in shapes.matrices("tiny").items())
     full = 2 * (2 * 32 * 16 + 5 * 16)
-    bases = 14 * 16 * 4
+    bases = 14 * 4
     counters = 14 * 2 + 2
     expected = 4 * (moments + full + bases + counters)
     assert result["optimizers"]["rows"]["state_bytes"] == expected

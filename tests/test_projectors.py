@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import galore_optax
+from galore_optax._directions import UnitVectors
 from galore_optax._matrix import Selection
 from galore_optax._orthonormalize import orthonormalize
 from galore_optax._subspace import Bases, project, project_back
@@ -33,16 +34,21 @@ def one_update(tx, gradient, state=None):
     return updates["kernel"], state
 
 
-def bases_of(shape, side, rank):
-    """Random orthonormal bases for a stack of matrices."""
+def bases_of(shape, side, rank, kind="dense"):
+    """Random orthonormal bases for a stack of matrices: dense ones, or unit vectors."""
     *batch, m, n = shape
     numbers = galore_optax.DimensionNumbers(-2, -1)
     (view,) = Selection(rank, side, None, numbers).views(np.zeros(shape, np.float32))
     rng = np.random.default_rng(0)
 
     def basis(size, present):
+        if not present:
+            return None
+        if kind == "unit vectors":
+            rows = rng.permuted(np.broadcast_to(np.arange(size), (*batch, size)), axis=-1)
+            return UnitVectors(jnp.asarray(rows[..., :rank], jnp.int32), size, jnp.float32)
         columns = np.linalg.qr(rng.normal(size=(*batch, size, rank)))[0]
-        return jnp.asarray(columns, jnp.float32) if present else None
+        return jnp.asarray(columns, jnp.float32)
 
     return Bases(basis(m, view.left), basis(n, view.right))
 
@@ -53,15 +59,26 @@ def jitted(name, rank, options):
     return jax.jit(lambda g, key, old, first: projector(g, rank, key=key, old=old, first=first))
 
 
-def basis_of(name, g, rank, *, seed=0, old=None, **options):
-    """The basis that a projector chooses, as float64."""
+def chosen_by(name, g, rank, *, seed=0, old=None, **options):
+    """What a projector chooses: a basis, or the numbers of directions."""
     g = jnp.asarray(g, jnp.float32)
-    start = jnp.eye(g.shape[0], rank) if old is None else jnp.asarray(old, jnp.float32)
+    selects = name in ("rows", "dct")
+    start = jnp.arange(rank) if selects else jnp.eye(g.shape[0], rank)
     choose = jitted(name, rank, tuple(options.items()))
-    basis = choose(g, jax.random.key(seed), start, jnp.asarray(old is None))
-    chex.assert_shape(basis, (g.shape[0], rank))
-    chex.assert_type(basis, jnp.float32)
-    return np.asarray(basis, np.float64)
+    first = jnp.asarray(old is None)
+    chosen = choose(g, jax.random.key(seed), start if old is None else jnp.asarray(old), first)
+    chex.assert_shape(chosen, (rank,) if selects else (g.shape[0], rank))
+    chex.assert_type(chosen, jnp.int32 if selects else jnp.float32)
+    return chosen
+
+
+def basis_of(name, g, rank, **arguments):
+    """The basis that a projector chooses, as float64."""
+    chosen = np.asarray(chosen_by(name, g, rank, **arguments))
+    if name in ("rows", "dct"):
+        directions = np.eye(len(g)) if name == "rows" else cosines(len(g))
+        return directions[:, chosen]
+    return chosen.astype(np.float64)
 
 
 def energy(basis, g):
@@ -102,6 +119,7 @@ def test_bases_of_difficult_matrices_are_orthonormal(name):
         params = {"kernel": jnp.asarray(g)}
         _, state = update(params, tx.init(params), params)
         basis = np.asarray(state.subspace.left["kernel"], np.float64)
+        basis = np.eye(12)[:, basis.astype(int)] if name == "rows" else basis
         assert state.subspace.refreshes["kernel"] == 1
         np.testing.assert_allclose(basis.T @ basis, np.eye(6), atol=1e-5)
         least = 0.8 if name != "rows" else 0.4
@@ -236,14 +254,14 @@ def test_cosines_of_more_rows_than_an_int32_can_square():
 def test_what_stays_selected_keeps_its_column(name):
     g = matrix_of((30, 14))
     for seed in range(1, 5):
-        old = basis_of(name, g, 8)
+        old = np.asarray(chosen_by(name, g, 8))
         g = g + matrix_of((30, 14), seed)
-        new = basis_of(name, g, 8, old=old)
-        among_all = basis_of(name, g, 8)
-        overlap = np.round(np.abs(old.T @ new), 3)
-        np.testing.assert_array_equal(np.diag(overlap), overlap.max(axis=0))
-        np.testing.assert_allclose(new @ new.T, among_all @ among_all.T, atol=1e-5)
-        assert 0 < np.trace(overlap) < 8
+        new = np.asarray(chosen_by(name, g, 8, old=old))
+        among_all = np.asarray(chosen_by(name, g, 8))
+        stays = np.isin(old, new)
+        assert set(new) == set(among_all)
+        np.testing.assert_array_equal(new[stays], old[stays])
+        assert 0 < stays.sum() < 8
 
 
 @pytest.mark.parametrize("shape", [(40, 10), (300, 40), (20, 20)])
@@ -319,6 +337,66 @@ def test_regenerated_bases_take_no_memory_and_are_the_same_until_the_next_refres
         assert np.linalg.matrix_rank(projection, tol=1e-3) == 3
 
 
+def rows_as_a_basis(matrix, rank, old, first):
+    numbers = PROJECTORS["rows"](matrix, rank, old=jnp.argmax(old, axis=0), first=first)
+    return jax.nn.one_hot(numbers, matrix.shape[0], axis=0, dtype=matrix.dtype)
+
+
+def dct_as_a_basis(matrix, rank, old, first):
+    directions = jnp.asarray(cosines(matrix.shape[0]), matrix.dtype)
+    before = jnp.argmax(jnp.abs(directions.T @ old), axis=0)
+    return directions[:, PROJECTORS["dct"](matrix, rank, old=before, first=first)]
+
+
+@pytest.mark.parametrize("side", ["short", "long", "both"])
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (2, 9, 14)])
+@pytest.mark.parametrize(
+    # The sign of a cosine that arrives would matter to a moment.
+    ("name", "dense", "inner"),
+    [
+        ("rows", rows_as_a_basis, optax.adamw(0.1)),
+        ("dct", dct_as_a_basis, optax.sgd(0.1)),
+    ],
+    ids=["rows", "dct"],
+)
+def test_numbers_in_the_state_do_what_the_basis_does(name, dense, inner, shape, side):
+    params = {"w": jnp.asarray(matrix_of(shape))}
+    updates, states = [], []
+    for projector, dtype in ((name, "int4"), (dense, None)):
+        tx = galore_optax.galore(
+            inner,
+            rank=4,
+            update_proj_gap=2,
+            projector=projector,
+            projector_dtype=dtype,
+            side=side,
+            weight_dimension_numbers=galore_optax.DimensionNumbers(-2, -1),
+            diagnostics=True,
+        )
+        state, update = tx.init(params), jax.jit(tx.update)
+        updates.append([])
+        for seed in range(5):
+            out, state = update({"w": jnp.asarray(matrix_of(shape, seed))}, state, params)
+            updates[-1].append(out)
+        states.append(state)
+    chex.assert_trees_all_close(*updates, atol=1e-5)
+    chex.assert_trees_all_close(*(galore_optax.metrics(x) for x in states), atol=1e-5)
+    numbers = jax.tree.leaves((states[0].subspace.left, states[0].subspace.right))
+    for x in numbers:
+        chex.assert_shape(x, (*shape[:-2], 4))
+        chex.assert_type(x, jnp.int32)
+    assert len(numbers) == (2 if side == "both" else 1)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_rows_multiply_nothing(side):
+    tx = galore_optax.galore(optax.adamw(0.1), rank=4, projector="rows", side=side)
+    params = {"w": jnp.zeros((9, 14)), "x": jnp.zeros((14, 9))}
+    program = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+    assert "stablehlo.gather" in program
+    assert "dot_general" not in program
+
+
 @pytest.mark.parametrize("name", PROJECTORS)
 @pytest.mark.parametrize("side", ["short", "both"])
 def test_every_projector_trains_on_every_side(side, name):
@@ -391,9 +469,10 @@ def test_signs_chosen_by_the_projector_do_not_matter():
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", ["dense", "unit vectors"])
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9), (3, 9, 14), (2, 3, 14, 9)])
-def test_project_and_project_back_are_adjoint(shape, side):
-    bases = bases_of(shape, side, rank=4)
+def test_project_and_project_back_are_adjoint(shape, kind, side):
+    bases = bases_of(shape, side, 4, kind)
     g = matrix_of(shape, seed=1)
     low_rank = np.asarray(project(jnp.asarray(g), bases))
     u = matrix_of(low_rank.shape, seed=2)
@@ -406,15 +485,22 @@ def test_project_and_project_back_are_adjoint(shape, side):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("shape", [(9, 14), (3, 14, 9)])
-def test_projection_is_the_product_with_the_bases(shape, side):
-    bases = bases_of(shape, side, rank=4)
+@pytest.mark.parametrize("kind", ["dense", "unit vectors"])
+@pytest.mark.parametrize("shape", [(9, 14), (3, 14, 9), (2, 3, 9, 14)])
+def test_projection_is_the_product_with_the_bases(shape, kind, side):
+    bases = bases_of(shape, side, 4, kind)
     g = matrix_of(shape)
+
+    def array(basis, size):
+        if kind == "dense":
+            return np.asarray(basis)
+        return np.swapaxes(np.eye(size)[np.asarray(basis.numbers)], -1, -2)
+
     expected = g.astype(np.float64)
     if bases.left is not None:
-        expected = np.swapaxes(bases.left, -1, -2) @ expected
+        expected = np.swapaxes(array(bases.left, shape[-2]), -1, -2) @ expected
     if bases.right is not None:
-        expected = expected @ np.asarray(bases.right)
+        expected = expected @ array(bases.right, shape[-1])
     np.testing.assert_allclose(project(jnp.asarray(g), bases), expected, atol=1e-5)
 
 

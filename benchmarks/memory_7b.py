@@ -68,6 +68,17 @@ def table() -> dict[str, dict[str, Any]]:
                 "method": method,
                 "settings": SHARED | settings | {"preset": preset, "projector": projector},
             }
+    for preset, method, settings, device in (
+        ("7b", "8-bit GaLore", GALORE, "rtx4090_24gb"),
+        ("7b", "Q-GaLore", Q_GALORE, "rtx4060ti_16gb"),
+        ("7b", "Q-GaLore", Q_GALORE, "tpu_v5e"),
+        ("13b", "Q-GaLore", Q_GALORE, "rtx4090_24gb"),
+    ):
+        rows[f"{preset} {method} rows {device}"] = {
+            "device": device,
+            "method": f"{method}, projector `rows`",
+            "settings": SHARED | settings | {"preset": preset, "projector": "rows"},
+        }
     rows["7b Q-GaLore clipped rtx4060ti_16gb"] = {
         "device": "rtx4060ti_16gb",
         "method": "Q-GaLore, clipped by the global norm",

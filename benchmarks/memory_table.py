@@ -59,7 +59,7 @@ def bars(record: dict[str, Any]) -> list[Bar]:
     """One for each line of the table: the estimate's parts, and XLA's peak."""
     return [
         Bar(
-            f"LLaMA-{row['settings']['preset'].upper()}, {row['method']}\n"
+            f"LLaMA-{row['settings']['preset'].upper()}, {row['method'].replace('`', '')}\n"
             f"{DEVICES[row['device']].description}",
             {k: v for k, v in row["estimate"].items() if k not in ("total", "moment")},
             row["xla"]["peak"] if "xla" in row else None,

@@ -48,7 +48,7 @@ def settings(steps: int) -> dict[str, Setting]:
         for name in PROJECTORS
         if name != "svd"
     }
-    for name in ("svd", "power_iteration"):
+    for name in ("svd", "power_iteration", "rows"):
         # Only what differs from the default, which needs no setting of the application.
         projector = {} if name == "svd" else {"projector": name}
         ways = {

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_time --model 60m --steps 30
     python -m benchmarks.step_time --model 350m --steps 12 --baselines optax.contrib.galore \
-        --peers "same sides" power_iteration "power_iteration, staggered"
+        --peers "same sides" power_iteration "power_iteration, staggered" rows "rows, staggered"
 
 Each peer takes turns with the baselines, step by step, so that a drift of the machine's speed
 hits all alike, and ratios are medians over neighbouring steps; one peer at a time, so that memory
@@ -50,7 +50,7 @@ GAP = 200
 RATE, DECAY = 1e-3, 0.1
 CONTRIB, ADAMW = "optax.contrib.galore", "optax.adamw"
 BASELINES = (ADAMW, CONTRIB)
-STAGGERED = "power_iteration, staggered"
+STAGGERED = ("power_iteration, staggered", "rows, staggered")
 COLUMNS = (
     ("ordinary", "ordinary_ms", ".1f"),
     ("/contrib", "ratio_to_contrib", ".3f"),
@@ -64,7 +64,7 @@ COLUMNS = (
     ("compile", "compile_ms", ".0f"),
     ("bytes", "state_bytes", ".3g"),
 )
-PEERS = ("same sides", *PROJECTORS, STAGGERED, "torch")
+PEERS = ("same sides", *PROJECTORS, *STAGGERED, "torch")
 
 
 def make_run(name: str, params: Any, gradients: Any, rank: int) -> Run:
@@ -100,9 +100,8 @@ def make_optimizer(
         squares = jax.tree.map(lambda leaf: leaf.shape[0] == leaf.shape[-1], params)
         ours = functools.partial(ours, projector="power_iteration")
         return optax.partition({True: ours(side="left"), False: ours(side="long")}, squares)
-    if name == STAGGERED:
-        return ours(projector="power_iteration", stagger=True)
-    return ours(projector=name)
+    projector, _, staggered = name.partition(", ")
+    return ours(projector=projector, stagger=bool(staggered))
 
 
 def measure(
@@ -132,7 +131,7 @@ def measure(
         nonlocal params
         run = make_run(name, params, gradients, rank)
         params, refreshes = refresh_times(
-            run, params, gradients, most=0 if name == STAGGERED else 3
+            run, params, gradients, most=0 if name in STAGGERED else 3
         )
         rows[name] = {"first_step_ms": refreshes[0], "compile_ms": run.compile_ms}
         rows[name]["state_bytes"] = run.state_bytes

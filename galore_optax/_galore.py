@@ -97,9 +97,10 @@ def galore(
     respect to the parameters, acts on the whole matrix W, and is not scaled by alpha. Other
     leaves go through the same inner transformation at full size.
 
-    Of one matrix the state holds r min(m, n) elements of projector, and of each moment
-    r max(m, n) instead of m n. They are float32 (float64 for float64 leaves) unless
-    ``projector_dtype`` and `galore_optax.low_bit` around the inner transformation say otherwise.
+    Of one matrix the state holds r min(m, n) elements of projector (``rows`` and ``dct``: r;
+    random ones: none), and of each moment r max(m, n) instead of m n. They are float32 (float64
+    for float64 leaves) unless ``projector_dtype`` and `galore_optax.low_bit` around the inner
+    transformation say otherwise.
     Parameters may be quantized, by `galore_optax.quantize_params`.
 
     Args:
@@ -121,7 +122,8 @@ def galore(
         decay and unprojected leaves are not scaled.
       projector: which directions. ``"svd"`` (exact, as published) or ``"eigh"`` (of the Gram
         matrix); ``"randomized_svd"`` or ``"power_iteration"`` (from the old basis), nearly as good
-        for a fraction of the time; ``"rows"`` or ``"dct"``, selected unit or cosine vectors;
+        for a fraction of the time; ``"rows"``, the r rows of the gradient of largest norm, with
+        which nothing is multiplied, or ``"dct"``, cosines, and of both only the numbers are kept;
         ``"gaussian"`` or ``"orthonormal"``, random ones, which cost no memory. Or a function
         ``(matrix, rank) -> basis``, (m, n) to (m, r), that may also ask for ``key``, ``old`` and
         ``first`` by name, as `galore_optax.projectors.power_iteration` does.

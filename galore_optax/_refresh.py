@@ -1,6 +1,7 @@
 """When the subspace is chosen again, and that nothing else is paid for on other steps."""
 
 import dataclasses
+import functools
 import numbers
 from typing import Any
 
@@ -136,13 +137,21 @@ def refresh_leaf(
     view, batch = sides.view, sides.view.batch
 
     def one(matrix: jax.Array, old: Subspace, key: jax.Array, place: jax.Array) -> Subspace:
-        # Not by jnp.max, which loses a nan on the CPU.
-        usable = jnp.all(jnp.isfinite(matrix)) & jnp.any(matrix != 0)
+        # In one pass over the matrix; jnp.max alone loses a nan on the CPU.
+        peak = jnp.max(jnp.where(jnp.isnan(matrix), jnp.inf, jnp.abs(matrix)))
+        usable = (peak > 0) & (peak < jnp.inf)
         due = usable if force else usable & (step >= old.due)
-        return jax.lax.cond(due, choose, lambda _, old, *__: old, matrix, old, key, place)
+        choose_again = functools.partial(choose, matrix, peak, old, key, place)
+        return jax.lax.cond(due, choose_again, lambda: old)
 
-    def choose(matrix: jax.Array, old: Subspace, key: jax.Array, place: jax.Array) -> Subspace:
-        matrix = matrix.astype(moment_dtype(matrix.dtype))
+    def choose(
+        matrix: jax.Array, peak: jax.Array, old: Subspace, key: jax.Array, place: jax.Array
+    ) -> Subspace:
+        dtype = moment_dtype(matrix.dtype)
+        # Products of entries could over- or underflow. To divide by a power of two is exact.
+        limits = jnp.finfo(dtype)
+        power = jax.lax.reduce_precision(peak.astype(dtype) / 2, limits.nexp, 0)
+        matrix = matrix.astype(dtype) / jnp.maximum(power, limits.tiny)
         first = old.refreshes == 0
         stored, overlaps, chances = [], [], []
         for side, was, g in zip(

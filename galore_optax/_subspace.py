@@ -82,19 +82,11 @@ class Side:
         Raises:
           ValueError: the projector returns another shape.
         """
-        # Products of entries could over- or underflow. To divide by a power of two is exact.
-        limits = jnp.finfo(matrix.dtype)
-        peak = jax.lax.reduce_precision(jnp.max(jnp.abs(matrix)) / 2, limits.nexp, 0)
         selects, first = self.projector.directions is not None, refreshes == 0
         old = self._load_chosen(stored, refreshes)
         old = old if selects else old.astype(self.dtype)
-        new = self.projector(
-            matrix / jnp.maximum(peak, limits.tiny),
-            self.rank,
-            key=fold_in(self.key, refreshes + 1),
-            old=old,
-            first=first,
-        )
+        key = fold_in(self.key, refreshes + 1)
+        new = self.projector(matrix, self.rank, key=key, old=old, first=first)
         if selects:
             return new, jnp.mean(jnp.any(new[:, None] == old, axis=1).astype(jnp.float32))
         if jnp.shape(new) != (self.size, self.rank):

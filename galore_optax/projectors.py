@@ -193,7 +193,8 @@ def rows(matrix: jax.Array, rank: int, *, old: jax.Array, first: jax.Array) -> j
 
     Nothing is multiplied, at a refresh or on ordinary steps: the low-rank gradient is r rows of
     the gradient, and the state holds r numbers instead of a basis. A row that stays selected keeps
-    its place.
+    its place, and so its moments. One that arrives goes on with those of a row that leaves, where
+    Grass resets all: the gaps should be long, and not staggered (benchmarks/quality.py).
 
     Args:
       matrix: (m, n), float32 or float64.

@@ -46,7 +46,7 @@ def run_main(monkeypatch, module, *arguments):
 
 def test_step_time_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     path = tmp_path / "times.json"
-    peers = ["same sides", "rows", step_time.STAGGERED]
+    peers = ["same sides", "rows", step_time.STAGGERED[0]]
     run_main(
         monkeypatch, step_time, "--model", "tiny", "--steps", 30, "--peers", *peers, "--out", path
     )
@@ -58,7 +58,7 @@ def test_step_time_writes_what_it_prints(monkeypatch, tmp_path, capsys):
         assert f"{row['ratio_to_contrib']:.3f}" in line.split()
     assert result["optimizers"][step_time.CONTRIB]["ratio_to_contrib"] == 1
     # 14 matrices over 200 steps: places 0 to 2 on steps 0, 14 and 28.
-    assert sum(result["optimizers"][step_time.STAGGERED]["refreshed"]) == 2
+    assert sum(result["optimizers"][step_time.STAGGERED[0]]["refreshed"]) == 2
     # Adam's moments, of two (16, 24) matrices and alike, and the numbers of 4 rows each.
     moments = sum(2 * 4 * count * n for (_, n), count in shapes.matrices("tiny").items())
     full = 2 * (2 * 32 * 16 + 5 * 16)

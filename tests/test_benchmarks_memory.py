@@ -193,20 +193,20 @@ def test_the_table_has_a_line_for_each_device_with_both_projectors():
         *("LLaMA-7B, Q-GaLore", "NVIDIA RTX 4060 Ti 16 GB"),
         *("15.50", "10.00", "12.00", "13.00"),
     ]
-    assert len(cells) == 2 + 6
+    assert len(cells) == 2 + 9
     refused = memory_table.markdown(record(power_iteration=12 * GIB)).splitlines()[3]
     assert refused.endswith("| 12.00 | too much |")
 
 
 def test_the_picture_has_a_bar_for_each_line_of_the_table():
-    figures = record(power_iteration=12 * GIB, svd=13 * GIB)
+    figures = record(power_iteration=12 * GIB, svd=13 * GIB, rows=12 * GIB)
     for row in figures["rows"].values():
         row["estimate"] = {"weights": 8 * GIB, "inputs": GIB, "total": 9 * GIB, "moment": "head"}
     bars = memory_table.bars(figures)
     assert len(bars) == len(memory_table.markdown(figures).splitlines()) - 2
     assert bars[1].name == "LLaMA-7B, Q-GaLore\nNVIDIA RTX 4060 Ti 16 GB"
     assert bars[1].parts == {"weights": 8 * GIB, "inputs": GIB}
-    assert [bar.peak for bar in bars] == [12 * GIB] * 5 + [None]
+    assert [bar.peak for bar in bars] == [12 * GIB] * 8 + [None]
 
 
 def test_the_table_goes_between_the_comments():

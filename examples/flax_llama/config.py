@@ -215,7 +215,8 @@ class Config:
     # Factor of GaLore's projected-back updates.
     scale: float = 0.25
     # How GaLore chooses a subspace: svd or eigh, exactly; randomized_svd or power_iteration, nearly
-    # as well and faster; rows or dct, out of given vectors; gaussian or orthonormal, at random.
+    # as well and faster; rows or dct, out of given vectors, of which it keeps the numbers alone;
+    # gaussian or orthonormal, at random.
     projector: str = "svd"
     # What GaLore keeps its subspaces in: float32, bfloat16, int8 or int4; the default is int4 with
     # q_galore_adamw, float32 otherwise.

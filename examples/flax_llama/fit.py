@@ -51,6 +51,8 @@ def alternatives(config: Config, device: Device) -> Iterator[Change]:
     galore = "galore" in config.optimizer
     if galore and config.projector_dtype in (None, "float32"):
         yield change("--projector-dtype bfloat16", projector_dtype="bfloat16")
+    if galore and config.projector != "rows":
+        yield change("--projector rows", projector="rows")
     if config.optimizer != "q_galore_adamw":
         if config.optimizer != "galore_adamw_8bit":
             yield change("--optimizer galore_adamw_8bit", optimizer="galore_adamw_8bit")

@@ -193,7 +193,7 @@ def test_the_table_has_a_line_for_each_device_with_both_projectors():
         *("LLaMA-7B, Q-GaLore", "NVIDIA RTX 4060 Ti 16 GB"),
         *("15.50", "10.00", "12.00", "13.00"),
     ]
-    assert len(cells) == 2 + 9
+    assert len(cells) == 2 + 10
     refused = memory_table.markdown(record(power_iteration=12 * GIB)).splitlines()[3]
     assert refused.endswith("| 12.00 | too much |")
 
@@ -206,7 +206,7 @@ def test_the_picture_has_a_bar_for_each_line_of_the_table():
     assert len(bars) == len(memory_table.markdown(figures).splitlines()) - 2
     assert bars[1].name == "LLaMA-7B, Q-GaLore\nNVIDIA RTX 4060 Ti 16 GB"
     assert bars[1].parts == {"weights": 8 * GIB, "inputs": GIB}
-    assert [bar.peak for bar in bars] == [12 * GIB] * 8 + [None]
+    assert [bar.peak for bar in bars] == [12 * GIB] * 9 + [None]
 
 
 def test_the_table_goes_between_the_comments():

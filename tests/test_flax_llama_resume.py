@@ -47,7 +47,7 @@ def text(directory):
 def interrupted(directory, text):
     """Runs on 1 and on 8 devices with each optimizer, and those that went on from the middle."""
     saving = {"accumulate": 2, "batch": 16, "steps": STEPS, "save_every": SAVED, "keep": 9}
-    saving["update_proj_gap"] = GAP
+    saving |= {"update_proj_gap": GAP, "eval_every": SAVED}
 
     def out(name, devices, suffix):
         return directory / f"{name}-{devices}{suffix}"

@@ -17,7 +17,7 @@ def quick_compilation(tmp_path_factory):
 
     Yields the directory of the cache, for processes that are started with `JAX_PLATFORMS=cpu`.
     """
-    cache = str(tmp_path_factory.mktemp("cache"))
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
     settings = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": cache,

@@ -35,9 +35,10 @@ demo: $(READY)  ## train a small LLaMA with GaLore and with AdamW
 	$(BIN)/python -m examples.flax_llama.demo
 
 # Two processes, since most of the time goes into compilation; one on a GPU, whose memory each takes.
-# The threads of their SVDs would wait for each other.
+# The threads of their SVDs would wait for each other. Not reordered, since the files with the fewest
+# tests, which would be last, are among the longest.
 test: $(READY)  ## run all tests
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(CUDA),,-n 2 --dist loadfile)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(CUDA),,-n 2 --dist loadfile --no-loadscope-reorder)
 
 lint: $(READY)  ## check format and style
 	$(BIN)/ruff format --check

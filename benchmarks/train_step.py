@@ -37,6 +37,7 @@ from examples.flax_llama.step import (
 from examples.flax_llama.train import open_dataset
 
 REFRESHES = 3
+PIPELINE_SECONDS = 2
 
 
 def timed(function, *arguments: Any) -> tuple[Any, float]:
@@ -74,7 +75,7 @@ def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
             alone.append(gradient_ms)
             ordinary.append(step_ms)
     start, batches = time.perf_counter(), 0
-    while time.perf_counter() - start < 2:
+    while time.perf_counter() - start < PIPELINE_SECONDS:
         next(dataset.train)
         batches += 1
     tokens = config.batch * config.seq

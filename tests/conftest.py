@@ -13,10 +13,14 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="module")
 def quick_compilation(tmp_path_factory):
-    """Compiles a program once, in half the time, to one that is slower, which few updates bear."""
+    """Compiles a program once, in half the time, to one that is slower, which few updates bear.
+
+    Yields the directory of the cache, for processes that are started with `JAX_PLATFORMS=cpu`.
+    """
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
     settings = {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_compilation_cache_dir": cache,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
@@ -24,7 +28,7 @@ def quick_compilation(tmp_path_factory):
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield
+    yield cache
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

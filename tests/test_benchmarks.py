@@ -26,7 +26,10 @@ from benchmarks import (
     step_time,
     train_step,
 )
+from examples.flax_llama import demo
 from examples.flax_llama.config import PRESETS, LlamaConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TINY = LlamaConfig(hidden=16, intermediate=24, layers=2, heads=1, vocab_size=32)
 
@@ -35,6 +38,12 @@ TINY = LlamaConfig(hidden=16, intermediate=24, layers=2, heads=1, vocab_size=32)
 def tiny_model(monkeypatch):
     monkeypatch.setitem(shapes.PRESETS, "tiny", TINY)
     monkeypatch.setitem(shapes.RANKS, "tiny", 4)
+
+
+@pytest.fixture
+def short_demo():
+    """The demo's settings but for the length of its batches and of its evaluation."""
+    return dataclasses.replace(demo.GALORE, batch=2, seq=16, eval_tokens=200)
 
 
 def run_main(monkeypatch, module, *arguments):
@@ -153,7 +162,8 @@ def test_projectors_are_measured_against_the_best_that_a_basis_can_capture():
     assert result["svd"]["seconds"] == pytest.approx(14 * rows["svd"]["ms"] / 1e3)
 
 
-def test_projectors_on_gradients_of_a_trained_model(tmp_path):
+def test_projectors_on_gradients_of_a_trained_model(monkeypatch, tmp_path, short_demo):
+    monkeypatch.setattr(gradients, "GALORE", short_demo)
     before, now = gradients.of_trained_model("9m", steps=1, batches=2, rows=2, seq=16)
     assert {path: stack.shape for path, stack in now.items()} == {
         **{f"attention/{name}/kernel": (4, 128, 128) for name in "kqvo"},
@@ -217,7 +227,8 @@ def test_low_bit_training_compares_each_at_the_best_of_its_rates(monkeypatch, tm
     assert [line.split()[2] for line in lines] == ["+0.00%", "+1.00%", "+5.00%"]
 
 
-def test_train_step_adds_the_refreshes_to_the_ordinary_steps():
+def test_train_step_adds_the_refreshes_to_the_ordinary_steps(monkeypatch):
+    monkeypatch.setattr(train_step, "PIPELINE_SECONDS", 0.05)
     settings = {"hidden": 16, "intermediate": 24, "layers": 1, "heads": 1, "rank": 4}
     settings |= {"tokenizer": "bytes", "batch": 2, "seq": 16, "projector": "rows"}
     settings |= {"optimizer": "galore_adamw"}
@@ -281,7 +292,8 @@ def test_quality_sweeps_compares_and_goes_on(monkeypatch, tmp_path, capsys):
     assert len(calls) == done
 
 
-def test_quality_trains_the_demo():
+def test_quality_trains_the_demo(monkeypatch, short_demo):
+    monkeypatch.setattr(quality.demo, "GALORE", short_demo)
     setting = {**quality.SWEPT[quality.ADAMW], "lr": 0.01}
     assert 6 < quality.Record(None, steps=1).loss(setting, seed=0) < 9
 

@@ -16,6 +16,8 @@ import pytest
 
 from galore_optax import QuantizedArray, _codes, apply_updates, quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "adam_8bit.npz")
 DYNAMIC = ("signed", "unsigned")
 SCHEMES = (*DYNAMIC, "int8", "int4")
@@ -313,6 +315,7 @@ def test_codes_follow_the_sharding_of_what_they_stand_for():
     """On 8 devices, with Explicit and Auto axes, in a process of its own."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", SHARDED],

@@ -1,9 +1,12 @@
 """Comparisons of tiny runs: what is trained, what is chosen, and what the report says of it."""
 
+import asyncio
 import dataclasses
 import json
+import logging
 import math
 import shlex
+import sys
 
 import jax
 import numpy as np
@@ -315,3 +318,16 @@ def test_errors_of_the_command_line_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["compare", "--sweep", "adamw", "--out", str(tmp_path / "x")])
     with pytest.raises(SystemExit, match=r"^error: sweep='adamw'"):
         module.main()
+
+
+def test_writes_that_orbax_abandons_say_nothing_after_that_line(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+    monkeypatch.setattr("sys.argv", ["compare"])
+    with pytest.raises(SystemExit):
+        module.main()
+    loop = asyncio.new_event_loop()
+    loop.create_future().set_exception(OSError("abandoned"))
+    loop.call_exception_handler({"message": "something else"})
+    loop.close()
+    assert caplog.messages == ["something else"]

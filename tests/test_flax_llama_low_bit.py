@@ -15,12 +15,14 @@ from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.step import initial_params
 from examples.flax_llama.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("q_galore")
     text = write_text(directory)
-    settings = {"optimizer": "q_galore_adamw", "steps": 30, "accumulate": 2}
+    settings = {"optimizer": "q_galore_adamw", "steps": 30, "accumulate": 2, "eval_every": 30}
     return train(tiny(text, out=directory / "run", **settings)), directory / "run"
 
 

@@ -10,6 +10,7 @@ import errno
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,24 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; those before it are whole."""
+
+
+def hide_abandoned_writes() -> None:
+    """Silences, in a program, the writes that Orbax does not wait for after one has failed.
+
+    They complain of their event loop, which is closed, or that nobody has retrieved their errors;
+    the error of the first is in the `CheckpointError`.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
 
 
 class Checkpoints:

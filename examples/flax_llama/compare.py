@@ -19,7 +19,7 @@ import tyro
 
 import galore_optax
 from benchmarks.machine import machine
-from examples.flax_llama.checkpoint import CheckpointError
+from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
 from examples.flax_llama.config import Config, UsageError, at_least_one
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
 from examples.flax_llama.report import Comparison, Run, write_report
@@ -213,6 +213,7 @@ def compare(
 
 
 def main() -> None:
+    hide_abandoned_writes()
     try:
         comparison = tyro.cli(compare)
     except (UsageError, CheckpointError, OSError) as error:

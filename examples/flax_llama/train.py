@@ -7,7 +7,6 @@ python -m examples.flax_llama.train --out runs/galore --resume
 import contextlib
 import dataclasses
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,12 @@ from jax.experimental import multihost_utils
 
 import galore_optax
 from examples.flax_llama import run_log
-from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, last_settings
+from examples.flax_llama.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    hide_abandoned_writes,
+    last_settings,
+)
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.data import Data, open_data
 from examples.flax_llama.evaluate import make_evaluate
@@ -293,14 +297,8 @@ def from_command_line(args: Sequence[str] | None = None) -> Config:
     return config
 
 
-def hide_closed_loops(unraisable: Any) -> None:
-    """When a file cannot be written, Orbax' other writes complain that its event loop is closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
 def main() -> None:
-    sys.unraisablehook = hide_closed_loops
+    hide_abandoned_writes()
     try:
         config = from_command_line()
         if config.distributed:

@@ -89,6 +89,7 @@ VARIANTS = {
     "lazy": {"refresh": "lazy", "projector": "eigh"},
     "random": {"projector": "gaussian", "stagger": True, "seed": 3},
     "both sides": {"side": "both", "diagnostics": True},
+    "rows": {"projector": "rows", "diagnostics": True},
 }
 
 

@@ -35,6 +35,12 @@ from galore_optax._part import Layer, Part, Turn, current_part
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._refresh import Lazy, Timing, refresh_leaf
+from galore_optax._sharding import (
+    in_auto,
+    is_explicit,
+    place_low_rank,
+    place_subspace,
+)
 from galore_optax._state import (
     GaloreState,
     inspection_in_progress,
@@ -266,6 +272,10 @@ def _transformation(
         subspaces = [settings.init_subspace(view) for view in views]
         leaves = jax.tree.leaves(params, is_leaf=is_quantized)
         low_rank = [_low_rank_stand_in(v, x) for v, x in zip(views, leaves, strict=True)]
+        for i, (view, leaf) in enumerate(zip(views, leaves, strict=True)):
+            if isinstance(view, MatrixView) and not is_quantized(leaf) and is_explicit(leaf):
+                low_rank[i] = place_low_rank(low_rank[i], view, leaf)
+                subspaces[i] = place_subspace(subspaces[i], view, leaf)
         low_rank = _inner_structure(params, views).unflatten(low_rank)
         state = GaloreState(
             step=jnp.zeros([], jnp.int32),
@@ -381,7 +391,7 @@ def _transformation(
             accumulator=accumulator,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, in_auto(update_fn))
 
 
 def turns(views: Sequence[LeafView]) -> dict[str, Turn]:

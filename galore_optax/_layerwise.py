@@ -80,8 +80,8 @@ def layerwise(
     Raises:
       TypeError: arguments of a wrong type.
       ValueError: layers that are not stacked alike; a block that changes the shape or dtype of x;
-        a transformation that needs the gradients of several leaves at once; arguments out of
-        range. All of these before anything is computed.
+        a transformation that needs the gradients of several leaves at once; parameters on a mesh
+        of Explicit axes; arguments out of range. All of these before anything is computed.
 
     Notes:
       What a transformation computes over a whole leaf, such as the root mean square that

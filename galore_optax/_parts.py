@@ -15,6 +15,7 @@ from galore_optax._matrix import leaves_with_paths, logical
 from galore_optax._part import Layer, Part, Turn, updating
 from galore_optax._quantized import is_quantized
 from galore_optax._rows import Use, use_of_rows
+from galore_optax._sharding import is_explicit
 from galore_optax._state import Inspection, inspecting, is_galore_state
 
 
@@ -51,7 +52,8 @@ class Parts:
 
     Raises:
       TypeError: the parameters are not a mapping with that key.
-      ValueError: the layers are not stacked alike, or the transformation cannot be divided.
+      ValueError: the layers are not stacked alike, the transformation cannot be divided, or the
+        parameters are on a mesh of Explicit axes.
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: Any, blocks: str):
@@ -59,6 +61,11 @@ class Parts:
             found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
             raise TypeError(
                 f"params must be a mapping with the stacked layers under {blocks!r}; got {found}"
+            )
+        if is_explicit(params):
+            raise ValueError(
+                "layerwise needs parameters on a mesh of Auto axes; these are on one of Explicit "
+                "axes. Make it with axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes"
             )
         self._tx = optax.with_extra_args_support(tx)
         self._blocks = blocks

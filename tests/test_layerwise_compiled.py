@@ -8,6 +8,9 @@ import pytest
 import galore_optax
 from tests import layerwise_model as model
 
+# Bytes and operations are decided before what this leaves out, which is of the machine code.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def compiled(layers, tx, int8_weights=False, **arguments):
     params = model.init(jnp.float32, layers=layers, d=64, f=96)

@@ -37,6 +37,7 @@ from examples.flax_llama.step import (
     make_gradients,
     make_update,
     put_batch,
+    replicated,
 )
 from examples.flax_llama.train import open_dataset
 
@@ -70,7 +71,8 @@ def train(config: Config, refresh: str | galore_optax.Lazy, means: Sequence[int]
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
     optimizer = make_optimizer(config)
     params = initial_params(config, shape)
-    state = State(params, jax.jit(optimizer.init)(params))
+    # Placed as updates leave it, so that the first one is not compiled apart.
+    state = jax.device_put(State(params, jax.jit(optimizer.init)(params)), replicated(mesh))
     update = make_update(config, graphdef, optimizer, mesh)
     found: dict[str, list[np.ndarray]] = {}
     counts: dict[str, np.ndarray] = {}

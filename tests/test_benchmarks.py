@@ -17,7 +17,6 @@ from benchmarks import (
     compile_time,
     gradients,
     layerwise_step,
-    low_bit,
     low_bit_training,
     projectors,
     quality,
@@ -26,12 +25,12 @@ from benchmarks import (
     step_time,
     train_step,
 )
-from examples.flax_llama import demo
+from examples.flax_llama import data, demo
 from examples.flax_llama.config import PRESETS, LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-TINY = LlamaConfig(hidden=16, intermediate=24, layers=2, heads=1, vocab_size=32)
+TINY = LlamaConfig(hidden=16, intermediate=24, layers=1, heads=1, vocab_size=32)
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +39,23 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(shapes.RANKS, "tiny", 4)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_corpus():
+    """Of the built-in text the first part of each novel, which takes no time to tokenize."""
+    split = [[text[:3000] for text in part] for part in data.read_split()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "read_split", lambda: split)
+        data.load_corpus.cache_clear()
+        yield
+    data.load_corpus.cache_clear()
+
+
 @pytest.fixture
 def short_demo():
-    """The demo's settings but for the length of its batches and of its evaluation."""
-    return dataclasses.replace(demo.GALORE, batch=2, seq=16, eval_tokens=200)
+    """The demo's settings, but for a tiny model, its text, and the length of its batches."""
+    shape = {name: getattr(TINY, name) for name in ("hidden", "intermediate", "layers", "heads")}
+    small = {"rank": 4, "tokenizer": "bytes", "batch": 2, "seq": 16, "eval_tokens": 200}
+    return dataclasses.replace(demo.GALORE, **shape, **small)
 
 
 def run_main(monkeypatch, module, *arguments):
@@ -55,9 +67,9 @@ def run_main(monkeypatch, module, *arguments):
 
 def test_step_time_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     path = tmp_path / "times.json"
-    peers = ["same sides", "rows", step_time.STAGGERED[0]]
+    peers = ["same sides", "rows", step_time.STAGGERED[1]]
     run_main(
-        monkeypatch, step_time, "--model", "tiny", "--steps", 30, "--peers", *peers, "--out", path
+        monkeypatch, step_time, "--model", "tiny", "--steps", 60, "--peers", *peers, "--out", path
     )
     result = json.loads(path.read_text())
     assert list(result["optimizers"]) == [*step_time.BASELINES, *peers]
@@ -66,13 +78,13 @@ def test_step_time_writes_what_it_prints(monkeypatch, tmp_path, capsys):
         (line,) = (x for x in printed.splitlines() if x.startswith(f"{name}   "))
         assert f"{row['ratio_to_contrib']:.3f}" in line.split()
     assert result["optimizers"][step_time.CONTRIB]["ratio_to_contrib"] == 1
-    # 14 matrices over 200 steps: places 0 to 2 on steps 0, 14 and 28.
-    assert sum(result["optimizers"][step_time.STAGGERED[0]]["refreshed"]) == 2
+    # 7 matrices over 200 steps: places 0 to 2 on steps 0, 28 and 57.
+    assert sum(result["optimizers"][step_time.STAGGERED[1]]["refreshed"]) == 2
     # Adam's moments, of two (16, 24) matrices and alike, and the numbers of 4 rows each.
     moments = sum(2 * 4 * count * n for (_, n), count in shapes.matrices("tiny").items())
-    full = 2 * (2 * 32 * 16 + 5 * 16)
-    bases = 14 * 4
-    counters = 14 * 2 + 2
+    full = 2 * (2 * 32 * 16 + 3 * 16)
+    bases = 7 * 4
+    counters = 7 * 2 + 2
     expected = 4 * (moments + full + bases + counters)
     assert result["optimizers"]["rows"]["state_bytes"] == expected
 
@@ -150,7 +162,7 @@ def test_synthetic_matrix_has_the_spectrum():
 
 
 def test_projectors_are_measured_against_the_best_that_a_basis_can_capture():
-    rows = projectors.on_shape(24, 40, 6, np.array([1.0, 0.1]), repeats=2, svd_seconds=1)
+    rows = projectors.on_shape(16, 24, 4, np.array([1.0, 0.1]), repeats=2, svd_seconds=1)
     assert list(rows) == list(projectors.NAMES)
     assert rows["svd"]["energy"] == pytest.approx(1, abs=1e-4)
     assert rows["eigh"]["energy"] == pytest.approx(1, abs=1e-4)
@@ -159,18 +171,18 @@ def test_projectors_are_measured_against_the_best_that_a_basis_can_capture():
         assert row["ms"] > 0
     result = projectors.whole_model("tiny", dict.fromkeys(shapes.matrices("tiny"), rows))
     assert result["svd"]["speedup"] == pytest.approx(1)
-    assert result["svd"]["seconds"] == pytest.approx(14 * rows["svd"]["ms"] / 1e3)
+    assert result["svd"]["seconds"] == pytest.approx(7 * rows["svd"]["ms"] / 1e3)
 
 
 def test_projectors_on_gradients_of_a_trained_model(monkeypatch, tmp_path, short_demo):
     monkeypatch.setattr(gradients, "GALORE", short_demo)
     before, now = gradients.of_trained_model("9m", steps=1, batches=2, rows=2, seq=16)
     assert {path: stack.shape for path, stack in now.items()} == {
-        **{f"attention/{name}/kernel": (4, 128, 128) for name in "kqvo"},
-        **{f"mlp/{name}/kernel": (4, 128, 352) for name in ("gate", "up", "down")},
+        **{f"attention/{name}/kernel": (1, 16, 16) for name in "kqvo"},
+        **{f"mlp/{name}/kernel": (1, 16, 24) for name in ("gate", "up", "down")},
     }
     assert np.any(before["mlp/up/kernel"] != now["mlp/up/kernel"])
-    few = [{path: stack[:1] for path, stack in g.items() if "/o/" in path} for g in (before, now)]
+    few = [{path: stack for path, stack in g.items() if "/o/" in path} for g in (before, now)]
     rows = projectors.on_real_gradients(*few)
     assert rows["eigh"]["energy_min"] == pytest.approx(1, abs=1e-3)
     assert 0.9 < rows["power_iteration, first"]["energy_min"] <= 1 + 1e-4
@@ -198,18 +210,6 @@ def test_projectors_writes_a_refresh_of_the_model_and_a_picture(monkeypatch, tmp
     )
     assert refresh["rows"]["seconds"] == pytest.approx(in_turn / 1e3)
     assert (tmp_path / "projectors.png").stat().st_size > 0
-
-
-def test_low_bit_counts_bytes_and_kernels(monkeypatch, tmp_path):
-    path = tmp_path / "low_bit.json"
-    run_main(monkeypatch, low_bit, "--rows", 64, "--columns", 64, "--steps", 2, "--out", path)
-    updates = json.loads(path.read_text())["updates"]
-    bytes_of = {name: row["state_bytes_per_element"] for name, row in updates.items()}
-    # Two moments; in 8 bits with a float32 per block of 256; and a counter, or a few.
-    assert bytes_of["optax.scale_by_adam"] == pytest.approx(8, abs=0.01)
-    assert bytes_of["low_bit, 8 bits"] == pytest.approx(2 + 8 / 256, abs=0.01)
-    assert bytes_of["low_bit, 16 bits"] == pytest.approx(4, abs=0.01)
-    assert updates["optax.scale_by_adam"]["ratio"] == 1
 
 
 def test_low_bit_training_compares_each_at_the_best_of_its_rates(monkeypatch, tmp_path, capsys):
@@ -241,20 +241,23 @@ def test_train_step_adds_the_refreshes_to_the_ordinary_steps(monkeypatch):
 
 
 def test_layerwise_step_counts_the_operations_of_xla(monkeypatch, tmp_path, capsys):
+    # Of one layer, so that what is timed is compiled already to have its operations counted.
+    shape = dataclasses.replace(PRESETS["9m"], layers=1)
+    monkeypatch.setitem(PRESETS, "9m", shape)
     path = tmp_path / "layerwise.json"
-    sizes = ("--vocab-size", 300, "--batch", 8, "--seq", 64, "--steps", 2, "--optimizers", "sgd")
+    sizes = ("--vocab-size", 300, "--batch", 4, "--seq", 64, "--steps", 2, "--optimizers", "sgd")
     run_main(monkeypatch, layerwise_step, *sizes, "--out", path)
     row = json.loads(path.read_text())["optimizers"]["sgd"]
     assert f"{row['ratio']:.3f}" in capsys.readouterr().out.splitlines()[1].split()
     assert min(row["ms"].values()) > 0
-    shape = dataclasses.replace(PRESETS["9m"], layers=1, vocab_size=1, max_seq=64)
+    shape = dataclasses.replace(shape, vocab_size=1, max_seq=64)
     counted = layerwise_step.operations(shape)
     # XLA adds what is done entry by entry, and a chunk of the head.
     for way, flops in row["xla_flops_of_one_layer"].items():
-        assert flops / (8 * 64) == pytest.approx(counted[way], rel=0.1)
+        assert flops / (4 * 64) == pytest.approx(counted[way], rel=0.1)
     # It merges some of what is computed twice.
     assert 0.99 < row["xla_flops_ratio"] < 0.01 + counted["layer-wise"] / counted["ordinary"]
-    whole = layerwise_step.operations(dataclasses.replace(shape, layers=4, vocab_size=300))
+    whole = layerwise_step.operations(dataclasses.replace(shape, vocab_size=300))
     assert row["operations_ratio"] == whole["layer-wise"] / whole["ordinary"]
 
 
@@ -295,21 +298,18 @@ def test_quality_sweeps_compares_and_goes_on(monkeypatch, tmp_path, capsys):
 def test_quality_trains_the_demo(monkeypatch, short_demo):
     monkeypatch.setattr(quality.demo, "GALORE", short_demo)
     setting = {**quality.SWEPT[quality.ADAMW], "lr": 0.01}
-    assert 6 < quality.Record(None, steps=1).loss(setting, seed=0) < 9
+    assert 5 < quality.Record(None, steps=1).loss(setting, seed=0) < 6
 
 
 def test_compile_time_of_stacked_and_unstacked_layers(monkeypatch, tmp_path):
+    monkeypatch.setitem(shapes.PRESETS, "tiny", dataclasses.replace(TINY, layers=2))
     path = tmp_path / "compile.json"
     run_main(
         monkeypatch,
         compile_time,
-        *("--projectors", "rows", "--model", "tiny", "--layers", 2, 3, "--unstacked", "tiny"),
+        *("--projectors", "rows", "--model", "tiny", "--layers", 2, "--unstacked", "tiny"),
         *("--out", path),
     )
     rows = json.loads(path.read_text())["rows"]
-    assert [row["model"] for row in rows] == [
-        "tiny, 2 stacked layers",
-        "tiny, 3 stacked layers",
-        "tiny unstacked",
-    ]
-    assert rows[2]["hlo_characters"] > rows[1]["hlo_characters"] > 0
+    assert [row["model"] for row in rows] == ["tiny, 2 stacked layers", "tiny unstacked"]
+    assert rows[1]["hlo_characters"] > rows[0]["hlo_characters"] > 0

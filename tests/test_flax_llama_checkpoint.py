@@ -109,7 +109,7 @@ def test_a_finished_run_is_resumed_to_its_end_at_once(copy, finished):
 
 
 def test_records_beyond_the_checkpoint_are_made_again_not_twice(copy, finished):
-    shutil.rmtree(copy.out / "checkpoints" / "12")
+    (copy.out / "checkpoints" / "12").rename(copy.out / "moved out")
     with open(copy.out / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "lo')  # as a run leaves it that is killed while writing
     train.train(copy)
@@ -241,9 +241,7 @@ def test_the_command_line_takes_what_is_not_given_from_the_run(copy):
 
 @pytest.mark.parametrize("item", ["params", "optimizer", "data", "settings"])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(
-    copy, finished, item, damage
-):
+def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(copy, item, damage):
     broken = copy.out / "checkpoints" / "12"
     if damage == "missing":
         shutil.rmtree(broken / item)
@@ -259,9 +257,6 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(
     with pytest.raises(UsageError, match=message):
         train.train(copy)
     assert contents(copy.out) == before
-    broken.rename(copy.out / "broken")
-    train.train(copy)
-    assert metrics(copy.out) == metrics(finished[0].out)
 
 
 @pytest.fixture(scope="module")

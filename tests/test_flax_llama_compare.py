@@ -38,7 +38,7 @@ def text(tmp_path_factory):
 def done(text, tmp_path_factory):
     """A comparison of six runs."""
     out = tmp_path_factory.mktemp("compare") / "out"
-    shared = tiny(text, steps=6, eval_every=6, save_every=2, out=out)
+    shared = tiny(text, steps=6, eval_every=6, save_every=6, out=out)
     return shared, compare(shared, OPTIMIZERS, SWEEP, seeds=2)
 
 
@@ -227,7 +227,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(done, trained, text, tmp_pat
     shared, comparison = done
     first = comparison.runs[0]
     word = f"adamw={first.settings['lr']}"
-    shared_here = dataclasses.replace(shared, out=tmp_path / "out")
+    shared_here = dataclasses.replace(shared, save_every=2, out=tmp_path / "out")
     update = training.RunLog.update
 
     def interrupted(log, step, values):

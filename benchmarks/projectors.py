@@ -60,7 +60,9 @@ def basis_of(name: str, rank: int, matrix: jax.Array, old: jax.Array) -> jax.Arr
     """The (m, r) basis that a projector chooses."""
     chosen = chooser(name, rank)(matrix, old)
     basis = resolve(name.split(",")[0], {}).basis(chosen, matrix.shape[0], matrix.dtype)
-    return basis.dense() if isinstance(basis, UnitVectors) else basis
+    if isinstance(basis, UnitVectors):
+        return jax.nn.one_hot(chosen, basis.size, axis=0, dtype=matrix.dtype)
+    return basis
 
 
 @jax.jit

@@ -35,7 +35,7 @@ def init_accumulator(low_rank: Any, steps: int) -> Any:
     """What the state holds of micro-batches before the first, for steps of so many."""
     if steps == 1:
         return ABSENT
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), low_rank)
+    zeros = jax.tree.map(jnp.zeros_like, low_rank)
     return Accumulator(jnp.zeros([], jnp.int32), zeros)
 
 

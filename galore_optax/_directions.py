@@ -24,10 +24,6 @@ class UnitVectors:
     size: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
 
-    def dense(self) -> jax.Array:
-        """The basis, (*batch, m, r)."""
-        return jax.nn.one_hot(self.numbers, self.size, axis=-2, dtype=self.dtype)
-
     def select(self, matrices: jax.Array, axis: int) -> jax.Array:
         """The selected rows or columns.
 

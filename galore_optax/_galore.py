@@ -1,11 +1,8 @@
-"""galore(): one update of every leaf, where projector, refresh and inner transformation meet."""
+"""galore(): its arguments."""
 
-import dataclasses
-import itertools
 import math
 import numbers
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,51 +11,12 @@ import numpy as np
 import optax
 
 from galore_optax import projectors
-from galore_optax._accumulate import (
-    accumulate,
-    check_accumulation_steps,
-    init_accumulator,
-    is_first,
-)
+from galore_optax._accumulate import check_accumulation_steps
 from galore_optax._inner import Inner
-from galore_optax._matrix import (
-    DEFAULT_EXCLUDE,
-    ExcludeSpec,
-    LeafView,
-    MatrixView,
-    RankSpec,
-    Selection,
-    moment_dtype,
-    structure,
-)
-from galore_optax._part import Layer, Part, Turn, current_part
-from galore_optax._quantized import is_quantized
-from galore_optax._quantized_params import check_gradients, dequantize_params
-from galore_optax._refresh import Lazy, Timing, refresh_leaf
-from galore_optax._sharding import (
-    in_auto,
-    is_explicit,
-    place_low_rank,
-    place_subspace,
-)
-from galore_optax._state import (
-    GaloreState,
-    inspection_in_progress,
-    leaves_like,
-    subspaces_of_tree,
-    tree_of_subspaces,
-)
-from galore_optax._subspace import (
-    ABSENT,
-    Bases,
-    Sides,
-    Subspace,
-    captured_energy,
-    check_projector_dtype,
-    init_subspace,
-    project,
-    project_back,
-)
+from galore_optax._matrix import DEFAULT_EXCLUDE, ExcludeSpec, RankSpec, Selection
+from galore_optax._refresh import Lazy, Timing
+from galore_optax._subspace import check_projector_dtype
+from galore_optax._transformation import Settings, transformation
 
 
 class BareGalore(optax.GradientTransformationExtraArgs):
@@ -136,7 +94,7 @@ def galore(
       projector_options: keyword arguments of the projector, such as ``{"iterations": 2}``.
       projector_dtype: in what the projectors are kept: ``"float32"``, ``"bfloat16"``, or
         ``"int8"`` or ``"int4"``, asymmetric integers in blocks of 256, rounded to the nearest. By
-        default float32, float64 for float64 leaves.
+        default float32, float64 for float64 leaves. Without effect where no basis is kept.
       refresh: ``"periodic"``, every T steps; or ``"lazy"``, where a matrix whose subspace stands
         still is refreshed after T, 2 T, 4 T, ...: see `galore_optax.Lazy`, which may also be given.
       stagger: whether to spread the refreshes over the T steps by matrix, so that of N matrices at
@@ -206,7 +164,7 @@ def galore(
         raise TypeError(f"seed must be an int; got {seed!r}")
     _check_scale(scale)
     check_accumulation_steps(accumulation_steps)
-    settings = _Settings(
+    settings = Settings(
         Selection(rank, side, exclude, weight_dimension_numbers),
         projectors.resolve(projector, projector_options or {}),
         check_projector_dtype(projector_dtype),
@@ -217,208 +175,14 @@ def galore(
         bool(diagnostics),
     )
 
-    def make(transformation, caution=None):
-        return _transformation(Inner(transformation), settings, caution)
+    def make(inner, caution=None):
+        return transformation(Inner(inner), settings, caution)
 
     if inner is not None:
         return make(inner)
     bare = BareGalore(*make(optax.identity(), caution=_BARE))
     bare.with_inner = make
     return bare
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """The arguments of :func:`galore`, checked."""
-
-    selection: Selection
-    projector: projectors.Projector
-    projector_dtype: str | None
-    timing: Timing
-    scale: float | jax.Array
-    accumulation_steps: int
-    seed: int | jax.Array
-    diagnostics: bool
-
-    def __post_init__(self):
-        self.timing.check(self.projector)
-
-    def init_subspace(self, view: LeafView) -> Subspace:
-        if not isinstance(view, MatrixView):
-            return Subspace()
-        lazy = self.timing.lazy
-        return init_subspace(self.sides(view), lazy.queue if lazy else 0, self.diagnostics)
-
-    def sides(self, view: MatrixView, layer: Layer | None = None) -> Sides:
-        return Sides(view, self.projector, self.projector_dtype, self.seed, layer)
-
-
-def _transformation(
-    inner: Inner, settings: _Settings, caution: str | None
-) -> optax.GradientTransformationExtraArgs:
-    """The transformation itself; its first ``init`` warns of ``caution``."""
-    selection = settings.selection
-    warned = False
-
-    def init_fn(params: optax.Params) -> GaloreState:
-        nonlocal warned
-        views = selection.views(params)
-        inspection = inspection_in_progress()
-        if inspection is not None:
-            inspection.trees.append(views)
-            if inspection.without_galore:
-                # A GaloreState all the same, so that the inner state is found where it always is.
-                return GaloreState(ABSENT, Subspace(), inner.init(dequantize_params(params)))
-        subspaces = [settings.init_subspace(view) for view in views]
-        leaves = jax.tree.leaves(params, is_leaf=is_quantized)
-        low_rank = [_low_rank_stand_in(v, x) for v, x in zip(views, leaves, strict=True)]
-        for i, (view, leaf) in enumerate(zip(views, leaves, strict=True)):
-            if isinstance(view, MatrixView) and not is_quantized(leaf) and is_explicit(leaf):
-                low_rank[i] = place_low_rank(low_rank[i], view, leaf)
-                subspaces[i] = place_subspace(subspaces[i], view, leaf)
-        low_rank = _inner_structure(params, views).unflatten(low_rank)
-        state = GaloreState(
-            step=jnp.zeros([], jnp.int32),
-            subspace=tree_of_subspaces(_subspace_structure(params, views), subspaces),
-            inner=inner.init(low_rank),
-            accumulator=init_accumulator(low_rank, settings.accumulation_steps),
-        )
-        if inspection is None and not warned and views:
-            warned = True
-            selection.warn(views, stacklevel=2)
-            inner.warn(low_rank, state.inner, views, stacklevel=2)
-            if caution is not None:
-                warnings.warn(caution, UserWarning, stacklevel=2)
-        return state
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        refresh: bool | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, GaloreState]:
-        if not (refresh is None or isinstance(refresh, bool)):
-            raise TypeError(
-                "refresh must be None or a Python bool, since it decides what is compiled; "
-                f"got {refresh!r}"
-            )
-        check_gradients(updates)
-        gradients, treedef = jax.tree.flatten(updates)
-        gradients = [jnp.asarray(g) for g in gradients]
-        views = selection.views(updates)
-        subspace_treedef = _subspace_structure(updates, views)
-        subspaces = subspaces_of_tree(subspace_treedef, views, state, settings.init_subspace)
-        weights = [] if params is None else leaves_like(treedef, params, "params")
-        weights = [jnp.asarray(w) for w in weights]
-        for view, weight in zip(views, weights, strict=False):
-            if weight.shape != view.shape:
-                raise ValueError(
-                    f"params and gradients must have the same shapes; {view.path!r} has shape "
-                    f"{weight.shape} in params and {view.shape} in the gradients"
-                )
-        inner_treedef = _inner_structure(updates, views)
-        gap = settings.timing.gap(state.step)
-        part = current_part() or Part(turns(views), None, 0, settings.accumulation_steps, False)
-
-        low_rank = [g.astype(moment_dtype(g.dtype)) for g in gradients]
-        bases = [Bases(None, None)] * len(views)
-        step = state.step
-        for i, view in enumerate(views):
-            if not isinstance(view, MatrixView):
-                continue
-            matrices, sides = view.to_matrices(gradients[i]), settings.sides(view, part.layer)
-            if refresh is not False:
-                subspaces[i], step = refresh_leaf(
-                    matrices,
-                    subspaces[i],
-                    sides=sides,
-                    turn=part.turn_of(view.path, view.count),
-                    step=step,
-                    gap=gap,
-                    timing=settings.timing,
-                    force=refresh is True,
-                    allowed=part.complete or is_first(state.accumulator),
-                )
-            bases[i] = sides.load(subspaces[i])
-            low_rank[i] = project(matrices, bases[i])
-            if settings.diagnostics:
-                energy = captured_energy(matrices, low_rank[i])
-                subspaces[i] = subspaces[i]._replace(energy=energy)
-
-        def projected_weights(i: int, view: MatrixView) -> jax.Array:
-            matrices = view.to_matrices(weights[i])
-            return project(matrices.astype(low_rank[i].dtype), bases[i])
-
-        likes = gradients if params is None else weights
-
-        def finish(low_rank: list[jax.Array]) -> tuple[list[jax.Array], Any, Any]:
-            """The full-size updates, inner state and step count after a step."""
-            result = inner.update(
-                low_rank,
-                state.inner,
-                None if params is None else weights,
-                inner_treedef,
-                views,
-                projected_weights,
-                extra_args,
-            )
-            new_updates = []
-            for i, view in enumerate(views):
-                update, decay = result.updates[i], result.decay[i]
-                if isinstance(view, MatrixView):
-                    update = project_back(settings.scale * update, bases[i], gradients[i].dtype)
-                    if decay is not None:
-                        update += decay * view.to_matrices(weights[i])
-                    update = view.from_matrices(update)
-                new_updates.append(update.astype(likes[i].dtype))
-            return new_updates, result.state, optax.safe_increment(step)
-
-        (new_updates, inner_state, next_step), accumulator = accumulate(
-            state.accumulator,
-            low_rank,
-            inner_treedef,
-            settings.accumulation_steps,
-            part,
-            finish,
-            wait=lambda: ([jnp.zeros_like(x) for x in likes], state.inner, step),
-        )
-        return treedef.unflatten(new_updates), GaloreState(
-            step=next_step,
-            subspace=tree_of_subspaces(subspace_treedef, subspaces),
-            inner=inner_state,
-            accumulator=accumulator,
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, in_auto(update_fn))
-
-
-def turns(views: Sequence[LeafView]) -> dict[str, Turn]:
-    """By path, the places of the matrices of all leaves that are projected."""
-    projected = [view for view in views if isinstance(view, MatrixView)]
-    counts = [view.count for view in projected]
-    places = itertools.accumulate(counts, initial=0)
-    return {v.path: Turn(place, sum(counts)) for v, place in zip(projected, places, strict=False)}
-
-
-def _low_rank_stand_in(view: LeafView, leaf: Any) -> Any:
-    """What the inner ``init`` sees: zeros for R, and leaves at full size in the moments' dtype."""
-    dtype = moment_dtype(view.dtype)
-    if isinstance(view, MatrixView):
-        return jnp.zeros(view.low_rank_shape, dtype)
-    leaf = dequantize_params(leaf)
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-    return jnp.asarray(leaf).astype(dtype)
-
-
-def _subspace_structure(tree: Any, views: Sequence[LeafView]) -> Any:
-    return structure(tree, [True] * len(views))
-
-
-def _inner_structure(tree: Any, views: Sequence[LeafView]) -> Any:
-    return structure(tree, [isinstance(view, MatrixView) for view in views])
 
 
 _BARE = (

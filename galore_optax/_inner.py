@@ -32,7 +32,7 @@ class LowRankUpdate(NamedTuple):
     """What the inner transformation makes of the gradients, by leaf."""
 
     updates: list[jax.Array]  # (*batch, r or m, r or n) where projected, else the leaf's shape
-    decay: list[jax.Array | None]  # c, (*batch, 1, 1) where there is decay, else None
+    decay: list[jax.Array | None]  # c, the same in all entries of R, or None without decay
     state: Any  # the inner state
 
 
@@ -146,7 +146,7 @@ class Inner:
         ones = [jnp.ones_like(x) for x in zeros]
         _, tangents, (updates, new_state) = jax.jvp(run, (zeros,), (ones,), has_aux=True)
         for i, tangent in zip(projected, tangents, strict=True):
-            decay[i] = tangent[..., :1, :1]
+            decay[i] = tangent
         return LowRankUpdate(updates, decay, new_state)
 
     def _runner(self, low_rank, state, params, treedef, views, extra_args) -> Any:

@@ -278,7 +278,7 @@ class _Sizes:
     def of(cls, tx: Any, params: Any, dtype: Any, inspection: Inspection) -> "_Sizes":
         with inspecting(inspection):
             # A function of its own, so that no earlier trace of tx.init is reused.
-            state = jax.eval_shape(lambda p: tx.init(p), params)
+            state = jax.eval_shape(lambda p: tx.init(p), _unsharded(params))
         leaves = leaves_with_paths(logical(params))
         owners = {_components(path): i for i, (path, _) in enumerate(leaves)}
         sizes = cls([0] * len(leaves), [0] * len(leaves))
@@ -291,6 +291,11 @@ class _Sizes:
             else:
                 getattr(sizes, item.kind)[owner] += _bytes(item.array, dtype)
         return sizes
+
+
+def _unsharded(params: Any) -> Any:
+    """The shapes and dtypes alone: bytes are those of all devices together."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
 
 
 def _components(path: str) -> tuple[str, ...]:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax._dependence import dependence
-from galore_optax._galore import turns
 from galore_optax._matrix import leaves_with_paths, logical
 from galore_optax._part import Layer, Part, Turn, updating
 from galore_optax._quantized import is_quantized
 from galore_optax._rows import Use, use_of_rows
 from galore_optax._sharding import is_explicit
 from galore_optax._state import Inspection, inspecting, is_galore_state
+from galore_optax._transformation import turns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Parameters on a mesh of Explicit axes: where their state lies, and how an update is computed."""
+"""Parameters on a mesh of Explicit axes: where their state lies, and what is computed in Auto."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,86 +8,135 @@ import jax
 from jax.sharding import PartitionSpec
 
 from galore_optax._matrix import MatrixView
-from galore_optax._subspace import Subspace
+from galore_optax._quantized import is_quantized
+from galore_optax._subspace import Bases, Subspace
 
 
 def is_explicit(tree: Any) -> bool:
-    """Whether the types of arrays say over which axes of a mesh they are sharded.
+    """Whether any array lies on a mesh with Explicit axes."""
+    return _explicit_mesh(tree) is not None
 
-    Raises:
-      ValueError: they do, and that mesh is not the current one.
-    """
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
-    explicit = [mesh for mesh in meshes if mesh.explicit_axes]
-    if explicit and not jax.sharding.get_abstract_mesh().explicit_axes:
+
+def check_mesh(tree: Any) -> None:
+    """Raises where arrays lie on a mesh with Explicit axes that is not the current one."""
+    mesh = _explicit_mesh(tree)
+    if mesh is not None and not jax.sharding.get_abstract_mesh().explicit_axes:
         raise ValueError(
-            "galore was given arrays on a mesh of Explicit axes, "
-            f"{dict(explicit[0].shape)}, outside of that mesh: call init and update, or the "
-            "jitted functions that do, under jax.set_mesh(mesh)"
+            f"galore was given arrays on a mesh with Explicit axes, {dict(mesh.shape)}, outside of "
+            "that mesh: call init and update, or the jitted functions that do, under "
+            "jax.set_mesh(mesh)"
         )
-    return bool(explicit)
 
 
-def in_auto(update: Callable[..., Any]) -> Callable[..., Any]:
-    """The update of a transformation, inside which no type says how things are sharded.
+def in_auto(function: Callable[..., Any], places: Any, *arguments: Any) -> Any:
+    """Calls a function, inside of which no type says how things are sharded.
 
-    Under Explicit axes a factorization wants a whole matrix, and products want to be told what
-    comes of sharded sums: XLA decides instead, as under Auto axes. What goes in and out is sharded
-    as ever: updates as the gradients, the new state as the old one.
+    Under Explicit axes a factorization wants a whole matrix, and a product over a sharded axis
+    wants to be told how its result is sharded: XLA decides that instead, as under Auto axes.
+
+    Args:
+      function: which uses no other arrays than its arguments.
+      places: None for a mesh without Explicit axes; else the specs of what the function returns, of
+        the same structure or a prefix of it.
+      *arguments: of the function; those that are no arrays are constants.
+    """
+    if places is None:
+        return function(*arguments)
+    leaves, treedef = jax.tree.flatten(arguments)
+
+    def call(arrays: list[jax.Array]) -> Any:
+        given = iter(arrays)
+        filled = [next(given) if isinstance(x, jax.Array) else x for x in leaves]
+        return function(*treedef.unflatten(filled))
+
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    return jax.sharding.auto_axes(call, out_sharding=places)(arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where what belongs to a projected leaf lies on a mesh with Explicit axes.
+
+    Moments are sharded as their matrices, but for the axis that is projected. Bases are sharded
+    along that one, and gathered where they are used.
+
+    Attributes:
+      view: of the leaf.
+      leaf: over which axes of the mesh each of its axes is sharded.
     """
 
-    def run(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        if not is_explicit(updates):
-            return update(updates, state, params, **extra_args)
-        # Only arrays are arguments; others, such as functions for a line search, are constants.
-        leaves, treedef = jax.tree.flatten((updates, state, params, extra_args))
+    view: MatrixView
+    leaf: PartitionSpec
 
-        def call(arrays: list[jax.Array]) -> Any:
-            given = iter(arrays)
-            filled = [next(given) if isinstance(x, jax.Array) else x for x in leaves]
-            *arguments, extra_args = treedef.unflatten(filled)
-            return update(*arguments, **extra_args)
+    @property
+    def batch(self) -> tuple[Any, ...]:
+        """Of the batch axes."""
+        return tuple(self.leaf[axis] for axis in self.view.batch_axes)
 
-        places = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
-        arrays = [x for x in leaves if isinstance(x, jax.Array)]
-        return jax.sharding.auto_axes(call, out_sharding=places)(arrays)
+    @property
+    def low_rank(self) -> PartitionSpec:
+        """Of R and of its moments."""
+        m, n = self._sides
+        return PartitionSpec(
+            *self.batch, None if self.view.left else m, None if self.view.right else n
+        )
 
-    return run
+    def of_projection(self, subspace: Subspace, dense: bool) -> tuple[Any, ...]:
+        """Of a subspace, the step, bases as they are used, and R.
+
+        Args:
+          subspace: as it is stored.
+          dense: whether bases are used as matrices; else by the numbers of rows.
+        """
+
+        def used(present: bool, axis: Any) -> PartitionSpec | None:
+            spec = PartitionSpec(*self.batch, *((axis, None) if dense else (None,)))
+            return spec if present else None
+
+        left, right = self._sides
+        bases: Any = (used(self.view.left, left), used(self.view.right, right))
+        return self.subspace(subspace), PartitionSpec(), Bases(*bases), self.low_rank
+
+    def subspace(self, subspace: Subspace) -> Subspace:
+        """Of each array in it."""
+
+        def of(axis: Any, stored: Any) -> Any:
+            # Codes are in blocks, and numbers of directions few.
+            dense = isinstance(stored, jax.Array) and stored.ndim == len(self.batch) + 2
+            spec = PartitionSpec(*self.batch, *((axis, None) if dense else ()))
+            return jax.tree.map(lambda _: spec, stored)
+
+        bases = [of(*pair) for pair in zip(self._sides, subspace[:2], strict=True)]
+        return Subspace(*bases, *(of(None, field) for field in subspace[2:]))
+
+    @property
+    def _sides(self) -> tuple[Any, Any]:
+        return self._merged(self.view.reduction_axes), self._merged(self.view.output_axes)
+
+    def _merged(self, axes: tuple[int, ...]) -> Any:
+        """Of axes of the leaf that are one of the matrix: of the first, if it is the only one."""
+        first, *others = (self.leaf[axis] for axis in axes)
+        return None if any(others) else first
 
 
-def place_low_rank(low_rank: jax.Array, view: MatrixView, leaf: jax.Array) -> jax.Array:
-    """Moments are sharded as their matrices are, but for the axis that is projected."""
-    batch, m, n = _matrix_spec(view, leaf)
-    return _reshard(low_rank, (*batch, None if view.left else m, None if view.right else n))
+def placement(view: Any, leaf: Any) -> Placement | None:
+    """Where what belongs to a leaf lies; None without Explicit axes, or if it is not projected."""
+    if not isinstance(view, MatrixView) or not jax.sharding.get_abstract_mesh().explicit_axes:
+        return None
+    if is_quantized(leaf):
+        leaf = jax.eval_shape(lambda x: x.dequantize(), leaf)
+    typed = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    spec = getattr(typed.sharding, "spec", ())
+    return Placement(view, PartitionSpec(*spec, *[None] * (len(view.shape) - len(spec))))
 
 
-def place_subspace(subspace: Subspace, view: MatrixView, leaf: jax.Array) -> Subspace:
-    """Bases are sharded along the axis that they project, and gathered where they are used."""
-    batch, m, n = _matrix_spec(view, leaf)
-
-    def basis(stored: Any, axis: Any) -> Any:
-        # Codes are in blocks, and numbers of directions few.
-        matrices = isinstance(stored, jax.Array) and stored.ndim == len(batch) + 2
-        spec = (*batch, axis) if matrices else batch
-        return jax.tree.map(lambda x: _reshard(x, spec), stored)
-
-    return Subspace(
-        basis(subspace.left, m),
-        basis(subspace.right, n),
-        *(jax.tree.map(lambda x: _reshard(x, batch), field) for field in subspace[2:]),
-    )
+def reshard(tree: Any, specs: Any) -> Any:
+    """The tree, sharded as said."""
+    return jax.tree.map(jax.sharding.reshard, tree, specs)
 
 
-def _matrix_spec(view: MatrixView, leaf: jax.Array) -> tuple[tuple[Any, ...], Any, Any]:
-    """Over which axes of the mesh batch, rows and columns are sharded; merged axes are not."""
-    spec = jax.typeof(leaf).sharding.spec
-    rows, columns = (
-        spec[axes[0]] if len(axes) == 1 else None
-        for axes in (view.reduction_axes, view.output_axes)
-    )
-    return tuple(spec[axis] for axis in view.batch_axes), rows, columns
-
-
-def _reshard(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
-    return jax.sharding.reshard(x, PartitionSpec(*spec, *[None] * (x.ndim - len(spec))))
+def _explicit_mesh(tree: Any) -> Any:
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and jax.typeof(leaf).sharding.mesh.explicit_axes:
+            return jax.typeof(leaf).sharding.mesh
+    return None

@@ -7,7 +7,8 @@ more by the names of its arguments: ``key``, a JAX key of this matrix and refres
 other keyword arguments are options of the user's. Signs are settled afterwards by :func:`orient`.
 
 Those that select among directions given beforehand, ``rows`` and ``dct``, return the numbers of
-these instead of a basis, (rank,) int32, and get such numbers as ``old``.
+these instead of a basis, (rank,) int32, and get such numbers as ``old``. Only these two may: a
+function of the user's, one around them too, returns a basis.
 """
 
 import dataclasses
@@ -209,6 +210,7 @@ def rows(matrix: jax.Array, rank: int, *, old: jax.Array, first: jax.Array) -> j
       Muhamed et al., `Grass <https://arxiv.org/abs/2406.17660>`_, 2024: its "top-r" selection.
     """
     _check_columns("rows", rank, matrix.shape[0])
+    _check_numbers("rows", old)
     return choose(jnp.sum(matrix**2, axis=1), rank, old, first)
 
 
@@ -233,6 +235,7 @@ def dct(matrix: jax.Array, rank: int, *, old: jax.Array, first: jax.Array) -> ja
       <https://arxiv.org/abs/2505.17967>`_, 2025.
     """
     _check_columns("dct", rank, matrix.shape[0])
+    _check_numbers("dct", old)
     transformed = jax.scipy.fft.dct(matrix, axis=0, norm="ortho")
     return choose(jnp.sum(transformed**2, axis=1), rank, old, first)
 
@@ -248,7 +251,10 @@ PROJECTORS: dict[str, Callable[..., jax.Array]] = {
     "dct": dct,
 }
 _REGENERATED = (gaussian, orthonormal)
-_DIRECTIONS: dict[Callable[..., jax.Array], Callable[..., Any]] = {rows: UnitVectors, dct: cosines}
+_DIRECTIONS: tuple[tuple[Callable[..., jax.Array], Callable[..., Any]], ...] = (
+    (rows, UnitVectors),
+    (dct, cosines),
+)
 _SUPPLIED = ("key", "old", "first")
 _LEAST = {"oversampling": 0, "power_iterations": 0, "iterations": 1}
 
@@ -270,6 +276,11 @@ class Projector:
     needs: tuple[str, ...]
     stored: bool
     directions: Callable[..., Any] | None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its bases are used as matrices."""
+        return self.directions is not UnitVectors
 
     def __call__(self, matrix: Any, rank: int, **supplied: Any) -> jax.Array:
         """What it chooses for a matrix; ``supplied`` is all that a projector may ask for."""
@@ -319,7 +330,7 @@ def resolve(projector: str | Callable[..., jax.Array], options: Mapping[str, Any
         functools.partial(projector, **options),
         tuple(x for x in _SUPPLIED if x in taken[2:]),
         stored=projector not in _REGENERATED,
-        directions=_DIRECTIONS.get(projector),
+        directions=next((made for chooses, made in _DIRECTIONS if chooses is projector), None),
     )
 
 
@@ -356,3 +367,12 @@ def _leading_eigenvectors(gram: jax.Array, rank: int) -> jax.Array:
 def _check_columns(name: str, rank: int, size: int) -> None:
     if rank > size:
         raise ValueError(f"rank of {name} must be at most the {size} rows; got {rank}")
+
+
+def _check_numbers(name: str, old: jax.Array) -> None:
+    if not jnp.issubdtype(old.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} returns numbers of directions and needs such numbers as old, (r,) int32; got "
+            f"{old.dtype}{list(old.shape)}. Pass projector={name!r}: a function around it must "
+            "return a basis."
+        )

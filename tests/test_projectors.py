@@ -1,5 +1,6 @@
 """Bases of one matrix, their signs, and the products with them."""
 
+import dataclasses
 import functools
 import re
 
@@ -392,9 +393,39 @@ def test_numbers_in_the_state_do_what_the_basis_does(name, dense, inner, shape, 
 def test_rows_multiply_nothing(side):
     tx = galore_optax.galore(optax.adamw(0.1), rank=4, projector="rows", side=side)
     params = {"w": jnp.zeros((9, 14)), "x": jnp.zeros((14, 9))}
-    program = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
-    assert "stablehlo.gather" in program
-    assert "dot_general" not in program
+    for refresh in (None, False):
+
+        def update(g, state, refresh=refresh):
+            return tx.update(g, state, params, refresh=refresh)
+
+        program = jax.jit(update).lower(params, tx.init(params)).as_text()
+        assert "dot_general" not in program
+    # Into R and back, for each projected side; what is found by number is not multiplied.
+    assert program.count('"stablehlo.gather"') == (8 if side == "both" else 4)
+
+
+def test_a_function_around_rows_is_told_that_it_needs_a_basis():
+    around = functools.partial(PROJECTORS["rows"])
+    tx = galore_optax.galore(optax.identity(), rank=3, projector=around)
+    params = {"w": jnp.ones((8, 12))}
+    with pytest.raises(
+        TypeError, match=r"rows returns numbers .* as old, \(r,\) int32; got float32"
+    ):
+        tx.update(params, tx.init(params), params)
+
+
+def test_a_projector_need_not_be_hashable():
+    @dataclasses.dataclass
+    class Leading:
+        columns: int
+
+        def __call__(self, matrix, rank):
+            return galore_optax.projectors.svd(matrix[:, : self.columns], rank)
+
+    g = jnp.asarray(matrix_of((8, 12)))
+    _, state = one_update(galore_optax.galore(optax.identity(), rank=3, projector=Leading(12)), g)
+    _, exact = one_update(galore_optax.galore(optax.identity(), rank=3), g)
+    chex.assert_trees_all_close(state, exact)
 
 
 @pytest.mark.parametrize("name", PROJECTORS)

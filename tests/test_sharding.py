@@ -49,22 +49,31 @@ def train(tx, params, targets):
 
 adamw = optax.adamw(1e-2, weight_decay=0.1)
 low_bit = galore_optax.low_bit(optax.scale_by_adam(), min_size=64, block_size=16)
+def galore(inner, **options):
+    return lambda **shared: galore_optax.galore(inner, **{**shared, **options})
+
+def injected(**shared):
+    make = optax.inject_hyperparams(galore_optax.galore_adamw, static_args=("rank",))
+    return make(1e-2, weight_decay=0.1, projector="eigh", **shared)
+
 both_sides = {"side": "both", "projector": "power_iteration", "stagger": True}
 few_bits = {"projector_dtype": "int4", "projector": "eigh", "refresh": "lazy"}
+micro_batches = {"projector": "rows", "accumulation_steps": 3, "diagnostics": True}
 variants = {
-    "svd": (adamw, {}),
-    "both sides": (adamw, both_sides),
-    "few bits": (low_bit, few_bits),
-    "micro-batches": (adamw, {"projector": "rows", "accumulation_steps": 3, "diagnostics": True}),
+    "svd": galore(adamw),
+    "both sides": galore(adamw, **both_sides),
+    "few bits": galore(low_bit, **few_bits),
+    "micro-batches": galore(adamw, **micro_batches),
+    "injected": injected,
 }
-for name, (inner, options) in variants.items():
+for name, make in variants.items():
     keys = shapes if name == "svd" else ("both", "stack")
     params, *data = ({k: x[k] for k in keys} for x in (host, *targets))
     given = {k: numbers[k] for k in keys}
-    options = {"rank": 8, "update_proj_gap": 2, "weight_dimension_numbers": given} | options
-    tx = galore_optax.galore(inner, **options)
-    expected, _ = train(tx, params, data)
+    options = {"rank": 8, "update_proj_gap": 2, "weight_dimension_numbers": given}
+    expected, _ = train(make(**options), params, data)
     with jax.set_mesh(mesh):
+        tx = make(**options)  # here, so that arrays that it makes are on the mesh
         found, state = train(tx, put(params), [put(x) for x in data])
     for k, x in found.items():
         assert jax.typeof(x).sharding.spec == shapes[k][1], (name, k)
@@ -84,7 +93,7 @@ for name, (inner, options) in variants.items():
         assert spec(state.subspace.left["stack"]) == ("y", None, None)
         assert spec(state.subspace.due["stack"]) == ("y",)
         assert spec(mu["stack"]) == ("y", None, "x")
-        assert spec(mu["heads"]) == (None, None)
+        assert spec(mu["heads"]) == (None, "x")
 
 tx = galore_optax.galore(adamw, rank=8)
 matrix = {"rows": put(host)["rows"]}

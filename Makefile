@@ -12,7 +12,7 @@ READY := $(VENV)/.ready-$(VERSION)
 CUDA = $(shell nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null \
   | awk -F, 'NR == 1 && $$1 + 0 { print ($$1 + 0 >= 580 && $$2 + 0 >= 7.5) ? ",cuda13" : ",cuda12" }')
 
-.PHONY: help env demo test lint typecheck format clean
+.PHONY: help env demo gpu test lint typecheck format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,18 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## train a small LLaMA with GaLore and with AdamW
 	$(BIN)/python -m examples.flax_llama.demo
+
+# Takes the interpreter that there is, for want of a network on machines with a GPU: PYTHON where it is
+# given, else the environment where it has been made.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
+MINUTES ?= 25
+
+gpu:  ## measure on the GPU; REHEARSE=1 tries everything on the CPU
+	@$(GPU_PYTHON) -c 'import jax, flax, optax' || { \
+	  echo "$(GPU_PYTHON) has no jax, flax and optax. Name another, make gpu PYTHON=..., or make env." >&2; \
+	  exit 2; }
+	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) \
+	  $(if $(REHEARSE),--rehearse,--out benchmarks/results/gpu) $(if $(RESUME),--resume $(RESUME))
 
 # Two processes, since most of the time goes into compilation; one on a GPU, whose memory each takes.
 # The threads of their SVDs would wait for each other. Not reordered, since the files with the fewest

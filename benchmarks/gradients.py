@@ -1,6 +1,7 @@
 """Gradients to choose bases from: those of the demo's model, trained, and synthetic ones."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,13 @@ from examples.flax_llama.train import train
 
 
 def of_trained_model(
-    preset: str, steps: int, batches: int, rows: int = 16, seq: int = 256, seed: int = 0
+    preset: str,
+    steps: int,
+    batches: int,
+    rows: int = 16,
+    seq: int = 256,
+    seed: int = 0,
+    **changes: Any,
 ) -> list[dict[str, np.ndarray]]:
     """Gradients of several batches at the weights that the demo's training ends with.
 
@@ -25,13 +32,13 @@ def of_trained_model(
       rows: sequences of each batch.
       seq: tokens of a sequence.
       seed: of the training, and of the batches.
+      **changes: other settings of the training.
 
     Returns:
       Of each batch the gradients (layers, m, n) of the stacked matrices by path, m <= n.
     """
-    config = dataclasses.replace(
-        GALORE, preset=preset, steps=steps, eval_every=steps, seed=seed, quiet=True
-    )
+    settings: dict[str, Any] = {"preset": preset, "steps": steps, "eval_every": steps, "seed": seed}
+    config = dataclasses.replace(GALORE, **settings | changes, quiet=True)
     model = train(config).model
     graphdef, state = nnx.split(model, nnx.Param)
     ids = np.asarray(load_corpus(config.tokenizer or "").train.ids)

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,19 +30,17 @@ from examples.flax_llama.run_directory import SETTINGS
 from examples.flax_llama.run_log import METRICS
 
 COMMAND = [sys.executable, "-m", "examples.flax_llama.train"]
-SAVE_EVERY = 10
-STEPS = 2000
-KILLS = 10
-RUN = (
-    f"--hidden 32 --intermediate 88 --layers 2 --heads 2 --rank 8 --tokenizer bytes --batch 8 "
-    f"--seq 32 --update-proj-gap 25 --steps {STEPS} --save-every {SAVE_EVERY} --eval-every 500 "
-    "--eval-tokens 2000 --quiet --no-tensorboard"
-).split()
+STEPS, KILLS = 2000, 10
+RUN = shlex.split(
+    "--hidden 32 --intermediate 88 --layers 2 --heads 2 --rank 8 --tokenizer bytes --batch 8 "
+    "--seq 32 --update-proj-gap 25 --save-every 10 --eval-every 500 --eval-tokens 2000 --quiet "
+    "--no-tensorboard"
+)
 
 
-def start(out: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
+def start(out: pathlib.Path, cache: pathlib.Path, steps: int) -> subprocess.Popen:
     """Starts the run, or goes on with it if it got to write its settings."""
-    settings = ["--resume"] if (out / SETTINGS).exists() else RUN
+    settings = ["--resume"] if (out / SETTINGS).exists() else [*RUN, "--steps", str(steps)]
     compilation = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -84,18 +83,21 @@ def same_parameters(one: pathlib.Path, other: pathlib.Path) -> bool:
     return all(map(np.array_equal, *map(jax.tree.leaves, trees)))
 
 
-def measure(seed: int, directory: pathlib.Path) -> dict[str, Any]:
+def measure(
+    seed: int, directory: pathlib.Path, kills: int = KILLS, steps: int = STEPS
+) -> dict[str, Any]:
+    """Makes both runs, of so many updates, in a directory, and kills one of them so often."""
     cache, alone, killed = (directory / name for name in ("cache", "alone", "killed"))
-    finish(start(alone, cache))
+    finish(start(alone, cache, steps))
     rng = random.Random(seed)
     log = []
-    for kill in range(KILLS):
-        process = start(killed, cache)
+    for kill in range(kills):
+        process = start(killed, cache, steps)
         if kill % 4 == 3:
             # Somewhere in the seconds that it takes to start.
             time.sleep(rng.uniform(0, 3))
         else:
-            target = last_update(killed) + rng.randrange(STEPS // KILLS)
+            target = last_update(killed) + rng.randrange(steps // kills)
             while last_update(killed) <= target and process.poll() is None:
                 time.sleep(rng.uniform(0, 0.05))
         if process.poll() is not None:
@@ -105,7 +107,7 @@ def measure(seed: int, directory: pathlib.Path) -> dict[str, Any]:
         done, saved = last_update(killed), last_checkpoint(killed)
         log.append({"updates": done, "saved": saved, "lost": done - saved})
         print(log[-1], flush=True)
-    finish(start(killed, cache))
+    finish(start(killed, cache, steps))
     return {
         "kills": log,
         "most_lost": max(kill["lost"] for kill in log),
@@ -121,7 +123,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         result = measure(args.seed, pathlib.Path(directory))
-    record = {"benchmark": "kill_resume", "machine": machine(), "run": " ".join(RUN)} | result
+    record = {
+        "benchmark": "kill_resume",
+        "machine": machine(),
+        "run": shlex.join(RUN),
+        "steps": STEPS,
+    } | result
     print(json.dumps({k: v for k, v in result.items() if k != "kills"}))
     if args.out:
         args.out.write_text(json.dumps(record, indent=2) + "\n")

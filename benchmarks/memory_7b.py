@@ -6,42 +6,25 @@ Every row compiles the application's real update, refreshes of the projectors in
 that need not be here (`pip install 'jax[cuda13]' libtpu`), in a process of its own. Rows that the
 file has already, of the same settings, are kept: the same command goes on where it was interrupted.
 
-    python -m benchmarks.memory_7b --run --out benchmarks/results/memory_7b_run.json
-
-takes ten steps on the GPU that is here, with random tokens, under a cap of what the smaller card
-has (XLA_PYTHON_CLIENT_MEM_FRACTION), and reports the allocator's peak.
+What steps of some of these rows really take, on a larger card under the memory of the smaller one,
+is measured by `python -m benchmarks.gpu`.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
 import json
-import os
 import pathlib
 import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 
-from benchmarks.machine import machine
 from examples.flax_llama.compile_step import TooLarge, compile_step
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import device_named
 from examples.flax_llama.memory import estimate
-from examples.flax_llama.model import Llama
-from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.step import (
-    State,
-    data_mesh,
-    initial_params,
-    make_update,
-    put_batch,
-    replicated,
-)
 
 VOCAB_SIZE = 32_000
 SHARED: dict[str, Any] = {"batch": 16, "seq": 256, "dtype": "bfloat16", "param_dtype": "bfloat16"}
@@ -123,94 +106,24 @@ def versions(is_tpu: bool) -> dict[str, str]:
     return found
 
 
-def train(settings: dict[str, Any], steps: int, vocab_size: int = VOCAB_SIZE) -> dict[str, Any]:
-    """Takes some steps on this machine's first device, with random tokens."""
-    config = Config(**settings).resolve()
-    shape, optimizer = config.shape(vocab_size), make_optimizer(config)
-    mesh = data_mesh()
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
-
-    def initial_state() -> State:
-        params = initial_params(config, shape)
-        return State(params, optimizer.init(params))
-
-    def peak() -> int | None:
-        stats = jax.devices()[0].memory_stats()
-        return stats and stats["peak_bytes_in_use"]
-
-    numbers = np.random.default_rng(0)
-    rows = {
-        "tokens": numbers.integers(vocab_size, size=(config.batch, config.seq + 1), dtype=np.int32),
-        "mask": np.ones((config.batch, config.seq), bool),
-    }
-    state = jax.block_until_ready(jax.jit(initial_state, out_shardings=replicated(mesh))())
-    initial_peak = peak()
-    batch = put_batch(rows, config.accumulate, mesh)
-    update = make_update(config, graphdef, optimizer, mesh).lower(state, batch).compile()
-    losses, seconds = [], []
-    for _ in range(steps):
-        start = time.perf_counter()
-        state, metrics = update(state, batch)
-        losses.append(float(metrics["loss"]))
-        seconds.append(time.perf_counter() - start)
-    stats = jax.devices()[0].memory_stats()
-    return {
-        "losses": losses,
-        "seconds": seconds,
-        # None where the device does not count, as a CPU.
-        "peak_bytes": peak(),
-        "peak_bytes_of_initialization": initial_peak,
-        "bytes_limit": stats and stats["bytes_limit"],
-        "machine": machine(),
-    }
-
-
-def apart(
-    task: str, arguments: dict[str, Any], limit: float, cap: float | None = None
-) -> dict[str, Any]:
-    """What a function of this module returns, called in a process of its own.
+def apart(device: str, settings: dict[str, Any], limit: float) -> dict[str, Any]:
+    """What `analyse` returns, called in a process of its own; `error` where it failed.
 
     Args:
-      task: its name.
-      arguments: of it.
+      device: of the row.
+      settings: of the row.
       limit: seconds after which it is stopped.
-      cap: the part of the device's memory that it may have.
     """
     command = [sys.executable, "-m", "benchmarks.memory_7b"]
-    command += ["--one", json.dumps({"task": task, "arguments": arguments})]
-    environment = dict(os.environ)
-    if cap is not None:
-        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{cap:.4f}"
+    command += ["--one", json.dumps({"device": device, "settings": settings})]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {limit:.0f} seconds"}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"error": lines[-1]}
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def memory() -> dict[str, Any]:
-    """Bytes that the first device's allocator may have; None where it does not say."""
-    stats = jax.devices()[0].memory_stats()
-    return {"bytes_limit": stats and stats["bytes_limit"]}
-
-
-def run_capped(row: dict[str, Any], steps: int, limit: float) -> dict[str, Any]:
-    """Takes steps of a row under a cap of what its device has, if this one can be capped."""
-    whole = apart("memory", {}, limit, cap=1.0)
-    if "error" in whole:
-        return whole
-    usable, here = device_named(row["device"]).usable, whole["bytes_limit"]
-    cap = None if here is None else min(1.0, usable / here)
-    result = apart("train", {"settings": row["settings"], "steps": steps}, limit, cap)
-    return {"cap": cap, "cap_bytes": usable, **result}
-
-
-TASKS = {"analyse": analyse, "train": train, "memory": memory}
 
 
 def is_of(row: dict[str, Any] | None, done: dict[str, Any]) -> bool:
@@ -221,26 +134,20 @@ def is_of(row: dict[str, Any] | None, done: dict[str, Any]) -> bool:
 def described(name: str, row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{name:44} {row['error']}"
-    if "xla" in row:
-        sizes = row["estimate"]["total"], row["xla"]["peak"], row["usable"]
-        figures = "".join(f"{size / 2**30:10.2f}" for size in sizes)
-        return f"{name:44}{figures}{'  rematerializes' * bool(row['xla']['rematerializes'])}"
-    peak = "not counted" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"
-    return f"{name:44} loss {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}, peak {peak}"
+    sizes = row["estimate"]["total"], row["xla"]["peak"], row["usable"]
+    figures = "".join(f"{size / 2**30:10.2f}" for size in sizes)
+    return f"{name:44}{figures}{'  rematerializes' * bool(row['xla']['rematerializes'])}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", help="to do, again if they are done; else all missing")
-    parser.add_argument("--run", action="store_true", help="take steps on the device that is here")
-    parser.add_argument("--steps", type=int, default=10, help="to take")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for a row")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write, and to go on with")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        one = json.loads(args.one)
-        print(json.dumps(TASKS[one["task"]](**one["arguments"])))
+        print(json.dumps(analyse(**json.loads(args.one))))
         return
     rows = table()
     unknown = set(args.rows or ()) - rows.keys()
@@ -251,22 +158,15 @@ def main() -> None:
         record = json.loads(args.out.read_text())
         record["rows"] = {k: row for k, row in record["rows"].items() if is_of(rows.get(k), row)}
     wanted = args.rows or [name for name in rows if name not in record["rows"]]
-    if args.run and not args.rows:
-        wanted = [name for name in wanted if name.startswith("7b Q-GaLore power_iteration rtx")]
-    if not args.run:
-        try:
-            for name in wanted:
-                device_named(rows[name]["device"]).mesh()
-        except UsageError as error:
-            raise SystemExit(f"error: {error}") from None
-        print(f"{'GiB':44}{'estimate':>10}{'XLA peak':>10}{'usable':>10}")
+    try:
+        for name in wanted:
+            device_named(rows[name]["device"]).mesh()
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{'GiB':44}{'estimate':>10}{'XLA peak':>10}{'usable':>10}")
     for name in wanted:
         row = rows[name]
-        if args.run:
-            result = run_capped(row, args.steps, args.limit)
-        else:
-            arguments = {"device": row["device"], "settings": row["settings"]}
-            result = apart("analyse", arguments, args.limit)
+        result = apart(row["device"], row["settings"], args.limit)
         done = record["rows"] | {name: row | result}
         record["rows"] = {name: done[name] for name in rows if name in done}
         print(described(name, done[name]), flush=True)

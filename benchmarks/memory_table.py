@@ -1,6 +1,9 @@
-"""Writes the memory table of the README, and its picture, from the figures of memory_7b.
+"""Writes the memory table of the README, and its picture, from the committed figures.
 
 python -m benchmarks.memory_table
+
+What XLA planned without the device (benchmarks/memory_7b.py) and what the device's allocator
+counted (benchmarks/gpu/memory.py) are columns apart.
 """
 
 import json
@@ -12,17 +15,24 @@ from examples.flax_llama.memory_chart import Bar, draw
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIGURES = ROOT / "benchmarks" / "results" / "memory_7b.json"
+MEASURED = ROOT / "benchmarks" / "results" / "gpu" / "memory.json"
 PICTURE = FIGURES.with_suffix(".png")
 README = ROOT / "README.md"
 START = "<!-- made by python -m benchmarks.memory_table -->\n"
 END = "<!-- end of the memory table -->\n"
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The table: one line per model, method and device; the projectors side by side."""
+def markdown(record: dict[str, Any], measured: dict[str, Any]) -> str:
+    """The table: one line per model, method and device; the projectors side by side.
+
+    Args:
+      record: what is in FIGURES.
+      measured: the items of MEASURED, by the names of rows.
+    """
+    found = {name: entry for name, entry in measured.items() if "result" in entry}
     lines = [
-        "| | device | usable | weights and state | peak | with `svd` |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | device | usable | weights and state | peak, compiled | with `svd` | peak, measured |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in record["rows"].items():
         if " svd " in name:
@@ -30,12 +40,36 @@ def markdown(record: dict[str, Any]) -> str:
         other = record["rows"].get(name.replace("power_iteration", "svd"))
         svd = "-" if other is None or other is row else peak(other)
         held = f"{row['xla']['arguments'] / GIB:.2f}" if "xla" in row else "-"
+        counted = f"{found[name]['result']['peak_bytes'] / GIB:.2f}" if name in found else "-"
         lines.append(
             f"| LLaMA-{row['settings']['preset'].upper()}, {row['method']} "
             f"| {DEVICES[row['device']].description} | {row['usable'] / GIB:.2f} "
-            f"| {held} | {peak(row)} | {svd} |"
+            f"| {held} | {peak(row)} | {svd} | {counted} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", where_measured(found)]) + "\n"
+
+
+def where_measured(found: dict[str, Any]) -> str:
+    """A sentence on where the last column is from."""
+    if not found:
+        return (
+            "Nothing has been measured on a GPU yet: [`make gpu`](benchmarks/gpu/README.md) does, "
+            "where there is one."
+        )
+    machines = {
+        f"{m['device']}, driver {m['driver']}, jax {m['jax']}"
+        for m in (entry["machine"] for entry in found.values())
+    }
+    return (
+        "Measured under the smaller card's memory by `make gpu` on "
+        f"{' and '.join(sorted(machines))} ([report](benchmarks/results/gpu/report.md))."
+    )
+
+
+def current() -> str:
+    """The table of the figures that are committed."""
+    measured = json.loads(MEASURED.read_text())["items"] if MEASURED.exists() else {}
+    return markdown(json.loads(FIGURES.read_text()), measured)
 
 
 def peak(row: dict[str, Any]) -> str:
@@ -72,7 +106,7 @@ def bars(record: dict[str, Any]) -> list[Bar]:
 def main() -> None:
     record = json.loads(FIGURES.read_text())
     draw(bars(record), [DEVICES["rtx4060ti_16gb"], DEVICES["rtx4090_24gb"]], PICTURE)
-    README.write_text(replaced(README.read_text(), markdown(record)))
+    README.write_text(replaced(README.read_text(), current()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from examples.flax_llama.config import PRESETS
+from examples.flax_llama.config import PRESETS, LlamaConfig
 
 RANKS = {
     "9m": 32,
@@ -21,9 +21,9 @@ RANKS = {
 }
 
 
-def unstacked_llama(name: str) -> dict[str, Any]:
-    """The shapes of a LLaMA whose layers are not stacked, kernels (in, out)."""
-    config = PRESETS[name]
+def unstacked_llama(model: str | LlamaConfig) -> dict[str, Any]:
+    """The shapes of a LLaMA, of a name or of its own, not stacked, kernels (in, out)."""
+    config = PRESETS[model] if isinstance(model, str) else model
     d, f = config.hidden, config.intermediate
     layer = {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d)}
     layer |= {"gate": (d, f), "up": (d, f), "down": (f, d), "norm_1": (d,), "norm_2": (d,)}
@@ -37,9 +37,9 @@ def unstacked_llama(name: str) -> dict[str, Any]:
     )
 
 
-def stacked_llama(name: str, layers: int) -> dict[str, Any]:
+def stacked_llama(model: str | LlamaConfig, layers: int) -> dict[str, Any]:
     """The shapes of a LLaMA with so many layers stacked on a leading axis."""
-    tree = unstacked_llama(name)
+    tree = unstacked_llama(model)
     layer = {key: (layers, *leaf.shape) for key, leaf in tree["layers"][0].items()}
     return {**tree, "layers": _float32(layer)}
 

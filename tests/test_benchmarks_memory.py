@@ -13,6 +13,7 @@ from examples.flax_llama.memory import estimate
 
 SMALL = {"hidden": 32, "intermediate": 48, "layers": 2, "heads": 2, "batch": 2, "seq": 16}
 NAME = "7b Q-GaLore power_iteration rtx4060ti_16gb"
+MACHINE = {"machine": {"device": "A100", "driver": "580.1", "jax": "0.11.2"}}
 
 
 def compiled(peak=12 * GIB, rematerializes=()):
@@ -90,11 +91,11 @@ def test_a_row_has_the_compilers_figures_or_says_why_not(monkeypatch, refused):
 def test_the_same_command_does_what_is_missing(command, monkeypatch, capsys):
     done, failing = [], [NAME]
 
-    def apart(task, arguments, limit, cap=None):
+    def apart(device, settings, limit):
         name = next(
             name
             for name, row in memory_7b.table().items()
-            if arguments == {"device": row["device"], "settings": row["settings"]}
+            if (device, settings) == (row["device"], row["settings"])
         )
         done.append(name)
         if name in failing:
@@ -141,39 +142,10 @@ def test_unknown_rows_are_refused(command, capsys):
     assert "expected some of 7b 8-bit GaLore power_iteration" in capsys.readouterr().err
 
 
-def test_a_process_of_its_own_returns_its_result_or_its_error(monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    arguments = {"settings": SMALL | {"rank": 8}, "steps": 2, "vocab_size": 300}
-    result = memory_7b.apart("train", arguments, 300, cap=0.5)
-    assert len(result["losses"]) == len(result["seconds"]) == 2
-    assert result["losses"][0] == pytest.approx(5.7, abs=0.1)
-    assert result["losses"][1] < result["losses"][0]
-    if jax.default_backend() == "cpu":  # which counts nothing
-        assert result["peak_bytes"] is result["bytes_limit"] is None
-    arguments["settings"] = SMALL | {"heads": 3}
-    assert (
-        "hidden=32 does not divide into heads=3"
-        in memory_7b.apart("train", arguments, 300)["error"]
-    )
-    assert memory_7b.apart("train", arguments, 0.01)["error"] == "not done after 0 seconds"
-
-
-@pytest.mark.parametrize(("here", "cap"), [(80 * GIB, 15.5 / 80), (8 * GIB, 1.0), (None, None)])
-def test_a_run_may_have_what_the_smaller_card_has(command, monkeypatch, here, cap):
-    calls = []
-
-    def apart(task, arguments, limit, cap=None):
-        calls.append((task, cap))
-        if task == "memory":
-            return {"bytes_limit": here}
-        assert arguments["steps"] == 3
-        return {"losses": [2.0, 1.0], "peak_bytes": 12 * GIB}
-
-    monkeypatch.setattr(memory_7b, "apart", apart)
-    rows = command("--run", "--steps", "3")
-    assert calls == [("memory", 1.0), ("train", cap)]
-    assert list(rows) == [NAME]
-    assert rows[NAME]["cap_bytes"] == int(15.5 * GIB)
+def test_a_process_of_its_own_ends_with_an_error_that_is_kept():
+    error = memory_7b.apart("rtx4090_24gb", SMALL | {"heads": 3}, 300)["error"]
+    assert "hidden=32 does not divide into heads=3" in error
+    assert memory_7b.apart("rtx4090_24gb", SMALL, 0.01)["error"] == "not done after 0 seconds"
 
 
 def record(**peaks):
@@ -186,16 +158,23 @@ def record(**peaks):
 
 
 def test_the_table_has_a_line_for_each_device_with_both_projectors():
-    lines = memory_table.markdown(record(power_iteration=12 * GIB, svd=13 * GIB)).splitlines()
+    figures = record(power_iteration=12 * GIB, svd=13 * GIB)
+    measured = {NAME: {"result": {"peak_bytes": 11 * GIB}, **MACHINE}, "other": {"error": "none"}}
+    lines = memory_table.markdown(figures, measured).splitlines()
+    said = lines.pop()
+    lines.pop()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert {len(row) for row in cells} == {6}
+    assert {len(row) for row in cells} == {7}
     assert cells[3] == [
         *("LLaMA-7B, Q-GaLore", "NVIDIA RTX 4060 Ti 16 GB"),
-        *("15.50", "10.00", "12.00", "13.00"),
+        *("15.50", "10.00", "12.00", "13.00", "11.00"),
     ]
+    assert {row[-1] for row in cells[2:3] + cells[4:]} == {"-"}
     assert len(cells) == 2 + 10
-    refused = memory_table.markdown(record(power_iteration=12 * GIB)).splitlines()[3]
-    assert refused.endswith("| 12.00 | too much |")
+    assert "A100, driver 580.1" in said
+    refused = memory_table.markdown(record(power_iteration=12 * GIB), {}).splitlines()
+    assert refused[3].endswith("| 12.00 | too much | - |")
+    assert "Nothing has been measured on a GPU yet" in refused[-1]
 
 
 def test_the_picture_has_a_bar_for_each_line_of_the_table():
@@ -203,7 +182,7 @@ def test_the_picture_has_a_bar_for_each_line_of_the_table():
     for row in figures["rows"].values():
         row["estimate"] = {"weights": 8 * GIB, "inputs": GIB, "total": 9 * GIB, "moment": "head"}
     bars = memory_table.bars(figures)
-    assert len(bars) == len(memory_table.markdown(figures).splitlines()) - 2
+    assert len(bars) == len(memory_table.markdown(figures, {}).splitlines()) - 4
     assert bars[1].name == "LLaMA-7B, Q-GaLore\nNVIDIA RTX 4060 Ti 16 GB"
     assert bars[1].parts == {"weights": 8 * GIB, "inputs": GIB}
     assert [bar.peak for bar in bars] == [12 * GIB] * 9 + [None]
@@ -219,8 +198,8 @@ def test_the_table_goes_between_the_comments():
 
 
 def test_the_readme_has_the_table_of_the_figures():
-    text, figures = memory_table.README.read_text(), json.loads(memory_table.FIGURES.read_text())
-    assert memory_table.replaced(text, memory_table.markdown(figures)) == text
+    text = memory_table.README.read_text()
+    assert memory_table.replaced(text, memory_table.current()) == text
 
 
 def test_the_figures_are_of_the_tables_settings():

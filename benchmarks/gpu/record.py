@@ -1,0 +1,78 @@
+"""The results on disk: one JSON file for each stage, complete after every item."""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+Entry = dict[str, Any]
+
+
+class StageFile:
+    """The results of one stage.
+
+    An entry has `result`, or `skipped`, `error` or `timed_out`, which say why there is none;
+    `seconds`; and `machine`, since a run may go on elsewhere.
+    """
+
+    def __init__(self, path: pathlib.Path, stage: str, rehearsal: bool):
+        self._path = path
+        self._record: dict[str, Any] = {"stage": stage, "rehearsal": rehearsal, "items": {}}
+
+    @property
+    def items(self) -> dict[str, Entry]:
+        """The entries by name."""
+        return self._record["items"]
+
+    def take(self, path: pathlib.Path) -> None:
+        """Takes over the entries of a file of the same stage, if there is one.
+
+        Raises:
+          ValueError: it holds something else, or a rehearsal where this is none.
+        """
+        if not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text())
+            stage, rehearsal, items = (found[key] for key in ("stage", "rehearsal", "items"))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} holds no results of this benchmark.") from None
+        if (stage, rehearsal) != (self._record["stage"], self._record["rehearsal"]):
+            kind = "a rehearsal" if rehearsal else "a run on a GPU"
+            raise ValueError(f"{path} is of stage {stage!r} of {kind}: name another directory.")
+        self.items.update(items)
+
+    def put(self, name: str, entry: Entry) -> None:
+        """Adds an entry, and writes the file as a whole."""
+        self.items[name] = entry
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps(self._record, indent=1) + "\n")
+        os.replace(part, self._path)
+
+
+def is_done(entry: Entry | None) -> bool:
+    """Whether an item need not be measured again."""
+    return entry is not None and "result" in entry
+
+
+def sources() -> dict[str, str | None]:
+    """What was measured: the commit, where git knows it, and a digest of the library's files."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "galore_optax").rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        commit = described.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"commit": commit, "library_sha256": digest.hexdigest()[:16]}

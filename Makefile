@@ -12,10 +12,10 @@ READY := $(VENV)/.ready-$(VERSION)
 CUDA = $(shell nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null \
   | awk -F, 'NR == 1 && $$1 + 0 { print ($$1 + 0 >= 580 && $$2 + 0 >= 7.5) ? ",cuda13" : ",cuda12" }')
 
-.PHONY: help env demo gpu test lint typecheck format clean
+.PHONY: help env demo gpu test test-all test-versions lint typecheck format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 env: $(READY)  ## make the environment, for CUDA where there is an NVIDIA driver
 
@@ -49,8 +49,17 @@ gpu:  ## measure on the GPU; REHEARSE=1 tries everything on the CPU
 # Two processes, since most of the time goes into compilation; one on a GPU, whose memory each takes.
 # The threads of their SVDs would wait for each other. Not reordered, since the files with the fewest
 # tests, which would be last, are among the longest.
-test: $(READY)  ## run all tests
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(CUDA),,-n 2 --dist loadfile --no-loadscope-reorder)
+PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest \
+  $(if $(CUDA),,-n 2 --dist loadfile --no-loadscope-reorder)
+
+test: $(READY)  ## run the tests that a change needs before it is committed
+	$(PYTEST) -m "not ci"
+
+test-all: $(READY)  ## run all tests, as CI does
+	$(PYTEST) --seconds
+
+test-versions: $(READY)  ## run the tests that another Python or JAX could change
+	$(PYTEST) --seconds -m "both or not (ci or plain)"
 
 lint: $(READY)  ## check format and style
 	$(BIN)/ruff format --check

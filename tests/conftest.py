@@ -1,34 +1,134 @@
-"""Versions for the report of a failing test, and what many tests need."""
+"""How all tests compile, how long each may take, and which ones a contributor waits for."""
 
+import os
+import statistics
+from collections import defaultdict
 from importlib.metadata import version
+from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+
+# Programs of tests run once or twice, so that compiling them is what takes time.
+QUICK = {
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+# Half the time on jax 0.10; later versions do not know it, and abort.
+if jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    )
+CACHE_BYTES = 2**30
+# A test may take so many times the median of its file, if that is more than some seconds.
+TIMES_THE_MEDIAN, SECONDS = 20, 3.0
 
 
 def pytest_report_header() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("jax", "optax", "flax"))
 
 
-@pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory):
-    """Compiles a program once, in half the time, to one that is slower, which few updates bear.
+def pytest_addoption(parser):
+    parser.addoption("--seconds", action="store_true", help="print the seconds of each file")
 
-    Yields the directory of the cache, for processes that are started with `JAX_PLATFORMS=cpu`.
+
+def pytest_configure(config):
+    """Compiles quickly, and keeps what is compiled for the next run of tests on this machine.
+
+    A program is traced and lowered as often as ever; of equal ones, the machine code is made once.
     """
-    cache = str(tmp_path_factory.getbasetemp() / "cache")
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": cache,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
+    cache = getattr(config, "cache", None)
+    settings = QUICK | (
+        {} if cache is None else {"jax_compilation_cache_dir": str(cache.mkdir("jax"))}
+    )
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield cache
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Budget())
+    # For the processes that tests start.
+    os.environ |= {
+        name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in settings.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def _optimized_if_marked(request):
+    """Compiles as users do in tests marked `optimized`, whose claims are about machine code."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_sessionstart(session):
+    """Lets go of the oldest programs in a cache that has grown too large."""
+    cache = jax.config.jax_compilation_cache_dir
+    if cache is None or hasattr(session.config, "workerinput"):
+        return
+    kept = 0
+    for entry in sorted(Path(cache).iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+        kept += entry.stat().st_size
+        if kept > CACHE_BYTES:
+            entry.unlink()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Counts the processor's seconds, which other programs on the machine change little."""
+    before = os.times()
+    try:
+        return (yield)
+    finally:
+        # Of this process and of those that it started and waited for.
+        seconds = sum(os.times()[:4]) - sum(before[:4])
+        item.user_properties.append(("cpu_seconds", seconds))
+
+
+class Budget:
+    """What each file takes, and the tests that take too long beside the others of their file."""
+
+    def __init__(self):
+        self.wall = defaultdict(float)
+        self.cpu = defaultdict(dict)
+        self.allowed = set()
+
+    def pytest_runtest_logreport(self, report):
+        path = report.location[0]
+        self.wall[path] += report.duration
+        if report.when == "call":
+            self.cpu[path][report.nodeid] = dict(report.user_properties).get("cpu_seconds", 0.0)
+        if "long" in report.keywords:
+            self.allowed.add(report.nodeid)
+
+    def too_long(self) -> list[str]:
+        found = []
+        for tests in self.cpu.values():
+            most = max(SECONDS, TIMES_THE_MEDIAN * statistics.median(tests.values()))
+            found += [
+                f"{name} took {seconds:.1f} s of the processor, where {most:.1f} is the most"
+                for name, seconds in tests.items()
+                if seconds > most and name not in self.allowed
+            ]
+        return found
+
+    def pytest_sessionfinish(self, session):
+        if self.too_long() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter, config):
+        if config.getoption("--seconds"):
+            terminalreporter.section("seconds by file: wall, processor")
+            for path in sorted(self.wall, key=self.wall.get, reverse=True):
+                cpu = sum(self.cpu[path].values())
+                terminalreporter.line(f"{self.wall[path]:8.1f} {cpu:8.1f}  {path}")
+        if found := self.too_long():
+            terminalreporter.section("tests too long for their files")
+            for line in found:
+                terminalreporter.line(line)
+            terminalreporter.line(
+                f"A test may take {TIMES_THE_MEDIAN} times the median of its file, and {SECONDS:g} "
+                "seconds in any case. Make it shorter, or mark it: @pytest.mark.long('why')."
+            )

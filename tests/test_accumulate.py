@@ -11,8 +11,6 @@ import pytest
 
 import galore_optax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = {"w": (12, 20), "stack": (2, 16, 10), "b": (20,)}
 NUMBERS = {"w": galore_optax.DimensionNumbers(), "stack": galore_optax.DimensionNumbers(1, 2)}
 NUMBERS["b"] = None

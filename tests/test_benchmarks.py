@@ -28,8 +28,6 @@ from benchmarks import (
 from examples.flax_llama import data, demo
 from examples.flax_llama.config import PRESETS, LlamaConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = LlamaConfig(hidden=16, intermediate=24, layers=1, heads=1, vocab_size=32)
 
 

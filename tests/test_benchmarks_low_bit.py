@@ -9,8 +9,6 @@ from flax_llama_runs import tiny, write_text
 
 from benchmarks import lazy, low_bit, low_bit_training
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

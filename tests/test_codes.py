@@ -16,8 +16,6 @@ import pytest
 
 from galore_optax import QuantizedArray, _codes, apply_updates, quantize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "adam_8bit.npz")
 DYNAMIC = ("signed", "unsigned")
 SCHEMES = (*DYNAMIC, "int8", "int4")

@@ -30,8 +30,6 @@ from galore_optax import (
     galore_sgd,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ADAFACTOR = {"min_dim_size_to_factor": 2, "multiply_by_parameter_scale": False}
 INNERS = {
     "adamw": optax.adamw,

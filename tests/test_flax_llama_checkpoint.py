@@ -21,8 +21,6 @@ from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, load_ru
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.evaluate import Evaluation
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):

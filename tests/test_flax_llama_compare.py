@@ -23,8 +23,6 @@ from examples.flax_llama.config import UsageError
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.report import mean_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 OPTIMIZERS = ("adamw", "galore_adamw")
 SWEEP = ("adamw=0.01,0.03", "adamw.matrix-lr-ratio=0.5", "galore_adamw=0.01,0.03")
 

@@ -13,8 +13,6 @@ from examples.flax_llama import evaluate, train
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.config import UsageError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):

@@ -21,8 +21,6 @@ from examples.flax_llama.train import train
 train(eval(sys.argv[1]))
 """
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):

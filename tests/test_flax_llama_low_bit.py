@@ -15,8 +15,6 @@ from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.step import initial_params
 from examples.flax_llama.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

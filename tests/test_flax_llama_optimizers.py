@@ -13,8 +13,6 @@ from examples.flax_llama import optimizers
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.model import dimension_numbers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS, LR = 10, 0.02
 
 

@@ -19,8 +19,6 @@ from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import OPTIMIZERS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):

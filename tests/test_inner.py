@@ -11,8 +11,6 @@ import pytest
 
 from galore_optax import DimensionNumbers, galore
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = {"bias": (6,), "kernel": (4, 6)}
 TWO_MATRICES = {"bias": (6,), "tall": (7, 3), "wide": (4, 6)}
 RANK, GAP, ALPHA, RATE, DECAY = 2, 2, 0.25, 0.1, 0.3

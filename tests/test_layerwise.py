@@ -17,8 +17,6 @@ from tests import layerwise_model as model
 
 STEPS, GAP = 20, 8  # refreshes at 0, 8 and 16.
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(autouse=True)
 def float64():

@@ -9,7 +9,6 @@ import galore_optax
 from tests import layerwise_model as model
 
 # Bytes and operations are decided before what this leaves out, which is of the machine code.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def compiled(layers, tx, int8_weights=False, **arguments):

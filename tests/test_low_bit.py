@@ -14,8 +14,6 @@ from flax import nnx
 import galore_optax
 from galore_optax import LowBitState, QuantizedArray, galore, low_bit
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "adam_8bit.npz")
 SHAPES = {"w": (64, 256), "v": (3, 64, 96), "bias": (512,)}
 WITH_MU = SHAPES | {"mu": (80, 64)}

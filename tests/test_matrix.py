@@ -15,8 +15,6 @@ import pytest
 import galore_optax
 from galore_optax import DEFAULT_EXCLUDE, DimensionNumbers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RANK = 4
 ABSENT = optax.MaskedNode()
 

@@ -14,8 +14,6 @@ import galore_optax
 from galore_optax import DimensionNumbers, galore
 from galore_optax._options import GaloreOptions
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 INNERS = {
     "galore_adamw": lambda: optax.adamw(0.1),
     "galore_adafactor": lambda: optax.adafactor(0.1, multiply_by_parameter_scale=False),

@@ -18,8 +18,6 @@ from galore_optax._orthonormalize import orthonormalize
 from galore_optax._subspace import Bases, project, project_back
 from galore_optax.projectors import PROJECTORS, resolve
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = [(9, 14), (14, 9), (11, 11)]
 RANKS = [1, 5]
 SIDES = ["short", "long", "left", "right", "both"]

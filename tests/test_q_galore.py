@@ -12,8 +12,6 @@ import pytest
 
 import galore_optax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NUMBERS = {"stack": galore_optax.DimensionNumbers(1, 2), "w": galore_optax.DimensionNumbers(0, 1)}
 NUMBERS |= {"embed": None, "scale": None}
 RANK = 16

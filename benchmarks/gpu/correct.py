@@ -149,7 +149,7 @@ def one_compilation(size: Size) -> dict[str, Any]:
     layers, m, n = size.of((4, 512, 1376), (2, 16, 24))
     compiled: list[str] = []
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if "backend_compile" in event:
             compiled.append(event)
 

@@ -139,6 +139,13 @@ def test_wheels_are_in_the_manifest_and_count(pack, tmp_path):
         packed.check_size(tmp_path, total - 1)
 
 
+def test_without_git_the_size_is_not_guessed(monkeypatch, tmp_path):
+    monkeypatch.setattr(packed, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(packed.PackError, match="must be a Git repository"):
+        packed.repository_files()
+
+
 def names(lines):
     return {canonicalize_name(re.match(r"[\w.-]+", line)[0]) for line in lines}
 

@@ -164,9 +164,20 @@ def add_wheels(pack: Path) -> None:
 
 
 def repository_files() -> list[Path]:
-    """The files of the repository that are not ignored, committed or not."""
+    """The files of the repository that are not ignored, committed or not.
+
+    Raises:
+      PackError: Git does not tell.
+    """
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    try:
+        listed = subprocess.check_output(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        raise PackError(
+            f"{ROOT} must be a Git repository, by which the size of what travels is known: "
+            f"{reason.strip()}"
+        ) from error
     return [ROOT / name for name in sorted(set(listed.split("\0"))) if name]
 
 

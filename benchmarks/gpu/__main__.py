@@ -33,7 +33,7 @@ REHEARSED_MEMORY = 32 * GIB
 # Of a card's memory, what an item must find at least: the driver takes some.
 ROOM = 1.02
 # Where the corpus that was packed for the GPU is unpacked, and what is trained on without it.
-PACKED, BUILT_IN = ROOT / ".gpu-pack" / "tokens", "austen"
+PACKED, BUILT_IN = ROOT / ".gpu-unpacked" / "tokens", "austen"
 
 
 def machine_here(rehearsal: bool) -> dict[str, Any]:

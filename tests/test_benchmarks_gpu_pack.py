@@ -18,6 +18,8 @@ from benchmarks.gpu import packed
 from examples.flax_llama.tokenizer import train_tokenizer
 from examples.flax_llama.tokens import load_tokens
 
+pytestmark = pytest.mark.plain
+
 ROOT = pathlib.Path(__file__).parents[1]
 GPU = ROOT / "benchmarks" / "gpu"
 SCRIPT = GPU / "pack.sh"

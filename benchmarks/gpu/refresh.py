@@ -144,7 +144,7 @@ def trained(size: Size) -> dict[str, Any]:
     """
     preset, steps = size.of("60m", "9m"), size.of(300, 2)
     tiny = {"hidden": 32, "intermediate": 88, "layers": 1, "heads": 2, "tokenizer": "bytes"}
-    tiny |= {"rank": 8, "batch": 2, "seq": 32, "eval_tokens": 100}
+    tiny |= {"rank": 8, "batch": 2, "eval_tokens": 100}
     before, now = gradients.of_trained_model(
         preset, steps, batches=2, rows=size.of(16, 2), seq=size.of(256, 32), **size.of({}, tiny)
     )

@@ -25,6 +25,7 @@ from examples.flax_llama.compile_step import TooLarge, compile_step
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import device_named
 from examples.flax_llama.memory import estimate
+from examples.flax_llama.topology import check_needs_driver
 
 VOCAB_SIZE = 32_000
 SHARED: dict[str, Any] = {"batch": 16, "seq": 256, "dtype": "bfloat16", "param_dtype": "bfloat16"}
@@ -80,7 +81,8 @@ def table() -> dict[str, dict[str, Any]]:
 def analyse(device: str, settings: dict[str, Any], vocab_size: int = VOCAB_SIZE) -> dict[str, Any]:
     """The estimate and XLA's figures of one row, in bytes; `error` where the compiler refused."""
     config, target = Config(**settings).resolve(), device_named(device)
-    estimated = estimate(config, vocab_size)
+    with check_needs_driver():
+        estimated = estimate(config, vocab_size)
     row: dict[str, Any] = {
         "parameters": config.shape(vocab_size).num_params,
         "usable": target.usable,
@@ -162,7 +164,8 @@ def main() -> None:
         for name in wanted:
             device_named(rows[name]["device"]).mesh()
     except UsageError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     print(f"{'GiB':44}{'estimate':>10}{'XLA peak':>10}{'usable':>10}")
     for name in wanted:
         row = rows[name]

@@ -17,10 +17,11 @@ from examples.flax_llama import compile_step as compiling
 from examples.flax_llama import fit, memory, memory_chart, plan
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step, standard_error
 from examples.flax_llama.config import Config, UsageError
-from examples.flax_llama.devices import DEVICES, GIB, Device, device_named, installed
+from examples.flax_llama.devices import DEVICES, GIB, Device, device_named
 from examples.flax_llama.memory import estimate
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
 from examples.flax_llama.step import State, data_mesh, initial_params
+from examples.flax_llama.topology import CUDA_PLUGINS, installed
 from examples.flax_llama.train import from_command_line
 
 VOCAB = 300
@@ -317,16 +318,11 @@ def test_settings_that_cannot_work(capsys, words, message):
 
 @pytest.mark.parametrize(("device", "package"), [("tpu_v6e", "libtpu"), ("h100_80gb", "cuda13")])
 def test_a_missing_compiler_is_named(capsys, monkeypatch, device, package):
-    monkeypatch.setattr("examples.flax_llama.devices.installed", lambda modules: False)
+    monkeypatch.setattr("examples.flax_llama.topology.installed", lambda modules: False)
     message = refusal(capsys, "--device", device, "--compile")
     assert f"Compiling for {device} needs pip install" in message
     assert package in message
     assert run(capsys, "--device", device)[0] == 0
-
-
-def test_installed_modules_are_found_at_any_depth():
-    assert installed(["no_such_package.module", "jax.experimental"])
-    assert not installed(["no_such_package.module", "jax.no_such_module"])
 
 
 @pytest.mark.parametrize("device", [d for d in DEVICES.values() if not d.is_tpu])
@@ -488,8 +484,7 @@ def test_a_picture_that_cannot_be_written(tmp_path):
 
 
 gpu_compiler = pytest.mark.skipif(
-    not installed(["jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"]),
-    reason="needs JAX for CUDA",
+    not installed(list(CUDA_PLUGINS.values())), reason="needs JAX for CUDA"
 )
 
 

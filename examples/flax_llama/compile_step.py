@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from examples.flax_llama.config import Config
+from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import Device
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.step import Batch, State, initial_params, make_update, replicated
+from examples.flax_llama.topology import cuda_packages
 
 # What XLA logs where a program does not fit unless it computes things again, which makes it slow.
 REMATERIALIZES = re.compile(r"Can't reduce memory use below .*|exceeds the base limit.*")
@@ -63,7 +64,7 @@ def compile_step(config: Config, vocab_size: int, device: Device) -> Compiled:
     workspace, which cuDNN only tells on its device.
 
     Raises:
-      UsageError: JAX for that kind of device is not installed.
+      UsageError: JAX for that kind of device is not installed, or cuDNN that is asked for is not.
       TooLarge: the compiler refused, as it does for a TPU.
     """
     mesh = device.mesh()
@@ -76,6 +77,13 @@ def compile_step(config: Config, vocab_size: int, device: Device) -> Compiled:
             if found is None:
                 raise
             raise TooLarge(found.group()) from error
+        except RuntimeError as error:
+            if "cuDNN" not in str(error):
+                raise
+            raise UsageError(
+                f"attention='cudnn': {error} It needs pip install -U {cuda_packages()}; "
+                "attention='xla' does not."
+            ) from error
     seconds = time.perf_counter() - start
     found = compiled.memory_analysis()
     arguments, outputs, alias, temporaries, code, peak = (

@@ -1,15 +1,13 @@
 """Devices that memory can be planned for, and compiled for, without having them."""
 
 import dataclasses
-import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from examples.flax_llama.config import UsageError, one_of
+from examples.flax_llama.config import one_of
+from examples.flax_llama.topology import cuda_devices, tpu_devices
 
 GIB = 2**30
 # What a GPU's memory holds besides JAX's arrays: the driver's context, loaded kernels, the handles
@@ -50,33 +48,22 @@ class Device:
     def is_tpu(self) -> bool:
         return bool(self.topology)
 
-    def mesh(self) -> Mesh:
-        """A mesh like `step.data_mesh`, of one such device that need not be here.
+    def mesh(self, count: int = 1) -> Mesh:
+        """A mesh like `step.data_mesh`, of so many such devices, none of which need be here.
 
         Functions are compiled for it as for any mesh, but neither run nor given arrays.
 
         Raises:
-          UsageError: JAX for that kind of device is not installed.
+          UsageError: JAX for that kind of device is not installed, or cannot be loaded.
+          ValueError: the smallest TPU slice does not have so many.
         """
-        plugins, package = (
-            (["libtpu"], "libtpu")
-            if self.is_tpu
-            else (["jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"], "'jax[cuda13]'")
-        )
-        if not installed(plugins):
-            raise UsageError(
-                f"Compiling for {self.name} needs pip install {package}; the estimate does not."
-            )
         if self.is_tpu:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=self.topology)
+            found = tpu_devices(self.name, self.topology)
         else:
-            found = topologies.get_topology_desc(
-                platform="cuda",
-                topology_name="",
-                target_config=self.target(),
-                topology="1x1x1",
-            )
-        return Mesh(np.array(found.devices[:1]), ("data",), axis_types=(AxisType.Auto,))
+            found = cuda_devices(self.name, self.target(), count)
+        if not 1 <= count <= len(found):
+            raise ValueError(f"count={count}: expected 1 to {len(found)} of {self.name}")
+        return Mesh(np.array(found[:count]), ("data",), axis_types=(AxisType.Auto,))
 
     def target(self) -> str:
         """XLA's description of a GPU (`GpuTargetConfigProto`), with the memory that is usable.
@@ -89,16 +76,6 @@ class Device:
         if text.count(written) != 1:
             raise ValueError(f"{self.name}.txtpb does not say {written!r}")
         return text.replace(written, f"device_memory_size: {int(self.usable / XLA_SHARE)}\n")
-
-
-def installed(modules: Sequence[str]) -> bool:
-    """Whether any of some modules is."""
-
-    def found(module: str) -> bool:
-        package = module.partition(".")[0]
-        return bool(importlib.util.find_spec(package) and importlib.util.find_spec(module))
-
-    return any(map(found, modules))
 
 
 DRIVER = "what CUDA reports, device_memory_size in its .txtpb"

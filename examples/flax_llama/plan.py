@@ -22,6 +22,7 @@ from examples.flax_llama.fit import advice, helpful, largest_batch
 from examples.flax_llama.memory import Estimate, estimate
 from examples.flax_llama.memory_chart import Bar, draw, picture
 from examples.flax_llama.optimizers import micro_batches_at_rank
+from examples.flax_llama.topology import check_needs_driver
 
 MOMENTS = {
     "block": "the backward pass of a block",
@@ -282,7 +283,8 @@ def plan(settings: Plan) -> bool:
 
 def main() -> None:
     try:
-        fits = plan(tyro.cli(Plan, description=__doc__))
+        with check_needs_driver():
+            fits = plan(tyro.cli(Plan, description=__doc__))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(ERROR) from None

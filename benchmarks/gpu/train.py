@@ -25,7 +25,7 @@ import jax
 from flax import nnx
 
 from benchmarks.gpu.record import ROOT
-from benchmarks.gpu.stage import SHARED_DEVICE, Item, Size
+from benchmarks.gpu.stage import SHARED_DEVICE, Item, Size, Unavailable
 from examples.flax_llama.config import Config
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
@@ -200,6 +200,8 @@ def published_recipe(size: Size, deadline: float) -> dict[str, Any]:
     config |= size.of({"batch": None, "accumulate": 2, "steps": None}, {"steps": 8})
     # The time of the last evaluation and checkpoint.
     end = deadline - size.of(25, 5)
+    if end - time.time() < size.of(90, 5):
+        raise Unavailable(f"{end - time.time():.0f} seconds are too few to compile and train")
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
         command = [sys.executable, "-m", "examples.flax_llama.train", "--out", str(out)]

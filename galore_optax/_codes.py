@@ -117,8 +117,8 @@ def encode_integer(
       block is not; zeros (*blocks,), uint8.
     """
     scales, zeros = _integer_grid(blocks, bits)
-    numbers = blocks / jnp.where(scales == 0, 1, scales)[..., None]
-    return _on_grid(numbers, scales, zeros, bits, key)
+    numbers = blocks / _divisors(scales)
+    return _on_grid(numbers, 0.0, scales, zeros, bits, key)
 
 
 def update_integer(
@@ -146,25 +146,19 @@ def update_integer(
     Returns:
       New codes, scales and zeros.
     """
-    divisors = jnp.where(scales == 0, 1, scales)
     steps = codes.astype(jnp.float32) - zeros.astype(jnp.float32)[..., None]
-    numbers = steps + updates / divisors[..., None]
-    low, high = _range(numbers)
+    low, high = _range(steps + updates / _divisors(scales))
     last, zero = 2**bits - 1, zeros.astype(jnp.float32)
     # A few roundings of float32 must not be taken for a number beyond the last code.
     fits = (low + zero > -1e-4) & (high + zero < last + 1e-4) & (2 * (high - low) > last)
     fits &= scales > 0
 
-    values = steps * scales[..., None] + updates
-    new_scales, new_zeros = _integer_grid(values, bits)
-    new_numbers = values / jnp.where(new_scales == 0, 1, new_scales)[..., None]
-    return _on_grid(
-        jnp.where(fits[..., None], numbers, new_numbers),
-        jnp.where(fits, scales, new_scales),
-        jnp.where(fits, zero, new_zeros),
-        bits,
-        key,
-    )
+    new_scales, new_zeros = _integer_grid(steps * scales[..., None] + updates, bits)
+    new_scales, new_zeros = jnp.where(fits, scales, new_scales), jnp.where(fits, zero, new_zeros)
+    # Where the grid stays this is ``steps`` exactly, whose sum with an update could not be.
+    ratio = jnp.where(fits, 1, scales / jnp.where(new_scales == 0, 1, new_scales))
+    moved = steps * ratio[..., None]
+    return _on_grid(moved, updates / _divisors(new_scales), new_scales, new_zeros, bits, key)
 
 
 def decode_integer(codes: jax.Array, scales: jax.Array, zeros: jax.Array) -> jax.Array:
@@ -228,15 +222,35 @@ def _integer_grid(blocks: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     return scales, jnp.ceil(-low / jnp.where(scales == 0, 1, scales))
 
 
+def _divisors(scales: jax.Array) -> jax.Array:
+    """What the numbers of each block are divided by, (*blocks, 1)."""
+    return jnp.where(scales == 0, 1, scales)[..., None]
+
+
 def _on_grid(
-    numbers: jax.Array, scales: jax.Array, zeros: jax.Array, bits: int, key: jax.Array | None
+    numbers: jax.Array,
+    updates: jax.Array | float,
+    scales: jax.Array,
+    zeros: jax.Array,
+    bits: int,
+    key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rounds numbers in units of their scale."""
+    """Rounds numbers with updates, both in units of their scale.
+
+    A small update would be lost in the float32 sum with a large number. It is added to what the
+    nearest integer leaves of that instead, and moves the integer with a probability that is right
+    down to updates of 2^-32.
+    """
+    nearest = jnp.round(numbers)
+    rest = (numbers - nearest) + updates
     if key is None:
-        codes = jnp.round(numbers)
+        moves = jnp.round(rest)
     else:
         # Compared with the fraction, so that an integer does not move whatever is drawn.
-        codes = jnp.floor(numbers)
-        codes += jax.random.uniform(key, numbers.shape) < numbers - codes
-    codes = jnp.clip(codes + zeros[..., None], 0, 2**bits - 1)
+        drawn = jax.random.bits(key, numbers.shape, jnp.uint32)
+        drawn = jnp.where(rest < 0, ~drawn, drawn).astype(jnp.float32) * 2.0**-32
+        size = jnp.abs(rest)
+        whole = jnp.floor(size)
+        moves = jnp.sign(rest) * (whole + (drawn < size - whole))
+    codes = jnp.clip(nearest + moves + zeros[..., None], 0, 2**bits - 1)
     return codes.astype(jnp.uint8), scales, zeros.astype(jnp.uint8)

@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# So that four times the rows, an odd number up to twice the rows, and a factor of 2 fit into int32.
+_MOST_ROWS = 2**27
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +60,20 @@ class UnitVectors:
 
 def cosines(numbers: jax.Array, size: int, dtype: Any) -> jax.Array:
     """Columns of the (size, size) orthonormal DCT-II matrix, (size, r), by their numbers, (r,)."""
-    # From a table of one period, which is many times faster than cosines. The place in it is
-    # reduced as integers, in two steps, since in int32 the product overflows beyond 2^15 rows.
+    # From a table of one period, which is many times faster than cosines. The place in it, odd
+    # times number, is reduced as integers: some bits of the numbers at a time, for which int32 has
+    # room.
+    if size >= _MOST_ROWS:
+        raise ValueError(f"cosines are of fewer than {_MOST_ROWS:,} rows; got {size:,}")
     odd, period = 2 * jnp.arange(size)[:, None] + 1, 4 * size
-    place = odd * (numbers // 256) % period * 256 + odd * (numbers % 256)
+    width = 31 - (6 * size).bit_length()
+    place = jnp.zeros((size, 1), jnp.int32)
+    for shift in reversed(range(0, size.bit_length(), width)):
+        digits = (numbers >> shift) & (2**width - 1)
+        place = ((place << width) + odd * digits) % period
     wave = jnp.cos(jnp.pi / (2 * size) * jnp.arange(period)).astype(dtype)
     scale = jnp.where(numbers == 0, 1.0, 2**0.5) / size**0.5
-    return scale.astype(dtype) * wave[place % period]
+    return scale.astype(dtype) * wave[place]
 
 
 def choose(weights: jax.Array, rank: int, old: jax.Array, first: jax.Array) -> jax.Array:

@@ -71,11 +71,13 @@ def galore(
       inner: any Optax transformation, unmodified: ``optax.adamw(3e-4)``,
         ``optax.scale_by_adam()``, ``optax.adafactor(1e-3)``, a chain. Without it, put
         ``galore()`` in :func:`galore_optax.chain`, which makes what follows the inner
-        transformation. Weight decay ahead of a momentum inside it
-        (``optax.add_decayed_weights`` then ``optax.trace``), ``optax.novograd`` and
-        ``optax.contrib.schedule_free`` mix the parameters into their state, and what mixes the
-        entries of an update after its decay (``optax.centralize``) mixes the decay too: neither
-        can be seen from outside. Decay after ``galore`` then, and put schedule-free around it.
+        transformation. It may not keep what it makes from the parameters in its state, as
+        weight decay ahead of a momentum (``optax.add_decayed_weights`` then ``optax.trace``),
+        ``optax.novograd``, ``optax.lars``, ``optax.apply_every`` after a decay,
+        ``optax.contrib.prodigy`` and ``optax.contrib.schedule_free`` do: decay after ``galore``
+        then, and put schedule-free around it. What mixes the entries of an update after its
+        decay (``optax.centralize``) mixes the decay too, which cannot be seen from outside:
+        decay after ``galore`` there.
         Masks and labels inside are best callables: R has another shape, and no Flax box.
       rank: r; an int, a fraction of the matrix' short side in (0, 1), or a callable of path and
         shape that returns either. Matrices whose short side does not exceed it stay full size.
@@ -133,7 +135,8 @@ def galore(
     Raises:
       TypeError: arguments, or leaves of the parameters, of a wrong type.
       ValueError: arguments out of range, dimension numbers that do not fit, a state of another
-        configuration, gradients of another structure, missing parameters.
+        configuration, gradients of another structure, missing parameters, an inner
+        transformation that keeps parameters in its state (at ``init``).
 
     Notes:
       A gradient that is zero or not finite chooses no subspace: the old one stays and the

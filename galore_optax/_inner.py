@@ -9,13 +9,14 @@ u(p) = u(0) + c p, and the caller adds c W to the update of the whole matrix.
 
 import enum
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax._dependence import dependence
 from galore_optax._matrix import LeafView, MatrixView
 from galore_optax._quantized import is_quantized
 
@@ -60,9 +61,21 @@ class Inner:
         self._uses: dict[Any, ParamsUse] = {}
         self._checked: set[Any] = set()
 
-    def init(self, low_rank_params: Any) -> Any:
-        """The inner state for parameters whose projected leaves have the shape of R."""
+    def init(self, low_rank_params: Any, projected: Sequence[bool] = ()) -> Any:
+        """The inner state for parameters whose projected leaves have the shape of R.
+
+        Args:
+          low_rank_params: the parameters, zeros for projected leaves.
+          projected: for each leaf whether it is projected.
+
+        Raises:
+          ValueError: the transformation keeps something made from the parameters in its state
+            (`KeepsParametersError`), or contains ``optax.MultiSteps``.
+        """
         state = self._transformation.init(low_rank_params)
+        if any(projected):
+            kept = dependence(self._transformation.init, low_rank_params)
+            _check_keeps_none(kept, {i for i, own in enumerate(projected) if own})
         nodes = jax.tree.leaves(state, is_leaf=_is_multi_steps_state)
         if any(map(_is_multi_steps_state, nodes)):
             raise ValueError(_MULTI_STEPS)
@@ -78,6 +91,9 @@ class Inner:
           state: the inner state.
           views: how each leaf is seen.
           stacklevel: of the caller.
+
+        Raises:
+          KeepsParametersError: an update would keep something made from the parameters.
         """
         treedef = jax.tree.structure(low_rank_params)
 
@@ -87,6 +103,8 @@ class Inner:
 
         try:
             jax.eval_shape(classify, jax.tree.leaves(low_rank_params), state)
+        except KeepsParametersError:
+            raise
         except Exception:  # such as for want of extra arguments; update says what is wrong
             return
         if ParamsUse.OTHER in self._uses.values():
@@ -171,7 +189,7 @@ class Inner:
         if key not in self._uses:
             pairs = zip(low_rank, views, strict=True)
             zeros = [jnp.zeros_like(g) for g, view in pairs if isinstance(view, MatrixView)]
-            self._uses[key] = _params_use(lambda params: run(params)[0], zeros)
+            self._uses[key] = _params_use(run, zeros)
         return self._uses[key]
 
     def _check_state(self, low_rank: Sequence[jax.Array], state: Any, treedef: Any) -> None:
@@ -215,22 +233,44 @@ def _described(state: Any) -> dict[str, str]:
     }
 
 
-def _params_use(
-    function: Callable[[list[jax.Array]], list[jax.Array]], params: list[jax.Array]
-) -> ParamsUse:
-    jaxpr = jax.make_jaxpr(function)(params).jaxpr
-    reached = set(map(id, jaxpr.invars))
-    for equation in jaxpr.eqns:
-        if any(id(variable) in reached for variable in equation.invars):
-            reached.update(map(id, equation.outvars))
-    if not any(id(variable) in reached for variable in jaxpr.outvars):
+def _params_use(run: Callable[[list[jax.Array]], Any], params: list[jax.Array]) -> ParamsUse:
+    """How the updates that `_runner` makes depend on the parameters.
+
+    Raises:
+      KeepsParametersError: the next state depends on them.
+    """
+    updates, (_, state) = dependence(run, params)
+    _check_keeps_none(state, set(range(len(params))))
+    if not any(updates):
         return ParamsUse.NONE
+
+    def function(params: list[jax.Array]) -> list[jax.Array]:
+        return run(params)[0]
+
     try:
         # Transposition, which nothing but linear use of the parameters survives; traced only.
         jax.eval_shape(lambda: jax.linear_transpose(function, params)(function(params)))
     except Exception:  # JAX raises various types for what it cannot transpose
         return ParamsUse.OTHER
     return ParamsUse.AFFINE
+
+
+class KeepsParametersError(ValueError):
+    """An inner transformation keeps in its state what it makes from the parameters."""
+
+
+def _check_keeps_none(state: Any, projected: Set[int]) -> None:
+    """Raises where a state holds something that was made from projected parameters.
+
+    Args:
+      state: for each leaf the set of parameters that it depends on.
+      projected: those that the inner transformation sees as zeros.
+    """
+    is_set = {"is_leaf": lambda x: isinstance(x, frozenset)}
+    for path, depends in jax.tree_util.tree_leaves_with_path(state, **is_set):
+        if depends & projected:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise KeepsParametersError(_KEEPS_PARAMETERS.format(name=name))
 
 
 def _is_multi_steps_state(x: Any) -> bool:
@@ -242,9 +282,18 @@ _MULTI_STEPS = (
     "different subspaces. Put it outside: optax.MultiSteps(galore(...), every_k_schedule=...)."
 )
 
+_KEEPS_PARAMETERS = (
+    "the inner transformation of galore keeps parameters, or something made from them, in its "
+    "state ({name}), where it would see projected ones: it would train other weights than yours. "
+    "Put what keeps them around galore, as optax.contrib.schedule_free(galore(...), ...); put "
+    "weight decay behind what averages, as optax.adamw does, or after galore. "
+    "optax.add_decayed_weights ahead of a momentum, optax.novograd, optax.lars and "
+    "optax.apply_every have it in an average."
+)
+
 _NOT_AFFINE = (
     "the inner transformation of galore uses the parameters in another way than weight decay "
-    "(optax.lamb, optax.lars and the parameter scale of optax.adafactor do), so it sees projected "
+    "(optax.lamb and the parameter scale of optax.adafactor do), so it sees projected "
     "parameters, and any weight decay in it acts in the subspace only. To decay whole matrices, "
     "put optax.add_decayed_weights after galore."
 )

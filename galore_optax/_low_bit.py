@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import _codes
-from galore_optax._matrix import structure
+from galore_optax._matrix import ranging_dtype, structure
 from galore_optax._part import current_part
 from galore_optax._quantized import (
     check_block_size,
@@ -135,6 +135,7 @@ def low_bit(
             )
         check_gradients(updates)
         gradients = _unboxed(updates, min_size)
+        gradients = jax.tree.map(lambda g: jnp.astype(g, ranging_dtype(g.dtype)), gradients)
         kinds = rules.kinds(state.inner, gradients)
         leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)
         rules.check(state.inner, kinds)
@@ -162,7 +163,8 @@ def low_bit(
             else:
                 leaf_key = None if step_key is None else jax.random.fold_in(step_key, i)
                 stored.append(rules.store(new, kind, leaf_key))
-        new_updates = jax.tree.leaves(jax.tree.map(_like, new_updates, gradients))
+        like = _unboxed(updates, min_size) if params is None else params
+        new_updates = jax.tree.leaves(jax.tree.map(_like, new_updates, like))
         new_updates = jax.tree.structure(updates).unflatten(new_updates)
         rounds = state.rounds
         if bits == 16:

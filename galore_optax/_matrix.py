@@ -135,6 +135,17 @@ def moment_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def ranging_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype, or float32 in place of one with fewer exponents, such as float16.
+
+    Squares of gradients, and updates after the learning rate, are smaller than those reach.
+    """
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.dtype(dtype)
+    few = jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp
+    return jnp.dtype(jnp.float32 if few else dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """Decides for every leaf of a tree how it is seen.

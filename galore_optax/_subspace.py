@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax._directions import UnitVectors
-from galore_optax._matrix import MatrixView, moment_dtype
+from galore_optax._matrix import MatrixView, moment_dtype, ranging_dtype
 from galore_optax._part import Layer
 from galore_optax._quantized import is_quantized, quantize
 from galore_optax._random import fold_in
@@ -97,7 +97,9 @@ class Side:
         new = new.astype(self.dtype)
         if self.projector.stored:
             new = orient(new, old, first)
-        return self._store(new), jnp.sum((new.T @ old) ** 2) / self.rank
+        # Lazy refresh decides by it; without it GPUs would round the operands to TF32.
+        turned = jnp.matmul(new.T, old, precision=jax.lax.Precision.HIGHEST)
+        return self._store(new), jnp.sum(turned**2) / self.rank
 
     def initial(self) -> Any:
         """What the state holds of a basis that no gradient chose."""
@@ -251,11 +253,12 @@ def project_back(
     Args:
       low_rank: (*batch, r or m, r or n).
       bases: of the same leaf.
-      operand_dtype: dtype of the operands of each product.
+      operand_dtype: dtype of the operands of each product; float32 in place of float16.
 
     Returns:
       (*batch, m, n), in at least float32.
     """
+    operand_dtype = ranging_dtype(operand_dtype)
     if isinstance(bases.left, UnitVectors):
         low_rank = bases.left.place(low_rank, axis=-2)
     elif bases.left is not None:
@@ -269,9 +272,11 @@ def project_back(
 
 def captured_energy(matrices: jax.Array, low_rank: jax.Array) -> jax.Array:
     """|R|^2 / |G|^2 of each matrix, (*batch,), float32; 0 where G is zero."""
-    kept, all_of_it = (
-        jnp.sum(jnp.square(x.astype(low_rank.dtype)), axis=(-2, -1)) for x in (low_rank, matrices)
-    )
+    matrices = matrices.astype(low_rank.dtype)
+    # Squares of very large or small entries would over- or underflow.
+    peak = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
+    peak = jnp.where(peak == 0, 1, peak)
+    kept, all_of_it = (jnp.sum((x / peak) ** 2, axis=(-2, -1)) for x in (low_rank, matrices))
     return (kept / jnp.where(all_of_it == 0, 1, all_of_it)).astype(jnp.float32)
 
 

@@ -94,7 +94,7 @@ def transformation(
         state = GaloreState(
             step=jnp.zeros([], jnp.int32),
             subspace=tree_of_subspaces(_subspace_structure(params, views), subspaces),
-            inner=inner.init(low_rank),
+            inner=inner.init(low_rank, [isinstance(view, MatrixView) for view in views]),
             accumulator=init_accumulator(low_rank, settings.accumulation_steps),
         )
         if inspection is None and not warned and views:

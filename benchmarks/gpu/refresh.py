@@ -166,7 +166,8 @@ def trained(size: Size) -> dict[str, Any]:
             state = galore_optax.refresh(tx, now, state)
             return galore_optax.metrics(tx.update(now, state, refresh=False)[1])
 
-        by_leaf = [both({k: before[k]}, {k: now[k]}) for k in now]
+        # Under one name, so that stacks of one shape share a program.
+        by_leaf = [both({"stack": before[k]}, {"stack": now[k]}) for k in now]
         energies[name] = np.array([float(found["captured_energy"]) for found in by_leaf])
     relative = {name: energy / energies["svd"] for name, energy in energies.items()}
     return {

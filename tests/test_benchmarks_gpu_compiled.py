@@ -342,3 +342,22 @@ def test_rows_are_compiled_for_a_gpu_that_is_not_here():
     assert set(found["calls"]) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
     assert found["collectives"].keys() == {"all-reduce"}
     assert found["collectives"]["all-reduce"]["bytes"] >= 2 * found["parameters"]
+
+
+def test_the_figures_are_of_the_table_and_all_gradients_are_added_up_once():
+    written = ROOT / "benchmarks" / "results" / "gpu" / "compiled.json"
+    found, rows = json.loads(written.read_text())["rows"], compiled.table()
+    assert found.keys() == rows.keys()
+    for name, row in found.items():
+        assert rows[name].items() <= row.items(), name
+        assert "error" not in row, name
+        devices = row["given"].get("devices", 1)
+        if devices == 1:
+            assert row["collectives"] == {}, name
+            continue
+        # In bfloat16; but the layer-wise step adds up the head's gradient in float32.
+        width = Config(**row["given"]["settings"]).resolve().hidden
+        head = 2 * compiled.VOCAB_SIZE * width if "layer-wise" in name else 0
+        assert row["collectives"].keys() == {"all-reduce"}, name
+        sent = row["collectives"]["all-reduce"]["bytes"]
+        assert sent == pytest.approx(2 * row["parameters"] + head, rel=0.003), name

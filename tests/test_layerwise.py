@@ -97,22 +97,6 @@ def assert_all_close(found, expected):
         assert one == pytest.approx(right, rel=1e-9)
 
 
-def partition(**transformations):
-    """Each for the leaves with its name in their path, and "rest" for those with none."""
-
-    def label(path, _):
-        keys = jax.tree_util.keystr(path)
-        return next((name for name in transformations if f"'{name}'" in keys), "rest")
-
-    return optax.partition(
-        transformations, lambda params: jax.tree.map_with_path(label, params, is_leaf=is_quantized)
-    )
-
-
-def is_quantized(x):
-    return isinstance(x, galore_optax.QuantizedArray)
-
-
 def of_the_application(name, **more):
     shape = {"hidden": model.D, "intermediate": model.F, "layers": model.LAYERS, "heads": 2}
     training = {"rank": 4, "update_proj_gap": GAP, "steps": STEPS, "clip": 0.0, "lr": 0.01}
@@ -147,7 +131,7 @@ def test_every_optimizer_of_the_application_is_that_of_the_ordinary_step(togethe
         leaf: of_the_application(name, **more | settings)
         for leaf, (name, settings) in together.items()
     }
-    assert_all_close(*both(partition(**transformations)))
+    assert_all_close(*both(model.partition(**transformations)))
 
 
 def test_no_optimizer_of_the_application_is_left_out():
@@ -177,7 +161,7 @@ def low_bit():
         of_the_application(name, **more | {"steps": steps})
         for name in ("q_galore_adamw", "adamw_8bit", "galore_adamw_8bit")
     )
-    tx = partition(mix=plain, down=in_galore, rest=q_galore)
+    tx = model.partition(mix=plain, down=in_galore, rest=q_galore)
     params = jax.tree.map(lambda x: x / 3, model.init(jnp.float32, d=64, f=64))
     up = {"up": params["blocks"]["up"]}
     params["blocks"] |= galore_optax.quantize_params(
@@ -326,7 +310,7 @@ def test_large_leaves_are_updated_in_slices_of_their_rows():
     """Of 128 rows, too, from which on codes of a TPU have a layout of their own."""
     params, tokens = model.init(jnp.float32, d=32, f=32, v=400), model.batches(4)
     in_8_bit = galore_optax.adamw_8bit(0.01, block_size=4, min_size=100)
-    tx = partition(embed=in_8_bit, head=optax.adamw(0.01), rest=optax.sgd(0.1))
+    tx = model.partition(embed=in_8_bit, head=optax.adamw(0.01), rest=optax.sgd(0.1))
     state, results, whiles = jax.jit(tx.init)(params), [], []
     for size in (None, 4096):
         step = layerwise_step(tx, slice_size=size)
@@ -341,7 +325,7 @@ def test_large_leaves_are_updated_in_slices_of_their_rows():
 def test_no_slices_where_random_numbers_would_be_the_same_for_all_of_them():
     params, tokens = model.init(jnp.float32, d=32, f=32), model.batches(1)[0]
     in_16_bit = galore_optax.low_bit(optax.lion(0.01), bits=16, min_size=100)
-    tx = partition(embed=in_16_bit, rest=optax.sgd(0.1))
+    tx = model.partition(embed=in_16_bit, rest=optax.sgd(0.1))
     state = jax.eval_shape(tx.init, params)
     whiles = [
         layerwise_step(tx, slice_size=size)
@@ -364,7 +348,7 @@ def test_what_is_not_of_each_row_by_itself_is_not_done_in_slices():
 
     rms = optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(1.0))
     rows = optax.GradientTransformation(lambda _: optax.EmptyState(), by_row)
-    tx = partition(embed=rms, head=rows, rest=optax.sgd(0.1))
+    tx = model.partition(embed=rms, head=rows, rest=optax.sgd(0.1))
     params, tokens = model.init(), model.batches(1)[0]
     new, _, _ = layerwise_step(tx, slice_size=64)(params, tx.init(params), tokens, None)
     change = jax.tree.map(np.subtract, params, new)

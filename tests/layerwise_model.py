@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import galore_optax
 
@@ -55,13 +56,28 @@ def loss(params, tokens):
     return head_loss(rest, x, tokens)
 
 
+def is_quantized(x):
+    return isinstance(x, galore_optax.QuantizedArray)
+
+
 def numbers(params):
     def of(path, _):
         is_matrix = path[0].key == "blocks" and path[-1].key == "kernel"
         return galore_optax.DimensionNumbers(1, 2) if is_matrix else None
 
-    is_quantized = {"is_leaf": lambda x: isinstance(x, galore_optax.QuantizedArray)}
-    return jax.tree.map_with_path(of, params, **is_quantized)
+    return jax.tree.map_with_path(of, params, is_leaf=is_quantized)
+
+
+def partition(**transformations):
+    """Each for the leaves with its name in their path, and "rest" for those with none."""
+
+    def label(path, _):
+        keys = jax.tree_util.keystr(path)
+        return next((name for name in transformations if f"'{name}'" in keys), "rest")
+
+    return optax.partition(
+        transformations, lambda params: jax.tree.map_with_path(label, params, is_leaf=is_quantized)
+    )
 
 
 def layerwise(tx, **arguments):

@@ -19,7 +19,7 @@ K = 3
 
 def tree(seed):
     rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in SHAPES.items()}
+    return {name: rng.normal(size=s).astype(np.float32) for name, s in SHAPES.items()}
 
 
 def mean(trees):
@@ -32,44 +32,56 @@ def make(inner, k, **arguments):
     )
 
 
-@pytest.mark.parametrize("projector", ["svd", "gaussian"])
+IDENTITY = make(optax.identity(), K, update_proj_gap=2)
+UPDATE = jax.jit(IDENTITY.update)
+
+
+def by_leaf(**transformations):
+    return optax.partition(transformations, lambda params: {name: name for name in params})
+
+
 @pytest.mark.parametrize(
-    "inner",
-    [optax.adamw(0.1, weight_decay=0.1), optax.sgd(0.1, momentum=0.9), optax.lion(0.01)],
-    ids=["adamw", "sgd", "lion"],
+    ("inner", "projector"),
+    [
+        (optax.adamw(0.1, weight_decay=0.1), "svd"),
+        (
+            by_leaf(
+                w=optax.sgd(0.1, momentum=0.9),
+                stack=optax.lion(0.01),
+                b=optax.adamw(0.1, weight_decay=0.1),
+            ),
+            "gaussian",
+        ),
+    ],
+    ids=["adamw", "by leaf"],
 )
 def test_steps_between_refreshes_are_those_of_the_mean_gradient(inner, projector):
     accumulating = make(inner, K, projector=projector, update_proj_gap=100)
     plain = make(inner, 1, projector=projector, update_proj_gap=100)
     params = found = expected = tree(0)
     micro_state, state = accumulating.init(params), plain.init(params)
-    # The same subspaces for both, then no refresh is due.
-    micro_state, state = (
-        jax.jit(functools.partial(galore_optax.refresh, tx))(tree(1), s, params)
-        for tx, s in ((accumulating, micro_state), (plain, state))
-    )
     micro_update, update = jax.jit(accumulating.update), jax.jit(plain.update)
     for step in range(4):
-        grads = [tree(10 * step + i + 2) for i in range(K)]
+        # The same subspaces for both, of the first gradient; then no refresh is due.
+        grads = [tree(10 * step + (i + 2 if step else 1)) for i in range(K)]
         for i, g in enumerate(grads):
             updates, micro_state = micro_update(g, micro_state, found)
             if i < K - 1:
-                chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, updates))
-            found = optax.apply_updates(found, updates)
+                chex.assert_trees_all_equal(updates, jax.tree.map(np.zeros_like, updates))
+            found = jax.tree.map(np.add, found, updates)
         updates, state = update(mean(grads), state, expected)
-        expected = optax.apply_updates(expected, updates)
+        expected = jax.tree.map(np.add, expected, updates)
         chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
         chex.assert_trees_all_close(micro_state.inner, state.inner, rtol=1e-4, atol=1e-5)
         assert micro_state.step == state.step == step + 1
 
 
 def test_a_due_refresh_takes_the_first_gradient_of_its_step():
-    tx = make(optax.identity(), K, update_proj_gap=2)
     params = tree(0)
-    state, update = tx.init(params), jax.jit(tx.update)
+    state = IDENTITY.init(params)
     counts = []
     for i in range(4 * K):
-        _, state = update(tree(i), state, params)
+        _, state = UPDATE(tree(i), state, params)
         counts.append(int(state.subspace.refreshes["w"]))
         if i == 2 * K:
             u = np.linalg.svd(np.asarray(tree(i)["w"], np.float64))[0][:, :4]
@@ -79,13 +91,12 @@ def test_a_due_refresh_takes_the_first_gradient_of_its_step():
 
 
 def test_a_refresh_by_hand_in_the_middle_of_a_step_waits_for_the_next():
-    tx = make(optax.identity(), K)
-    params = tree(0)
-    _, middle = jax.jit(tx.update)(tree(1), tx.init(params), params)
-    chex.assert_trees_all_equal(galore_optax.refresh(tx, tree(2), middle, params), middle)
+    params, refresh = tree(0), jax.jit(functools.partial(galore_optax.refresh, IDENTITY))
+    _, middle = UPDATE(tree(1), IDENTITY.init(params), params)
+    chex.assert_trees_all_equal(refresh(tree(2), middle, params), middle)
     for i in range(K - 1):
-        _, middle = jax.jit(tx.update)(tree(i), middle, params)
-    assert galore_optax.refresh(tx, tree(2), middle, params).subspace.refreshes["w"] == 2
+        _, middle = UPDATE(tree(i), middle, params)
+    assert refresh(tree(2), middle, params).subspace.refreshes["w"] == 2
 
 
 def test_accumulator_has_rank_r_and_the_state_is_stable():
@@ -128,6 +139,7 @@ def test_bad_accumulation_steps(value, error):
 
 @pytest.mark.parametrize(("made_with", "used_with"), [(1, 2), (2, 1)])
 def test_state_of_another_accumulation(made_with, used_with):
-    state = make(optax.identity(), made_with).init(tree(0))
+    made, used = (make(optax.identity(), steps) for steps in (made_with, used_with))
+    state = jax.eval_shape(made.init, tree(0))
     with pytest.raises(ValueError, match="another configuration: it was made with accumulation"):
-        make(optax.identity(), used_with).update(tree(0), state)
+        jax.eval_shape(used.update, tree(0), state)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import optax
-import pytest
 
 import galore_optax
 from tests import layerwise_model as model
@@ -11,32 +10,40 @@ from tests import layerwise_model as model
 # Bytes and operations are decided before what this leaves out, which is of the machine code.
 
 
-def compiled(layers, tx, int8_weights=False, **arguments):
-    params = model.init(jnp.float32, layers=layers, d=64, f=96)
-    if int8_weights:
-        params = galore_optax.quantize_params(
-            params, rank=32, weight_dimension_numbers=model.numbers
+def compiled(layers, tx):
+    def start():
+        params = model.init(jnp.float32, layers=layers, d=64, f=96)
+        up = {"up": params["blocks"]["up"]}
+        params["blocks"] |= galore_optax.quantize_params(
+            up, rank=32, weight_dimension_numbers={"up": {"kernel": STACKED}}
         )
-    training = model.layerwise(tx, **arguments)
-    state = training.init(params)
-    tokens = jnp.zeros((4, 16), jnp.int32)
-    step = jax.jit(training.step, donate_argnums=(0, 1))
-    return step.lower(params, state, tokens, None).compile(), (params, state), tokens
+        return params, tx.init(params)
+
+    donated, tokens = jax.eval_shape(start), jax.ShapeDtypeStruct((4, 16), jnp.int32)
+    step = jax.jit(model.layerwise(tx).step, donate_argnums=(0, 1))
+    return step.lower(*donated, tokens, None).compile(), donated, tokens
+
+
+STACKED = galore_optax.DimensionNumbers(1, 2)
 
 
 def nbytes(tree):
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("low_bit", [False, True])
-def test_weights_and_state_are_updated_in_place(low_bit):
-    inner = galore_optax.adamw_8bit(0.01, min_size=64 * 32 + 1) if low_bit else optax.adamw(0.01)
-    tx = galore_optax.galore(
-        inner, rank=32, projector="power_iteration", weight_dimension_numbers=model.numbers
-    )
+def test_weights_and_state_are_updated_in_place():
+    """Where both are in 8 bits, where the state is, where neither, and where there is no galore."""
+
+    def galore(inner):
+        numbers = {"weight_dimension_numbers": model.numbers}
+        return galore_optax.galore(inner, rank=32, projector="power_iteration", **numbers)
+
+    in_8_bit = galore(galore_optax.adamw_8bit(0.01, min_size=64 * 32 + 1))
+    adamw = optax.adamw(0.01)
+    tx = model.partition(up=in_8_bit, down=in_8_bit, mix=galore(adamw), rest=adamw)
     temporaries = {}
     for layers in (8, 32):
-        step, donated, tokens = compiled(layers, tx, int8_weights=low_bit)
+        step, donated, tokens = compiled(layers, tx)
         memory = step.memory_analysis()
         assert memory.alias_size_in_bytes == nbytes(donated)
         temporaries[layers] = memory.temp_size_in_bytes

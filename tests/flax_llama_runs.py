@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -46,18 +47,17 @@ def arguments(config):
 
 
 def start(*command, cache=None, devices=1):
-    """Starts Python in another process, on so many CPU devices, which caches what it compiles."""
+    """Starts Python in another process, on so many CPU devices, compiling as tests do.
+
+    Those with the same `cache` share what they compile, where pytest keeps no cache for all.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+        f"--xla_force_host_platform_device_count={devices}",
     }
     if cache is not None:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        }
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -73,6 +73,13 @@ def finish(process, expected=0):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == expected, output
     return output
+
+
+def without_checkpoints_after(out, step):
+    """A run's directory as an interruption after that update would have left it."""
+    for path in (out / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
 
 
 def metrics(out):

@@ -377,10 +377,10 @@ finally:
 """
 
 
-def test_a_write_that_fails_in_the_background_is_one_line_too(copy, quick_compilation):
+def test_a_write_that_fails_in_the_background_is_one_line_too(copy, tmp_path):
     shutil.rmtree(copy.out / "checkpoints" / "12")
     before = contents(copy.out / "checkpoints")
-    process = start("-c", LIMITED, "--out", copy.out, "--resume", cache=quick_compilation)
+    process = start("-c", LIMITED, "--out", copy.out, "--resume", cache=tmp_path / "cache")
     output = finish(process, expected=1)
     assert re.fullmatch(
         r"error: the checkpoint after update 12 could not be written to .*File too large.*\. Whole "

@@ -22,6 +22,7 @@ def run_main(monkeypatch, module, *arguments):
     module.main()
 
 
+@pytest.mark.ci
 def test_times_of_low_bit_updates(monkeypatch, tmp_path, capsys):
     path = tmp_path / "times.json"
     run_main(monkeypatch, low_bit, *("--rows", 64, "--columns", 512, "--steps", 3, "--out", path))
@@ -36,6 +37,7 @@ def test_times_of_low_bit_updates(monkeypatch, tmp_path, capsys):
     assert f"{found[1]:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_training_in_few_bits_is_compared_with_galore(monkeypatch, tmp_path, capsys, base):
     monkeypatch.setattr(low_bit_training, "GALORE", base)
     monkeypatch.setattr(low_bit_training, "OPTIMIZERS", ("galore_adamw", "galore_adamw_8bit"))
@@ -56,6 +58,7 @@ def test_training_in_few_bits_is_compared_with_galore(monkeypatch, tmp_path, cap
     assert (out / "report.md").is_file()
 
 
+@pytest.mark.ci
 def test_similarities_and_thresholds_of_lazy_refreshes(monkeypatch, tmp_path, capsys, base):
     monkeypatch.setattr(lazy, "GALORE", base)
     original, made = lazy.train, {}

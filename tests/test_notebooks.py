@@ -18,6 +18,8 @@ def own_kernel(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
 
+@pytest.mark.ci
+@pytest.mark.long("a notebook in a kernel of its own")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_to_its_end_and_draws_its_pictures(path, own_kernel):
     notebook = nbformat.read(path, as_version=4)

@@ -6,12 +6,14 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.flax_llama.config import Config
+from examples.flax_llama.run_directory import write_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -32,6 +34,31 @@ def tiny(data, **settings):
     small = {"tokenizer": "bytes", "batch": 8, "seq": 20, "update_proj_gap": 8, "eval_tokens": 200}
     shown = {"quiet": True, "tensorboard": False}
     return Config(**shape | small | shown | {"data": data, "steps": 20, "lr": 0.03} | settings)
+
+
+def pretend(config):
+    """Leaves what a run leaves for a comparison, at no cost: a loss that a larger rate makes lower.
+
+    Diverges at rates beyond all bounds, falls from where the seed says, and differs by optimizer.
+    """
+    config = config.resolve()
+    shape = config.shape(257)
+    config.out.mkdir(parents=True)
+    write_settings(config.out, config, shape)
+    speed = {"tokens": 160, "tokens_per_second": 1000.0, "lr": config.lr, "grad_norm": 1.0}
+    first = 5.5 + 0.01 * config.seed
+    optimizer = 0.01 * ("galore" not in config.optimizer) + 0.002 * ("8bit" in config.optimizer)
+    losses = first - np.arange(config.steps) * (config.lr + optimizer)
+    records = [{"step": k, "loss": loss} | speed for k, loss in enumerate(losses.tolist(), 1)]
+    scores = {"standard_error": 0.1, "perplexity": 9.0, "bits_per_byte": 1.0}
+    valid = {"step": config.steps, "valid_loss": losses[-1].item()} | scores
+    diverges = config.lr > 1e30
+    lines = [*records[:-1], records[-1] | {"loss": None}] if diverges else [*records, valid]
+    (config.out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    if diverges:
+        raise FloatingPointError("loss is nan at update 3")
+    model = types.SimpleNamespace(config=shape)
+    return types.SimpleNamespace(model=model, train=records, valid=[valid], update_bytes=10**6)
 
 
 def arguments(config):

@@ -7,14 +7,13 @@ import logging
 import math
 import shlex
 import sys
-import types
 
 import jax
 import numpy as np
 import pytest
 import tyro
 from flax import nnx
-from flax_llama_runs import metrics, tiny, write_text
+from flax_llama_runs import metrics, pretend, tiny, write_text
 
 from examples.flax_llama import compare as module
 from examples.flax_llama import train as training
@@ -23,7 +22,6 @@ from examples.flax_llama.compare import compare, parse_sweep, search
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.report import mean_loss
-from examples.flax_llama.run_directory import write_settings
 from examples.flax_llama.step import initial_params
 
 OPTIMIZERS = ("adamw", "galore_adamw")
@@ -33,30 +31,6 @@ SWEEP = ("adamw=0.01,0.03", "adamw.matrix-lr-ratio=0.5", "galore_adamw=0.01,0.03
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
-
-
-def pretend(config):
-    """Leaves what a run leaves for a comparison, at no cost: a loss that a larger rate makes lower.
-
-    Diverges at rates beyond all bounds, and falls from where the seed says.
-    """
-    config = config.resolve()
-    shape = config.shape(257)
-    config.out.mkdir(parents=True)
-    write_settings(config.out, config, shape)
-    speed = {"tokens": 160, "tokens_per_second": 1000.0, "lr": config.lr, "grad_norm": 1.0}
-    first = 5.5 + 0.01 * config.seed
-    losses = first - np.arange(config.steps) * (config.lr + 0.01 * (config.optimizer == "adamw"))
-    records = [{"step": k, "loss": loss} | speed for k, loss in enumerate(losses.tolist(), 1)]
-    scores = {"standard_error": 0.1, "perplexity": 9.0, "bits_per_byte": 1.0}
-    valid = {"step": config.steps, "valid_loss": losses[-1].item()} | scores
-    diverges = config.lr > 1e30
-    lines = [*records[:-1], records[-1] | {"loss": None}] if diverges else [*records, valid]
-    (config.out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    if diverges:
-        raise FloatingPointError("loss is nan at update 3")
-    model = types.SimpleNamespace(config=shape)
-    return types.SimpleNamespace(model=model, train=records, valid=[valid], update_bytes=10**6)
 
 
 def compared(text, directory, train):

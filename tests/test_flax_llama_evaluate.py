@@ -21,7 +21,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(text, tmp_path_factory):
-    config = tiny(text, optimizer="adamw", out=tmp_path_factory.mktemp("runs") / "run")
+    config = tiny(text, optimizer="sgd", steps=4, out=tmp_path_factory.mktemp("runs") / "run")
     return config, train.train(config)
 
 
@@ -94,6 +94,8 @@ def test_rows_without_targets_count_for_nothing():
     assert math.isnan(evaluate.summarize(sums[:1], counts[:1]).standard_error)
 
 
+@pytest.mark.ci
+@pytest.mark.long("another process, on 8 devices")
 def test_many_devices_find_what_one_does(run, tmp_path):
     config, _ = run
     command = ("-m", "examples.flax_llama.evaluate", "--run", config.out, "--tokens", 173)

@@ -3,14 +3,17 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.flax_llama.config import Config
+from examples.flax_llama.run_directory import write_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -33,6 +36,31 @@ def tiny(data, **settings):
     return Config(**shape | small | shown | {"data": data, "steps": 20, "lr": 0.03} | settings)
 
 
+def pretend(config):
+    """Leaves what a run leaves for a comparison, at no cost: a loss that a larger rate makes lower.
+
+    Diverges at rates beyond all bounds, falls from where the seed says, and differs by optimizer.
+    """
+    config = config.resolve()
+    shape = config.shape(257)
+    config.out.mkdir(parents=True)
+    write_settings(config.out, config, shape)
+    speed = {"tokens": 160, "tokens_per_second": 1000.0, "lr": config.lr, "grad_norm": 1.0}
+    first = 5.5 + 0.01 * config.seed
+    optimizer = 0.01 * ("galore" not in config.optimizer) + 0.002 * ("8bit" in config.optimizer)
+    losses = first - np.arange(config.steps) * (config.lr + optimizer)
+    records = [{"step": k, "loss": loss} | speed for k, loss in enumerate(losses.tolist(), 1)]
+    scores = {"standard_error": 0.1, "perplexity": 9.0, "bits_per_byte": 1.0}
+    valid = {"step": config.steps, "valid_loss": losses[-1].item()} | scores
+    diverges = config.lr > 1e30
+    lines = [*records[:-1], records[-1] | {"loss": None}] if diverges else [*records, valid]
+    (config.out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    if diverges:
+        raise FloatingPointError("loss is nan at update 3")
+    model = types.SimpleNamespace(config=shape)
+    return types.SimpleNamespace(model=model, train=records, valid=[valid], update_bytes=10**6)
+
+
 def arguments(config):
     """The command line that asks for a configuration."""
     words = []
@@ -46,18 +74,17 @@ def arguments(config):
 
 
 def start(*command, cache=None, devices=1):
-    """Starts Python in another process, on so many CPU devices, which caches what it compiles."""
+    """Starts Python in another process, on so many CPU devices, compiling as tests do.
+
+    Those with the same `cache` share what they compile, where pytest keeps no cache for all.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+        f"--xla_force_host_platform_device_count={devices}",
     }
     if cache is not None:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        }
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -73,6 +100,13 @@ def finish(process, expected=0):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == expected, output
     return output
+
+
+def without_checkpoints_after(out, step):
+    """A run's directory as an interruption after that update would have left it."""
+    for path in (out / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
 
 
 def metrics(out):

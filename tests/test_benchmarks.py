@@ -63,6 +63,7 @@ def run_main(monkeypatch, module, *arguments):
     jax.config.update("jax_compilation_cache_dir", cache)
 
 
+@pytest.mark.ci
 def test_step_time_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     path = tmp_path / "times.json"
     peers = ["same sides", "rows", step_time.STAGGERED[1]]
@@ -159,6 +160,7 @@ def test_synthetic_matrix_has_the_spectrum():
     np.testing.assert_allclose(np.linalg.svd(matrix, compute_uv=False), values, rtol=1e-4)
 
 
+@pytest.mark.ci
 def test_projectors_are_measured_against_the_best_that_a_basis_can_capture():
     rows = projectors.on_shape(16, 24, 4, np.array([1.0, 0.1]), repeats=2, svd_seconds=1)
     assert list(rows) == list(projectors.NAMES)
@@ -172,6 +174,7 @@ def test_projectors_are_measured_against_the_best_that_a_basis_can_capture():
     assert result["svd"]["seconds"] == pytest.approx(7 * rows["svd"]["ms"] / 1e3)
 
 
+@pytest.mark.ci
 def test_projectors_on_gradients_of_a_trained_model(monkeypatch, tmp_path, short_demo):
     monkeypatch.setattr(gradients, "GALORE", short_demo)
     before, now = gradients.of_trained_model("9m", steps=1, batches=2, rows=2, seq=16)
@@ -192,6 +195,7 @@ def test_projectors_on_gradients_of_a_trained_model(monkeypatch, tmp_path, short
     assert (tmp_path / "projectors.png").stat().st_size > 0
 
 
+@pytest.mark.ci
 def test_projectors_writes_a_refresh_of_the_model_and_a_picture(monkeypatch, tmp_path):
     stack = np.random.default_rng(0).normal(size=(2, 16, 24)).astype(np.float32)
     few = [{"q": stack}, {"q": stack + 0.1}]
@@ -225,6 +229,7 @@ def test_low_bit_training_compares_each_at_the_best_of_its_rates(monkeypatch, tm
     assert [line.split()[2] for line in lines] == ["+0.00%", "+1.00%", "+5.00%"]
 
 
+@pytest.mark.ci
 def test_train_step_adds_the_refreshes_to_the_ordinary_steps(monkeypatch):
     monkeypatch.setattr(train_step, "PIPELINE_SECONDS", 0.05)
     settings = {"hidden": 16, "intermediate": 24, "layers": 1, "heads": 1, "rank": 4}
@@ -238,6 +243,7 @@ def test_train_step_adds_the_refreshes_to_the_ordinary_steps(monkeypatch):
     assert row["ratio_with_refresh"] == pytest.approx(row["ratio"] + extra / row["gradient_ms"])
 
 
+@pytest.mark.ci
 def test_layerwise_step_counts_the_operations_of_xla(monkeypatch, tmp_path, capsys):
     # Of one layer, so that what is timed is compiled already to have its operations counted.
     shape = dataclasses.replace(PRESETS["9m"], layers=1)
@@ -293,12 +299,14 @@ def test_quality_sweeps_compares_and_goes_on(monkeypatch, tmp_path, capsys):
     assert len(calls) == done
 
 
+@pytest.mark.ci
 def test_quality_trains_the_demo(monkeypatch, short_demo):
     monkeypatch.setattr(quality.demo, "GALORE", short_demo)
     setting = {**quality.SWEPT[quality.ADAMW], "lr": 0.01}
     assert 5 < quality.Record(None, steps=1).loss(setting, seed=0) < 6
 
 
+@pytest.mark.ci
 def test_compile_time_of_stacked_and_unstacked_layers(monkeypatch, tmp_path):
     monkeypatch.setitem(shapes.PRESETS, "tiny", dataclasses.replace(TINY, layers=2))
     path = tmp_path / "compile.json"

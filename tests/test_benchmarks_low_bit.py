@@ -5,9 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-from flax_llama_runs import tiny, write_text
+from flax_llama_runs import pretend, tiny, write_text
 
 from benchmarks import lazy, low_bit, low_bit_training
+from examples.flax_llama import compare
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,7 @@ def run_main(monkeypatch, module, *arguments):
     module.main()
 
 
+@pytest.mark.ci
 def test_times_of_low_bit_updates(monkeypatch, tmp_path, capsys):
     path = tmp_path / "times.json"
     run_main(monkeypatch, low_bit, *("--rows", 64, "--columns", 512, "--steps", 3, "--out", path))
@@ -39,6 +41,7 @@ def test_times_of_low_bit_updates(monkeypatch, tmp_path, capsys):
 def test_training_in_few_bits_is_compared_with_galore(monkeypatch, tmp_path, capsys, base):
     monkeypatch.setattr(low_bit_training, "GALORE", base)
     monkeypatch.setattr(low_bit_training, "OPTIMIZERS", ("galore_adamw", "galore_adamw_8bit"))
+    monkeypatch.setattr(compare, "train", pretend)
     out = tmp_path / "low_bit"
     run_main(
         monkeypatch,
@@ -56,6 +59,7 @@ def test_training_in_few_bits_is_compared_with_galore(monkeypatch, tmp_path, cap
     assert (out / "report.md").is_file()
 
 
+@pytest.mark.ci
 def test_similarities_and_thresholds_of_lazy_refreshes(monkeypatch, tmp_path, capsys, base):
     monkeypatch.setattr(lazy, "GALORE", base)
     original, made = lazy.train, {}

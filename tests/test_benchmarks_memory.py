@@ -142,6 +142,7 @@ def test_unknown_rows_are_refused(command, capsys):
     assert "expected some of 7b 8-bit GaLore power_iteration" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_a_process_of_its_own_ends_with_an_error_that_is_kept():
     error = memory_7b.apart("rtx4090_24gb", SMALL | {"heads": 3}, 300)["error"]
     assert "hidden=32 does not divide into heads=3" in error

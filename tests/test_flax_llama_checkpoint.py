@@ -4,19 +4,28 @@ import dataclasses
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from flax_llama_runs import finish, metrics, saved_arrays, start, tiny, write_text
+from flax_llama_runs import (
+    assert_same_end,
+    finish,
+    metrics,
+    saved_arrays,
+    start,
+    tiny,
+    write_text,
+)
 
 import galore_optax
-from examples.flax_llama import checkpoint, optimizers, run_directory, train
+from examples.flax_llama import checkpoint, optimizers, run_directory, step, train
 from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, load_run
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.evaluate import Evaluation
@@ -55,21 +64,40 @@ def params_of(model):
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def test_the_last_checkpoints_and_the_best_are_kept(text, tmp_path, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5, 2.7, 2.6])
-    evaluations = {"standard_error": 0.1, "tokens": 9}
-
-    def make_evaluate(*_):
-        return lambda *_: Evaluation(loss=next(losses), **evaluations)
-
-    monkeypatch.setattr(train, "make_evaluate", make_evaluate)
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def watched(text, tmp_path_factory):
+    """A run whose losses are given, and at each evaluation who has its directory locked."""
+    losses, holders = iter([3.0, 2.0, 2.5, 2.7, 2.6]), []
+    out = tmp_path_factory.mktemp("runs") / "run"
     config = tiny(text, optimizer="sgd", steps=10, eval_every=2, save_every=3, keep=2, out=out)
-    train.train(config)
+
+    def evaluate(*_):
+        with open(out / "lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holders.append(file.read())
+        return Evaluation(loss=next(losses), standard_error=0.1, tokens=9)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_evaluate", lambda *_: evaluate)
+        train.train(config)
+    return config, holders
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(watched):
+    config, _ = watched
     # Saved: 3, 6, 9 as asked, 2 and 4 as the best so far, 10 as the last.
     assert steps(config) == [4, 9, 10]
-    with Checkpoints(out, read_only=True) as checkpoints:
+    with Checkpoints(config.out, read_only=True) as checkpoints:
         assert (checkpoints.find("best"), checkpoints.find("last")) == (4, 10)
+
+
+def test_a_run_is_locked_while_it_trains_and_no_longer(watched):
+    config, holders = watched
+    assert holders == [f"{os.getpid()}\n"] * 5
+    with run_directory.lock(config.out):
+        pass
 
 
 def test_the_final_checkpoint_is_the_trained_model(finished):
@@ -106,79 +134,85 @@ def test_a_finished_run_is_resumed_to_its_end_at_once(copy, finished):
     assert result.valid == finished[1].valid
 
 
-def test_records_beyond_the_checkpoint_are_made_again_not_twice(copy, finished):
-    (copy.out / "checkpoints" / "12").rename(copy.out / "moved out")
-    with open(copy.out / "metrics.jsonl", "a") as file:
+@pytest.fixture(scope="module")
+def resumed(finished, tmp_path_factory):
+    """That run resumed after 8 updates, with more records, and with settings that may change."""
+    out = shutil.copytree(finished[0].out, tmp_path_factory.mktemp("resumed") / "run")
+    (out / "checkpoints" / "12").rename(out / "moved out")
+    with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "lo')  # as a run leaves it that is killed while writing
-    train.train(copy)
-    assert metrics(copy.out) == metrics(finished[0].out)
+    changes = {"save_every": 1, "keep": 5, "quiet": False, "tensorboard": True}
+    config = dataclasses.replace(finished[0], out=out, resume=True, **changes)
+    train.train(config)
+    return config
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(copy, finished):
-    shutil.rmtree(copy.out / "checkpoints")
-    train.train(copy)
-    assert metrics(copy.out) == metrics(finished[0].out)
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(resumed, finished):
+    """Records beyond the checkpoint are made again, not twice."""
+    assert_same_end(finished[0].out, resumed.out, 12)
 
 
-@pytest.mark.parametrize("function", ["write_settings", "Checkpoints", "open_log"])
-def test_a_run_that_ends_while_it_starts_can_be_started_or_resumed(
-    text, tmp_path, monkeypatch, function
+def test_settings_without_a_part_in_the_result_may_change(resumed):
+    assert steps(resumed) == [8, 9, 10, 11, 12]
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_starts_from_the_beginning(
+    text, tmp_path, monkeypatch
 ):
+    """Wherever it ends, again and again, with what it leaves then."""
+
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    config = tiny(text, optimizer="sgd", steps=1, out=tmp_path / "run")
-    original = getattr(train, function)
-    monkeypatch.setattr(train, function, killed)
+    config = tiny(text, optimizer="sgd", steps=2, eval_every=2, out=tmp_path / "run")
+    for function in ("write_settings", "Checkpoints", "open_log"):
+        monkeypatch.setattr(train, function, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config)
+        monkeypatch.undo()
+        is_run = (config.out / "config.json").exists()
+        assert is_run == (function != "write_settings")
+        config = dataclasses.replace(config, resume=is_run)
+    update = train.RunLog.update
+
+    def killed_after_two(log, step, values):
+        update(log, step, values)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.RunLog, "update", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
         train.train(config)
-    monkeypatch.setattr(train, function, original)
-    is_run = (config.out / "config.json").exists()
-    assert is_run == (function != "write_settings")
-    train.train(dataclasses.replace(config, resume=is_run))
+    monkeypatch.undo()
+    before = metrics(config.out)
+    assert [record["step"] for record in before] == [1]
+    train.train(config)
+    after = metrics(config.out)
+    assert after[:1] == before
+    assert [record["step"] for record in after if "loss" in record] == [1, 2]
+    assert steps(config) == [2]
 
 
-def hold(out, held, release):
-    with run_directory.lock(out):
-        held.set()
-        release.wait()
+HOLD = """
+import fcntl, os, sys
+with open(sys.argv[1], "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print(os.getpid(), file=file, flush=True)
+    print(flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_directory_in_use_is_refused_with_the_process_that_uses_it(copy):
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(copy.out, held, release))
-    process.start()
-    try:
-        assert held.wait(60)
+    command = [sys.executable, "-c", HOLD, copy.out / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"\n"
         before = contents(copy.out)
         for resume in (True, False):
             with pytest.raises(UsageError, match=rf"run is in use by process {process.pid}\."):
                 train.train(dataclasses.replace(copy, resume=resume))
         assert contents(copy.out) == before
-    finally:
-        release.set()
-        process.join()
-    train.train(copy)
-
-
-def test_a_run_is_locked_while_it_trains_and_no_longer(text, tmp_path, monkeypatch):
-    config = tiny(text, optimizer="sgd", steps=2, out=tmp_path / "run")
-    outcomes = []
-
-    def make_evaluate(*arguments):
-        with open(config.out / "lock") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                outcomes.append(file.read())
-        return original(*arguments)
-
-    original = train.make_evaluate
-    monkeypatch.setattr(train, "make_evaluate", make_evaluate)
-    train.train(config)
-    assert outcomes == [f"{os.getpid()}\n"]
-    with run_directory.lock(config.out):
+    with run_directory.lock(copy.out):
         pass
 
 
@@ -198,17 +232,10 @@ def test_another_configuration_is_refused_with_what_differs(copy, changes, messa
     assert contents(copy.out) == before
 
 
-def test_settings_without_a_part_in_the_result_may_change(copy, finished):
-    shutil.rmtree(copy.out / "checkpoints" / "12")
-    changes = {"save_every": 1, "keep": 5, "quiet": False, "tensorboard": True}
-    train.train(dataclasses.replace(copy, **changes))
-    assert metrics(copy.out) == metrics(finished[0].out)
-    assert steps(copy) == [8, 9, 10, 11, 12]
-
-
+@pytest.mark.long("its run has another rank, which is compiled for it alone")
 def test_a_new_subspace_keeps_parameters_data_and_schedule_alone(copy, finished):
     shutil.rmtree(copy.out / "checkpoints" / "12")
-    result = train.train(dataclasses.replace(copy, rank=2, new_subspace=True, save_every=1, keep=9))
+    train.train(dataclasses.replace(copy, rank=2, new_subspace=True, save_every=9))
     before, after = metrics(finished[0].out), metrics(copy.out)
     rates = [[r["lr"] for r in records if "lr" in r] for records in (before, after)]
     assert rates[0] == rates[1]
@@ -227,8 +254,9 @@ def test_a_new_subspace_keeps_parameters_data_and_schedule_alone(copy, finished)
     assert sorted(counts.values()) == [1, 9, 9]  # Adam's, the schedule's, GaLore's
     assert json.loads((copy.out / "config.json").read_text())["train"]["rank"] == 2
     # From here on it is a run of rank 2, whether new_subspace is repeated or not.
-    again = dataclasses.replace(copy, rank=2, new_subspace=True)
-    assert train.train(again).train == result.train
+    for repeated in (True, False):
+        again = dataclasses.replace(copy, rank=2, new_subspace=repeated)
+        run_directory.check_same(checkpoint.last_settings(copy.out), again.resolve())
 
 
 def test_the_command_line_takes_what_is_not_given_from_the_run(copy):
@@ -259,12 +287,27 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(copy,
 
 @pytest.fixture(scope="module")
 def eight_bit(text, tmp_path_factory):
-    """A run in few bits, with a vocabulary whose moments are large enough for codes."""
+    """A checkpoint in few bits, of a vocabulary whose moments are large enough for codes."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    settings = {"optimizer": "q_galore_adamw", "vocab_size": 512, "steps": 1, "out": out}
-    config = tiny(text, **settings)
-    train.train(config)
-    return dataclasses.replace(config, resume=True)
+    config = tiny(text, optimizer="q_galore_adamw", vocab_size=512, steps=1, out=out).resolve()
+    shape = config.shape(512)
+
+    def initial_state():
+        params = step.initial_params(config, shape)
+        return step.State(params, optimizers.make_optimizer(config).init(params))
+
+    zeros = jax.tree.map(
+        lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), jax.eval_shape(initial_state)
+    )
+    out.mkdir()
+    run_directory.write_settings(out, config, shape)
+    dataset = train.open_dataset(config)
+    with Checkpoints(out) as checkpoints:
+        checkpoints.save(1, zeros, dataset.train, config)
+    dataset.train.close()
+    (out / "lock").touch()  # as any run leaves it
+    with run_directory.lock(out):
+        return dataclasses.replace(config, resume=True)
 
 
 def other_bits(**low_bit):
@@ -342,7 +385,6 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(copy, monk
     shutil.rmtree(copy.out / "checkpoints" / "12")
     before = contents(copy.out / "checkpoints")
     config = dataclasses.replace(copy, save_every=1)
-    save = checkpoint.ocp.CheckpointManager.save
 
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -354,8 +396,6 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(copy, monk
     with pytest.raises(CheckpointError, match=message + r"ones there: 4, 8\.$"):
         train.train(config)
     assert contents(copy.out / "checkpoints") == before
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save)
-    train.train(config)
 
 
 # In the end it does what Orbax' other writes may do, by chance of timing, after the one that fails.
@@ -377,10 +417,12 @@ finally:
 """
 
 
-def test_a_write_that_fails_in_the_background_is_one_line_too(copy, quick_compilation):
+@pytest.mark.ci
+@pytest.mark.long("a process of its own, in which files cannot grow")
+def test_a_write_that_fails_in_the_background_is_one_line_too(copy, tmp_path):
     shutil.rmtree(copy.out / "checkpoints" / "12")
     before = contents(copy.out / "checkpoints")
-    process = start("-c", LIMITED, "--out", copy.out, "--resume", cache=quick_compilation)
+    process = start("-c", LIMITED, "--out", copy.out, "--resume", cache=tmp_path / "cache")
     output = finish(process, expected=1)
     assert re.fullmatch(
         r"error: the checkpoint after update 12 could not be written to .*File too large.*\. Whole "

@@ -9,6 +9,9 @@ import tyro
 
 from examples.flax_llama.config import PRESETS, RECIPES, Config, LlamaConfig, UsageError
 
+# No version of JAX has a part in it.
+pytestmark = pytest.mark.plain
+
 # lr, rank, update_proj_gap, steps, batch, clip: of the paper, of its script, or a neighbour's.
 PUBLISHED = {
     "60m": (0.01, 128, 200, 10_000, 512, 0.0),

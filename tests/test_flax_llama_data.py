@@ -230,6 +230,8 @@ print(json.dumps(digests))
 """
 
 
+@pytest.mark.ci
+@pytest.mark.long("every kind of source from six positions each, in another process")
 def test_a_new_process_goes_on_from_every_position_bit_for_bit(sources):
     cases, expected = [], []
     for kind, packing in itertools.product(KINDS, (True, False)):

@@ -11,6 +11,9 @@ import zstandard
 from examples.flax_llama import documents, files, hub
 from examples.flax_llama.config import UsageError
 
+# No version of JAX has a part in it.
+pytestmark = pytest.mark.plain
+
 COMPRESS = {
     "": bytes,
     ".gz": gzip.compress,

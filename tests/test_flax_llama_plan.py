@@ -62,24 +62,28 @@ def refusal(capsys, *words):
     return printed.err
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(
-    "given",
-    [
-        {},
-        {"param_dtype": "bfloat16"},
-        # With GaLore there is an accumulator, but not with clipping.
-        {"layerwise": True, "accumulate": 2, "clip": 0.0},
-        {"layerwise": True, "accumulate": 2, "clip": 1.0},
-    ],
+GIVEN = (
+    {},
+    # With GaLore there is an accumulator, but not with clipping.
+    {"layerwise": True, "accumulate": 2, "clip": 0.0},
+    {"param_dtype": "bfloat16", "layerwise": True, "accumulate": 2, "clip": 1.0},
 )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("given", GIVEN)
 def test_what_stays_is_what_a_state_has(name, given):
     settings = config(optimizer=name, **given)
-    params = initial_params(settings, settings.shape(VOCAB))
-    state = State(params, jax.jit(make_optimizer(settings).init)(params))
+
+    def initial_state():
+        params = initial_params(settings, settings.shape(VOCAB))
+        return State(params, make_optimizer(settings).init(params))
+
+    state = jax.eval_shape(initial_state)
     estimated = estimate(settings, VOCAB)
-    assert estimated.arguments == sum(x.nbytes for x in jax.tree.leaves(state))
-    assert estimated.weights == sum(x.nbytes for x in jax.tree.leaves(params))
+    sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in state]
+    assert estimated.arguments == sum(sizes)
+    assert estimated.weights == sizes[0]
     assert estimated.total == sum(estimated.parts.values())
     assert bool(estimated.projectors) == ("galore" in name)
 
@@ -207,12 +211,10 @@ def test_the_command_says_how_much_room_there_is(capsys):
     [
         "--optimizer adamw --no-layerwise --no-remat --device rtx4060ti_16gb",
         "--optimizer galore_adamw --dtype float32 --device rtx4090_24gb",
-        "--model 13b --optimizer galore_adamw_8bit --device rtx4090_24gb",
         "--batch 64 --device tpu_v5e",
         "--accumulate 2 --clip 0 --device rtx4060ti_16gb",
         "--optimizer galore_adamw_8bit --device rtx4060ti_16gb --seq 2048",
         "--optimizer galore_adamw_8bit --projector-dtype bfloat16 --device rtx4060ti_16gb",
-        "--model 13b --optimizer galore_adamw --projector-dtype bfloat16 --device rtx4090_24gb",
     ],
 )
 def test_what_is_said_to_fit_does(capsys, words):
@@ -365,8 +367,9 @@ def test_the_command_to_train_is_of_what_was_planned(capsys, words):
     assert from_command_line(shlex.split(command)) == wanted
 
 
+@pytest.mark.long("the compiler is asked about a whole update")
 def test_the_compiled_step_is_that_of_the_run_and_its_arguments_as_estimated():
-    settings = config(optimizer="galore_adamw_8bit")
+    settings = config(optimizer="galore_adamw")
     compiled = compile_step(settings, VOCAB, HERE)
     batch = 4 * 17 * 4 + 4 * 16
     # What diagnostics no step reads is not given to it.
@@ -419,24 +422,22 @@ def test_what_libraries_write_to_standard_error_is_read(capfd):
     assert capfd.readouterr().err == "before\nafter\n"
 
 
-@pytest.mark.parametrize(
-    ("line", "found"),
-    [
-        ("W0 1 a.cc:1] Can't reduce memory use below 1.00GiB (1 bytes) by rematerialization", True),
-        ("E0 1 a.cc:1] The byte size of arguments (2) exceeds the base limit (1). An error!", True),
-        ("W0 1 a.cc:1] Something else", False),
-    ],
-)
-def test_lines_of_rematerialization_are_kept(monkeypatch, line, found):
+def test_lines_of_rematerialization_are_kept(monkeypatch):
+    kept = (
+        "Can't reduce memory use below 1.00GiB (1 bytes) by rematerialization",
+        "exceeds the base limit (1). An error!",
+    )
+    before = "W0 1 a.cc:1] ", "E0 1 a.cc:1] The byte size of arguments (2) "
+    lines = [f"{start}{end}\n" for start, end in zip(before, kept, strict=True)]
+    lines.insert(1, "W0 1 a.cc:1] Something else\n")
     real = compiling.lower
 
     def lower(*args):
-        os.write(2, line.encode() + b"\n")
+        os.write(2, "".join(lines).encode())
         return real(*args)
 
     monkeypatch.setattr(compiling, "lower", lower)
-    compiled = compile_step(config(optimizer="sgd", layers=1), VOCAB, HERE)
-    assert bool(compiled.rematerializes) == found
+    assert compile_step(config(optimizer="sgd"), VOCAB, HERE).rematerializes == kept
 
 
 def test_bars_are_the_parts_and_lines_the_devices(tmp_path, monkeypatch):

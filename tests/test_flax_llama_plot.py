@@ -10,6 +10,9 @@ import pytest
 from examples.flax_llama import plot
 from examples.flax_llama.config import UsageError
 
+# No version of JAX has a part in it.
+pytestmark = pytest.mark.plain
+
 
 def write_run(out, steps=30, energy=False, every=10, **changed):
     """Metrics as a run writes them, a line for each update and evaluation."""

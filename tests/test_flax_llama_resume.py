@@ -1,6 +1,7 @@
-"""Runs that are interrupted and go on in a new process, against runs that never were."""
+"""Runs that are interrupted and go on, against runs that never were."""
 
 import dataclasses
+import os
 import random
 import re
 import shutil
@@ -15,20 +16,31 @@ from flax_llama_runs import (
     metrics,
     start,
     tiny,
+    without_checkpoints_after,
     write_text,
 )
+
+from examples.flax_llama import train
 
 # A refresh is due every 4 updates: the checkpoint after 6 is in the middle of a gap.
 SAVED, STEPS, GAP = 6, 12, 4
 # Runs of adamw alone are those that are killed.
 OPTIMIZERS = ("galore_adamw", "galore_adafactor", "q_galore_adamw")
+# Devices share what comes before the optimizer; here in float32, and in few bits.
+ON_ONE = ("galore_adamw", "q_galore_adamw")
+# Runs in a new process, each on so many of its devices.
 TRAIN = """
 import sys
 from pathlib import Path, PosixPath
+import jax
+from examples.flax_llama import train
 from examples.flax_llama.config import Config
-from examples.flax_llama.train import train
-for config in eval(sys.argv[1]):
-    train(config)
+for devices, config in eval(sys.argv[1]):
+    mesh = jax.make_mesh(
+        (devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+    train.data_mesh = lambda: mesh
+    train.train(config)
 """
 COMMAND = ("-m", "examples.flax_llama.train")
 
@@ -43,6 +55,37 @@ def text(directory):
     return write_text(directory)
 
 
+@pytest.mark.long("one run twice, the second time in three parts")
+def test_a_signal_saves_and_exits_with_zero_and_a_resumed_run_ends_like_one_that_never_stopped(
+    text, tmp_path, monkeypatch, capsys
+):
+    """Bit for bit; with a refresh in the middle, and signals of both kinds."""
+    config = tiny(text, steps=7, eval_every=7, update_proj_gap=3, out=tmp_path / "undisturbed")
+    train.train(config)
+    stopped = dataclasses.replace(config, save_every=100, out=tmp_path / "stopped")
+    update = train.RunLog.update
+    signals = {2: signal.SIGTERM, 4: signal.SIGINT}
+
+    def signalled(log, step, values):
+        update(log, step, values)
+        if number := signals.pop(step, None):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.RunLog, "update", signalled)
+    for step in (2, 4):
+        with pytest.raises(SystemExit) as exit:
+            train.train(stopped)
+        assert exit.value.code == 0
+        output = capsys.readouterr().out
+        assert f"Stopped after update {step}, which is saved. To go on:\n{train.RESUME}" in output
+        command = output.splitlines()[-1].split()
+        assert command[:3] == ["python", *COMMAND]
+        stopped = train.from_command_line(command[3:])
+    train.train(stopped)
+    assert signals == {}
+    assert_same_end(config.out, stopped.out, config.steps)
+
+
 @pytest.fixture(scope="module")
 def interrupted(directory, text):
     """Runs on 1 and on 8 devices with each optimizer; those on 8 that went on from the middle."""
@@ -53,54 +96,37 @@ def interrupted(directory, text):
         return directory / f"{name}-{devices}{suffix}"
 
     def run(suffix, *counts, **settings):
-        processes = []
-        for devices in counts:
-            configs = [
-                tiny(text, optimizer=name, out=out(name, devices, suffix), **saving, **settings)
-                for name in OPTIMIZERS
-            ]
-            cache = directory / "cache"
-            processes.append(start("-c", TRAIN, configs, cache=cache, devices=devices))
-        for process in processes:
-            finish(process)
+        configs = [
+            (n, tiny(text, optimizer=name, out=out(name, n, suffix), **saving, **settings))
+            for n in counts
+            for name in (ON_ONE if n == 1 else OPTIMIZERS)
+        ]
+        finish(start("-c", TRAIN, configs, cache=directory / "cache", devices=8))
 
     run("", 1, 8)
     for name in OPTIMIZERS:
         copy = shutil.copytree(out(name, 8, ""), out(name, 8, "-resumed"))
-        for later in {path.name for path in (copy / "checkpoints").iterdir()} - {str(SAVED)}:
-            shutil.rmtree(copy / "checkpoints" / later)
+        without_checkpoints_after(copy, SAVED)
     run("-resumed", 8, resume=True)
     return out
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(interrupted, name):
+def test_a_run_resumed_in_a_new_process_ends_bit_for_bit_like_one_that_never_stopped(
+    interrupted, name
+):
     whole, resumed = (interrupted(name, 8, suffix) for suffix in ("", "-resumed"))
     assert [r["step"] for r in metrics(whole) if "loss" in r] == list(range(1, STEPS + 1))
     assert_same_end(whole, resumed, STEPS)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.ci
+@pytest.mark.parametrize("name", ON_ONE)
 def test_eight_devices_train_as_one_does(interrupted, name):
     one, eight = (metrics(interrupted(name, devices, "")) for devices in (1, 8))
     for a, b in zip(one, eight, strict=True):
         assert a == pytest.approx(b, rel=2e-3)
-
-
-@pytest.fixture(scope="module")
-def long_run(directory, text):
-    """Settings of a run of some seconds, and where it ran to its end undisturbed."""
-    config = tiny(text, optimizer="adamw", steps=400, save_every=50, eval_every=200)
-    config = dataclasses.replace(config, out=directory / "undisturbed")
-    finish(start(*COMMAND, *arguments(config), cache=directory / "cache"))
-    return config
-
-
-def go_on(config, directory):
-    """Starts a run, or goes on with it where there is one, with nothing but its directory given."""
-    is_there = (config.out / "config.json").exists()
-    given = ["--out", config.out, "--resume"] if is_there else arguments(config)
-    return start(*COMMAND, *given, cache=directory / "cache")
 
 
 def last_update(out):
@@ -117,37 +143,37 @@ def wait_for_update(process, out, update):
         time.sleep(0.01)
 
 
-def test_a_signal_saves_and_exits_with_zero_and_says_how_to_resume(directory, long_run):
-    config = dataclasses.replace(long_run, out=directory / "stopped", save_every=10_000)
-    process = go_on(config, directory)
-    for number, update in ((signal.SIGTERM, 50), (signal.SIGINT, 225)):
-        wait_for_update(process, config.out, update)
-        process.send_signal(number)
-        output = finish(process, expected=0)
-        message = re.search(
-            r"Stopped after update (\d+), which is saved. To go on:\n(.*)\n", output
-        )
-        assert message, output
-        assert last_update(config.out) == int(message[1]) < config.steps
-        process = start(*message[2].split()[1:], cache=directory / "cache")
-    finish(process)
-    assert_same_end(long_run.out, config.out, config.steps)
-
-
-def test_a_run_killed_again_and_again_loses_what_came_after_the_last_checkpoint_alone(
-    directory, long_run
+@pytest.mark.ci
+@pytest.mark.long("five runs in four processes, which are those that users have")
+def test_a_process_that_is_stopped_then_killed_again_and_again_loses_only_what_was_not_saved(
+    directory, text
 ):
-    config = dataclasses.replace(long_run, out=directory / "killed", quiet=False)
+    """Started as the program itself, and with nothing but the run's directory when it goes on."""
+    config = tiny(text, optimizer="adamw", steps=400, save_every=50, eval_every=200, quiet=False)
+    undisturbed = dataclasses.replace(config, out=directory / "undisturbed", quiet=True)
+    config = dataclasses.replace(config, out=directory / "disturbed")
+
+    def go_on(*command):
+        return start(*command, cache=directory / "cache")
+
+    process = go_on(*COMMAND, *arguments(config))
+    wait_for_update(process, config.out, 60)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, expected=0)
+    message = re.search(r"Stopped after update (\d+), which is saved. To go on:\n(.*)\n", output)
+    assert message, output
+    assert last_update(config.out) == int(message[1]) < config.steps
     rng = random.Random(0)
-    process = go_on(config, directory)
     for _ in range(2):
+        process = go_on(*message[2].split()[1:])
         wait_for_update(process, config.out, last_update(config.out) + rng.randrange(100))
         process.kill()
-        process.communicate()
-        done = last_update(config.out)
-        process = go_on(config, directory)
-    output = finish(process)
-    resumed = int(re.search(r"Resuming after update (\d+)", output)[1])
+        assert process.communicate() is not None
+        assert process.returncode == -signal.SIGKILL
+    done = last_update(config.out)
+    resumed = dataclasses.replace(config, resume=True)
+    output = finish(go_on("-c", TRAIN, [(1, resumed), (1, undisturbed)]))
     # One checkpoint may still have been on its way to the disk.
-    assert done - resumed <= 2 * config.save_every
-    assert_same_end(long_run.out, config.out, config.steps)
+    resumed_after = int(re.search(r"Resuming after update (\d+)", output)[1])
+    assert done - resumed_after <= 2 * config.save_every
+    assert_same_end(undisturbed.out, config.out, config.steps)

@@ -13,6 +13,9 @@ from examples.flax_llama import documents, tokenizer, train_tokenizer
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.tokenizer import END_OF_TEXT, JsonTokenizer, load_tokenizer
 
+# No version of JAX has a part in it.
+pytestmark = pytest.mark.plain
+
 TEXTS = [f"Emma Woodhouse, number {i}, handsome,\n\nclever & rich € 😀" for i in range(50)]
 
 

@@ -10,6 +10,9 @@ from examples.flax_llama.config import UsageError
 from examples.flax_llama.tokenizer import train_tokenizer
 from examples.flax_llama.tokens import Tokens, load_tokens, write_tokens
 
+# No version of JAX has a part in it.
+pytestmark = pytest.mark.plain
+
 TEXTS = [f"document {i}: " + "€ and words " * (i % 7) for i in range(50)]
 TOKENIZER = train_tokenizer(TEXTS, "bpe:300", eos=True)
 

@@ -27,8 +27,6 @@ from galore_optax import (
     galore,
     galore_adafactor,
     galore_adamw,
-    galore_lion,
-    galore_sgd,
 )
 
 ADAFACTOR = {"min_dim_size_to_factor": 2, "multiply_by_parameter_scale": False}
@@ -46,11 +44,10 @@ MOMENTS = {
     "sgd": ("trace",),
     "lamb": ("mu", "nu"),
 }
+# Those of the others are the programs of galore around their optimizers: see test_presets.
 PRESETS = {
     "galore_adamw": galore_adamw,
     "galore_adafactor": functools.partial(galore_adafactor, **ADAFACTOR),
-    "galore_lion": galore_lion,
-    "galore_sgd": functools.partial(galore_sgd, momentum=0.9),
 }
 LAMB = pytest.param(
     "lamb", marks=pytest.mark.filterwarnings("ignore:the inner transformation of galore uses")
@@ -294,8 +291,6 @@ def test_converges_on_a_parabola_though_each_step_is_of_rank_one(name):
 STATIC = {
     "galore_adamw": ("rank",),
     "galore_adafactor": ("rank", "min_dim_size_to_factor"),
-    "galore_lion": ("rank",),
-    "galore_sgd": ("rank",),
 }
 
 
@@ -407,7 +402,7 @@ def test_updates_and_state_of_float64_params_are_float64():
 
 
 def test_bfloat16_updates_are_those_of_float32_up_to_rounding():
-    case = matrix("galore_sgd")
+    case = make_case("sgd", MATRIX)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (case.params, case.gradients[0]))
     updates, _ = jax.jit(case.tx.update)(narrow[1], case.tx.init(narrow[0]), narrow[0])
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), updates)
@@ -597,9 +592,8 @@ def test_nnx_split_and_a_functional_step():
     assert_only_kernels_are_projected(state)
 
 
-@pytest.mark.parametrize(
-    "axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.ci), AxisType.Explicit], ids=str
-)
+@pytest.mark.ci  # Of boxed parameters test_linen_train_state is enough before a commit.
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_nnx_params_with_sharding_metadata(axis_type):
     """Flax applies a variable's metadata where it is made, that of optimizer state too."""
     mesh = jax.make_mesh((1,), ("model",), axis_types=(axis_type,))

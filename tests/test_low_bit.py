@@ -215,7 +215,6 @@ def test_the_seed_and_the_leaf_decide_what_is_drawn():
         ("adamw", jnp.float32, 8),
         ("adamw", jnp.bfloat16, 16),
         ("adan", jnp.bfloat16, 8),
-        ("sm3", jnp.float32, 16),
         ("schedule_free", jnp.bfloat16, 8),
         ("multi_steps", jnp.bfloat16, 8),
     ],
@@ -289,10 +288,13 @@ def test_presets_are_what_they_stand_for():
 
 
 WRAPPERS = {
-    "masked_around": lambda tx: optax.masked(tx, lambda p: {k: k != "v" for k in p}),
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "guarded_chain_of_masked": lambda tx: optax.apply_if_finite(
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.masked(tx, lambda p: {k: k != "v" for k in p})
+        ),
+        3,
+    ),
     "multi_steps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
     "partition": lambda tx: optax.partition(
         {"low": tx, "sgd": optax.sgd(0.1)}, {k: "sgd" if k == "v" else "low" for k in SHAPES}
     ),
@@ -300,7 +302,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "bits"), [*((name, 8) for name in WRAPPERS), ("galore", 16)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [*((name, 8) for name in WRAPPERS if name != "galore"), ("galore", 16)]
+)
 def test_wrappers_around_are_stable_and_count_their_bytes(name, bits):
     tx = WRAPPERS[name](low_bit(optax.adamw(0.1), bits))
     history = run(tx, normal(0, 0.1), [normal(5), normal(6)])
@@ -367,13 +371,10 @@ def test_a_restored_run_goes_on_as_if_uninterrupted(bits, tmp_path):
     chex.assert_trees_all_equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [galore_optax.adamw_8bit, lambda lr: galore_optax.galore_adamw_8bit(lr, rank=16, scale=1.0)],
-)
-def test_flax_optimizer_trains_with_it(make):
+def test_flax_optimizer_trains_with_it():
     model = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, make(0.01), wrt=nnx.Param)
+    tx = galore_optax.galore_adamw_8bit(0.01, rank=16, scale=1.0)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer):

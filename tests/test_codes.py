@@ -1,5 +1,6 @@
 """Block-wise codes and quantized arrays, against tables, exact arithmetic and statistics."""
 
+import functools
 import os
 import pathlib
 import re
@@ -13,8 +14,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from galore_optax import QuantizedArray, _codes, apply_updates, quantize
+from galore_optax import QuantizedArray, _codes, apply_updates, low_bit, quantize
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "adam_8bit.npz")
 DYNAMIC = ("signed", "unsigned")
@@ -111,13 +114,17 @@ def test_four_bits_are_packed_two_to_a_byte():
     np.testing.assert_array_equal(quantized.dequantize(), x)
 
 
+@functools.partial(jax.jit, static_argnames="scheme")
+def draw(x, keys, scheme):
+    return jax.vmap(lambda key: quantize(x, scheme, key=key).dequantize())(keys)
+
+
 @pytest.mark.parametrize("group", ["mixed", "positive", "negative", "constant", "zero_and_one"])
 @pytest.mark.parametrize("scheme", LAST)
 def test_stochastic_rounding_has_the_right_mean(scheme, group):
-    draws, x = 10_000, jnp.asarray(GROUPS[group])
+    draws, x = 10_000, GROUPS[group]
     keys = jax.random.split(jax.random.key(1), draws)
-    drawn = jax.jit(jax.vmap(lambda key: quantize(x, scheme, key=key).dequantize()))(keys)
-    drawn = np.asarray(drawn, np.float64)
+    drawn = np.asarray(draw(x, keys, scheme), np.float64)
     step = float(quantize(x, scheme).scales[0])
     steps = x / step
     fraction = steps - np.floor(steps)
@@ -132,10 +139,10 @@ def test_stochastic_rounding_has_the_right_mean(scheme, group):
 
 
 def test_stochastic_rounding_to_bfloat16_has_the_right_mean():
-    x = jnp.asarray([1.001, -1.001, 3e-39, 0.0, 1.0, -255.7, 1e30], jnp.float32)
+    x = np.array([1.001, -1.001, 3e-39, 0.0, 1.0, -255.7, 1e30], np.float32)
     keys = jax.random.split(jax.random.key(0), 10_000)
-    drawn = jax.vmap(lambda key: _codes.round_to_bfloat16(x, key))(keys)
-    drawn = np.asarray(drawn.astype(jnp.float32), np.float64)
+    draw = jax.jit(jax.vmap(lambda key: _codes.round_to_bfloat16(jnp.asarray(x), key)))
+    drawn = np.asarray(draw(keys), np.float64)
     deviation = drawn.std(0) / np.sqrt(len(keys))
     assert np.all(np.abs(drawn.mean(0) - np.asarray(x)) <= 4 * deviation)
     np.testing.assert_array_equal(deviation[3:5], 0)
@@ -145,8 +152,8 @@ def test_stochastic_rounding_to_bfloat16_has_the_right_mean():
 
 def test_rounding_to_bfloat16_keeps_what_is_not_finite():
     odd = np.array([np.inf, -np.inf, np.nan, np.frombuffer(b"\xff\xff\xff\x7f", np.float32)[0]])
-    rounded = _codes.round_to_bfloat16(jnp.asarray(odd, jnp.float32), jax.random.key(0))
-    np.testing.assert_array_equal(rounded.astype(jnp.float32), odd)
+    rounded = jax.jit(_codes.round_to_bfloat16)(odd.astype(np.float32), jax.random.key(0))
+    np.testing.assert_array_equal(np.asarray(rounded, np.float32), odd)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
@@ -173,21 +180,41 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "batch_axes"), SHAPES)
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_any_shape_comes_back(scheme, shape, batch_axes):
-    x = jnp.asarray(np.abs(normal(*shape)), jnp.bfloat16)
-    quantized = jax.jit(lambda x: quantize(x, scheme, batch_axes=batch_axes))(x)
+# Of 8 bits with and without zeros, and of 4 bits, which are packed.
+SCHEMES_AND_SHAPES = [
+    *((scheme, shape) for scheme in ("signed", "int4") for shape in SHAPES),
+    *((scheme, shape) for scheme in ("unsigned", "int8") for shape in (SHAPES[4], SHAPES[6])),
+]
+
+
+@functools.cache
+def there_and_back(scheme):
+    """(array, codes, what they stand for) of shapes, by two compiled programs."""
+    cases = [case for name, case in SCHEMES_AND_SHAPES if name == scheme]
+    arrays = [np.abs(normal(*shape)).astype(jnp.bfloat16) for shape, _ in cases]
+
+    @jax.jit
+    def there(arrays):
+        pairs = zip(arrays, cases, strict=True)
+        return [quantize(x, scheme, batch_axes=axes) for x, (_, axes) in pairs]
+
+    codes = there(arrays)
+    back = jax.jit(lambda codes: [x.dequantize() for x in codes])(codes)
+    return dict(zip(cases, zip(arrays, codes, back, strict=True), strict=True))
+
+
+@pytest.mark.parametrize(("scheme", "case"), SCHEMES_AND_SHAPES)
+def test_any_shape_comes_back(scheme, case):
+    batch_axes = case[1]
+    x, quantized, y = there_and_back(scheme)[case]
     assert (quantized.shape, quantized.dtype) == (x.shape, x.dtype)
     assert (quantized.ndim, quantized.size) == (x.ndim, x.size)
     assert quantized.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
-    y = jax.jit(QuantizedArray.dequantize)(quantized)
     chex.assert_trees_all_equal_shapes_and_dtypes(y, x)
     half_an_interval = {"signed": 0.01, "unsigned": 0.01, "int8": 0.01, "int4": 0.05}[scheme]
-    peak = np.max(np.abs(x.astype(jnp.float32)), initial=0)
-    np.testing.assert_allclose(
-        y.astype(jnp.float32), x.astype(jnp.float32), rtol=0, atol=half_an_interval * peak
-    )
+    x, y = x.astype(np.float32), np.asarray(y, np.float32)
+    peak = np.max(np.abs(x), initial=0)
+    np.testing.assert_allclose(y, x, rtol=0, atol=half_an_interval * peak)
     shapes = jax.eval_shape(lambda x: quantize(x, scheme, batch_axes=batch_axes), x)
     assert (shapes.shape, shapes.nbytes) == (quantized.shape, quantized.nbytes)
 
@@ -196,30 +223,38 @@ def test_any_shape_comes_back(scheme, shape, batch_axes):
     ("scheme", "bound"), [("signed", 1.02), ("unsigned", 1.02), ("int8", 1.04), ("int4", 0.54)]
 )
 def test_bytes_of_an_element(scheme, bound):
-    x = jnp.ones((64, 5461))  # columns that blocks do not divide
-    assert quantize(x, scheme).nbytes / x.size <= bound
+    x = np.ones((64, 5461), np.float32)  # columns that blocks do not divide
+    quantized = jax.eval_shape(lambda x: quantize(x, scheme), x)
+    assert quantized.nbytes / x.size <= bound
 
 
 @pytest.mark.parametrize(
     ("scheme", "columns"), [("signed", 256), ("unsigned", 100), ("int8", 100), ("int4", 256)]
 )
 def test_batch_axes_work_in_scan_vmap_cond_and_under_donation(scheme, columns):
-    x = jnp.abs(jnp.asarray(normal(3, 4, columns)))
-    whole = quantize(x, scheme, batch_axes=1)
-    items = [quantize(item, scheme) for item in x]
-    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *leaves: jnp.stack(leaves), *items))
-    chex.assert_trees_all_equal(whole, jax.vmap(lambda item: quantize(item, scheme))(x))
+    x = np.abs(normal(3, 4, columns))
 
-    dequantized = whole.dequantize()
-    _, by_scan = jax.lax.scan(lambda carry, item: (carry, item.dequantize()), 0, whole)
-    np.testing.assert_array_equal(by_scan, dequantized)
-    np.testing.assert_array_equal(jax.vmap(QuantizedArray.dequantize)(whole), dequantized)
+    @jax.jit
+    def ways(x):
+        whole = quantize(x, scheme, batch_axes=1)
+        items = [quantize(item, scheme) for item in x]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *items)
+        mapped = jax.vmap(lambda item: quantize(item, scheme))(x)
+        _, by_scan = jax.lax.scan(lambda carry, item: (carry, item.dequantize()), 0, whole)
+        by_vmap = jax.vmap(QuantizedArray.dequantize)(whole)
+        return whole, (stacked, mapped), whole.dequantize(), (by_scan, by_vmap)
+
+    whole, alike, dequantized, also = ways(x)
+    for other in alike:
+        chex.assert_trees_all_equal(whole, other)
+    for other in also:
+        np.testing.assert_array_equal(other, dequantized)
     chosen = jax.jit(jax.lax.cond, static_argnums=(1, 2))(
         True, lambda q: q, lambda q: jax.tree.map(jnp.zeros_like, q), whole
     )
     chex.assert_trees_all_equal(chosen, whole)
     donated = jax.jit(lambda q: jax.tree.map(lambda leaf: leaf + 0, q), donate_argnums=0)
-    assert donated(jax.tree.map(jnp.copy, whole)).shape == whole.shape
+    assert donated(jax.tree.map(np.copy, whole)).shape == whole.shape
 
 
 @pytest.mark.parametrize(
@@ -228,8 +263,8 @@ def test_batch_axes_work_in_scan_vmap_cond_and_under_donation(scheme, columns):
 )
 def test_on_a_tpu_the_rows_of_blocks_are_last_in_memory(batch, rows, minor_to_major):
     """As lowered for one. What moves is what is given: no float32 in the place of narrower."""
-    updates = jnp.zeros((*batch, rows, 512), jnp.bfloat16)
-    quantized = quantize(updates, batch_axes=len(batch))
+    updates = np.zeros((*batch, rows, 512), jnp.bfloat16)
+    quantized = jax.eval_shape(lambda x: quantize(x, batch_axes=len(batch)), updates)
 
     def read_and_write(quantized, updates):
         return quantized.dequantize(), apply_updates(quantized, updates, None)
@@ -273,51 +308,80 @@ def test_checkpoints_are_bit_identical(scheme, tmp_path):
     chex.assert_trees_all_equal(restored, saved)
 
 
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np, optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from galore_optax import low_bit, quantize
-
-for types in (AxisType.Explicit, AxisType.Auto):
-    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(types,) * 2)
+@pytest.mark.parametrize("spec", [P("d", "m"), P(("d", "m"), None)], ids=str)
+def test_types_say_that_codes_lie_as_what_they_stand_for(spec):
+    """Of Explicit axes: types name them, of however many devices they are."""
+    mesh = jax.make_mesh((1, 1), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    tx = low_bit(optax.adamw(1e-3))
     with jax.set_mesh(mesh):
-        for spec in (P("d", "m"), P(("d", "m"), None)):
-            for columns in (1024, 768, 500) if spec == P("d", "m") else (1024,):
-                plain = np.random.default_rng(0).standard_normal((64, columns))
-                x = jax.device_put(plain.astype(np.float32), NamedSharding(mesh, spec))
-                for scheme in ("signed", "int4"):
-                    quantized = jax.jit(lambda x: quantize(x, scheme))(x)
-                    expected = quantize(plain.astype(np.float32), scheme)
-                    assert np.mean(quantized.codes == expected.codes) > 0.999
-                    np.testing.assert_allclose(quantized.scales, expected.scales, rtol=1e-6)
-                    y = jax.jit(lambda q: q.dequantize())(quantized)
-                    np.testing.assert_allclose(y, quantized.dequantize(), rtol=1e-6)
-                    if columns == 1024:
-                        assert quantized.codes.sharding.spec == spec, quantized.codes.sharding
-                tx = low_bit(optax.adamw(1e-3))
-                state = jax.jit(tx.init)(x)
-                step = jax.jit(tx.update)
-                types_before = jax.tree.map(jax.typeof, state)
-                for _ in range(2):
-                    updates, state = step(x, state, x)
-                assert jax.tree.map(jax.typeof, state) == types_before
-                alone = jnp.asarray(plain, jnp.float32)
-                reference = jax.jit(tx.init)(alone)
-                for _ in range(2):
-                    plain_updates, reference = jax.jit(tx.update)(alone, reference, alone)
-                np.testing.assert_allclose(updates, plain_updates, rtol=1e-4, atol=1e-7)
-"""
+        x = jax.ShapeDtypeStruct((64, 1024), np.float32, sharding=NamedSharding(mesh, spec))
+        for scheme in ("signed", "int4"):
+            quantized = jax.eval_shape(lambda x, scheme=scheme: quantize(x, scheme), x)
+            assert quantized.codes.sharding.spec == spec
+            y = jax.eval_shape(QuantizedArray.dequantize, quantized)
+            assert (y.shape, y.sharding.spec) == (x.shape, spec)
+        state = jax.eval_shape(tx.init, x)
+        updates, after = jax.eval_shape(tx.update, x, state, x)
+    assert updates.sharding.spec == spec
+    moments, kept = (optax.tree.get(s.inner, "mu") for s in (state, after))
+    assert moments.codes.sharding.spec == kept.codes.sharding.spec == spec
+    assert moments.scales.sharding.spec == kept.scales.sharding.spec
 
 
+def compare_on_eight_devices():
+    plain = normal(64, 1024)
+
+    @jax.jit
+    def there_and_back(x):
+        quantized = [quantize(x, scheme) for scheme in ("signed", "int4")]
+        return quantized, [x.dequantize() for x in quantized]
+
+    tx = low_bit(optax.adamw(1e-3))
+
+    @jax.jit
+    def two_steps(x):
+        state = tx.init(x)
+        _, after = tx.update(x, state, x)
+        updates, last = tx.update(x, after, x)
+        assert jax.tree.map(jax.typeof, after.inner) == jax.tree.map(jax.typeof, last.inner)
+        return updates
+
+    for columns, cases in {
+        1024: [(P("d", "m"), AxisType.Explicit), (P(("d", "m"), None), AxisType.Auto)],
+        768: [(P("d", "m"), AxisType.Auto)],
+        500: [(P("d", "m"), AxisType.Explicit)],
+    }.items():
+        array = plain[:, :columns]
+        expected, _ = there_and_back(array)
+        expected_updates = two_steps(array)
+        for spec, axes in cases:
+            mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axes,) * 2)
+            with jax.set_mesh(mesh):
+                x = jax.device_put(array, NamedSharding(mesh, spec))
+                found, back = there_and_back(x)
+                updates = two_steps(x)
+            for a, b, y in zip(found, expected, back, strict=True):
+                assert np.mean(np.asarray(a.codes) == np.asarray(b.codes)) > 0.999
+                np.testing.assert_allclose(a.scales, b.scales, rtol=1e-6)
+                alone = jax.tree.map(np.asarray, a).dequantize()
+                np.testing.assert_allclose(y, alone, rtol=1e-6)
+                if columns == 1024:
+                    assert a.codes.sharding.spec == spec, a.codes.sharding
+            np.testing.assert_allclose(updates, expected_updates, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.ci
+@pytest.mark.long("its other devices are of a process of its own")
 def test_codes_follow_the_sharding_of_what_they_stand_for():
     """On 8 devices, with Explicit and Auto axes, in a process of its own."""
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED],
-        env=environment,
+        [
+            *(sys.executable, "-W", "error", "-c"),
+            "from tests import test_codes; test_codes.compare_on_eight_devices()",
+        ],
+        cwd=pathlib.Path(__file__).parents[1],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -343,19 +407,21 @@ def test_arguments_that_cannot_be_right(arguments, error, message):
         quantize(**{"array": np.ones(4, np.float32), **arguments})
 
 
-@pytest.mark.parametrize("scheme", ["signed", "unsigned", "int8", "int4"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_one_bad_entry_of_a_large_array_shows_in_its_whole_block_and_no_other(value, scheme):
-    array = jnp.ones((512, 1024)).at[5, 300].set(value)
-    decoded = jax.jit(lambda x: quantize(x, scheme).dequantize())(array)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_bad_entry_of_a_large_array_shows_in_its_whole_block_and_no_other(scheme):
+    decode = jax.jit(lambda x: quantize(x, scheme).dequantize())
     bad = np.zeros((512, 1024), bool)
     bad[5, 256:512] = True
-    np.testing.assert_array_equal(np.isnan(decoded), bad)
+    for value in (np.nan, np.inf):
+        array = np.ones((512, 1024), np.float32)
+        array[5, 300] = value
+        np.testing.assert_array_equal(np.isnan(decode(array)), bad)
 
 
 def test_a_bad_update_shows_in_its_whole_block():
-    quantized = quantize(jnp.linspace(-1, 1, 512 * 1024).reshape(512, 1024))
-    updates = {"w": jnp.zeros((512, 1024)).at[5, 300].set(np.nan)}
+    quantized = quantize(np.linspace(-1, 1, 512 * 1024, dtype=np.float32).reshape(512, 1024))
+    updates = {"w": np.zeros((512, 1024), np.float32)}
+    updates["w"][5, 300] = np.nan
     key = jax.random.key(0)
     new = jax.jit(apply_updates)({"w": quantized}, updates, key)["w"].dequantize()
     bad = np.zeros((512, 1024), bool)

@@ -1,6 +1,7 @@
 """The chunked loss against plain logits, their automatic derivatives and NumPy."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import textwrap
@@ -37,11 +38,11 @@ def plain_losses(x, head, labels):
 def case(dtype=jnp.float32):
     """Inputs, head, labels and weights, of which some are zero."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((B, S, D)), dtype)
-    head = jnp.asarray(rng.standard_normal((D, V)), dtype)
-    labels = jnp.asarray(rng.integers(V, size=(B, S)), jnp.int32)
-    weights = jnp.asarray(rng.uniform(0.5, 2.0, (B, S)) * (rng.uniform(size=(B, S)) < 0.7))
-    return x, head, labels, weights.astype(jnp.float32)
+    x = rng.standard_normal((B, S, D)).astype(dtype)
+    head = rng.standard_normal((D, V)).astype(dtype)
+    labels = rng.integers(V, size=(B, S)).astype(np.int32)
+    weights = rng.uniform(0.5, 2.0, (B, S)) * (rng.uniform(size=(B, S)) < 0.7)
+    return tuple(map(jnp.asarray, (x, head, labels, weights.astype(np.float32))))
 
 
 def gradients(loss, *arguments):
@@ -75,8 +76,9 @@ def test_loss_and_gradients_equal_those_of_plain_logits(chunk):
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_losses_of_tokens_equal_those_of_plain_logits(chunk):
     x, head, labels, _ = case()
-    losses = token_cross_entropy(x, head, labels, chunk=chunk)
-    np.testing.assert_allclose(losses, plain_losses(x, head, labels), rtol=1e-6, atol=1e-6)
+    losses = jax.jit(token_cross_entropy, static_argnames="chunk")(x, head, labels, chunk=chunk)
+    expected = jax.jit(plain_losses)(x, head, labels)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("padding", [-100, -1, 0, V, 10**6])
@@ -163,7 +165,9 @@ def tiny_model(**settings):
     rng = np.random.default_rng(0)
     return nnx.merge(
         graphdef,
-        jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), shapes),
+        jax.tree.map(
+            lambda x: jnp.asarray((0.3 * rng.standard_normal(x.shape)).astype(x.dtype)), shapes
+        ),
     )
 
 
@@ -216,7 +220,7 @@ SHARDED = """
     loss = jax.value_and_grad(
         lambda *arguments: cross_entropy_sum(*arguments, chunk=6), argnums=(0, 1)
     )
-    expected = loss(x, head, labels, weights)
+    expected = jax.jit(loss)(x, head, labels, weights)
     rows = NamedSharding(mesh, P("data"))
     x, labels, weights = (jax.device_put(a, rows) for a in (x, labels, weights))
     head = jax.device_put(head, NamedSharding(mesh, P()))
@@ -235,7 +239,8 @@ SHARDED = """
 
 
 def test_a_batch_sharded_over_devices_stays_where_it_is():
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     root = Path(__file__).parents[1]
     subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(SHARDED)],

@@ -27,7 +27,7 @@ def params():
     rng = np.random.default_rng(100)
 
     def leaf(*shape):
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        return rng.standard_normal(shape).astype(np.float32)
 
     return {
         "embed": {"embedding": leaf(30, 8)},
@@ -41,14 +41,14 @@ def params():
 
 def gradients_at(params, step):
     rng = np.random.default_rng(step)
-    return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+    return jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(p.dtype), params)
 
 
 def trajectory(tx, params, steps=3):
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     for step in range(steps):
         updates, state = update(gradients_at(params, step), state, params)
-        params = optax.apply_updates(params, updates)
+        params = jax.tree.map(lambda p, u: p + np.asarray(u), params, updates)
     return params
 
 
@@ -117,7 +117,14 @@ def test_an_optimizer_is_that_of_optax(params, name, in_galore):
     )
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize(
+    # The decay of the others is in the test above, with the same mask.
+    "name",
+    [
+        "adamw",
+        *(x for x in optimizers.OPTIMIZERS if x.removeprefix("galore_") not in PLAIN),
+    ],
+)
 def test_decay_moves_everything_but_the_norms(params, name):
     plain, decayed = (
         trajectory(
@@ -132,7 +139,8 @@ def test_decay_moves_everything_but_the_norms(params, name):
 
 
 def test_galore_projects_the_stacked_kernels_alone(params):
-    state = optimizers.make_optimizer(config(optimizer="galore_adamw")).init(params)
+    tx = optimizers.make_optimizer(config(optimizer="galore_adamw"))
+    state = jax.eval_shape(tx.init, params)
     subspace = optax.tree.get(state, "subspace")
     paths = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
@@ -145,22 +153,21 @@ def test_galore_projects_the_stacked_kernels_alone(params):
 
 
 @pytest.mark.parametrize(
-    ("settings", "options"),
+    "settings",
     [
-        ({"projector": "power_iteration"}, {"projector": "power_iteration"}),
-        ({"stagger": True, "update_proj_gap": 3}, {"stagger": True, "update_proj_gap": 3}),
-        ({"refresh": "lazy"}, {"refresh": "lazy"}),
-        ({"projector_dtype": "bfloat16"}, {"projector_dtype": "bfloat16"}),
+        {"projector": "power_iteration", "stagger": True, "update_proj_gap": 3},
+        {"refresh": "lazy", "projector_dtype": "bfloat16"},
     ],
+    ids=["staggered", "lazy"],
 )
-def test_subspaces_are_chosen_how_and_when_the_settings_say(params, settings, options):
+def test_subspaces_are_chosen_how_and_when_the_settings_say(params, settings):
     expected = galore_optax.galore(
         optax.adamw(LR),
         **{"rank": 4, "update_proj_gap": 2, "weight_dimension_numbers": dimension_numbers}
-        | {"diagnostics": True, **options},
+        | {"diagnostics": True, **settings},
     )
     tx = optimizers.make_optimizer(constant(optimizer="galore_adamw", **settings))
-    states = tx.init(params), expected.init(params)
+    states = jax.jit(lambda params: (tx.init(params), expected.init(params)))(params)
     updates = jax.jit(tx.update), jax.jit(expected.update)
     for step in range(5):
         gradients = gradients_at(params, step)
@@ -212,7 +219,7 @@ def test_an_update_that_is_not_finite_is_skipped_whole(params, name):
     state, update = tx.init(params), jax.jit(tx.update)
     _, state = update(gradients_at(params, 0), state, params)
     bad = gradients_at(params, 1)
-    bad["head"]["kernel"] = bad["head"]["kernel"].at[3, 2].set(jnp.nan)
+    bad["head"]["kernel"][3, 2] = np.nan
     updates, after = update(bad, state, params)
     assert all((np.asarray(u) == 0).all() for u in jax.tree.leaves(updates))
     jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
@@ -225,11 +232,11 @@ def test_an_update_that_is_not_finite_is_skipped_whole(params, name):
 
 def test_a_state_started_anew_keeps_its_positions_alone(params):
     old_tx = optimizers.make_optimizer(config(rank=4))
-    old, update = old_tx.init(params), jax.jit(old_tx.update)
+    old, update = jax.jit(old_tx.init)(params), jax.jit(old_tx.update)
     for step in range(5):
         _, old = update(gradients_at(params, step), old, params)
     tx = optimizers.make_optimizer(config(rank=3))
-    fresh = tx.init(params)
+    fresh = jax.jit(tx.init)(params)
     state = optimizers.start_anew(fresh, old)
     assert optimizers.schedule_count(state) == optax.tree.get(state, "step") == 5
     assert optimizers.schedule_count(fresh) == 0

@@ -1,5 +1,6 @@
 """Moments in few bits, against the reference's trajectory, full precision and exact bytes."""
 
+import functools
 import pathlib
 
 import chex
@@ -10,6 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from programs import programs
 
 import galore_optax
 from galore_optax import LowBitState, QuantizedArray, galore, low_bit
@@ -21,7 +23,7 @@ WITH_MU = SHAPES | {"mu": (80, 64)}
 
 def normal(seed=0, scale=1.0, shapes=SHAPES):
     rng = np.random.default_rng(seed)
-    return {k: jnp.asarray(scale * rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+    return {k: (scale * rng.standard_normal(s)).astype(np.float32) for k, s in shapes.items()}
 
 
 def is_quantized(x):
@@ -35,15 +37,20 @@ def by_path(state):
 
 def run(tx, params, all_gradients):
     """Updates, parameters and states of all steps; checks that states are stable on the way."""
-    update = jax.jit(tx.update)
+
+    @jax.jit
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return updates, optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.asarray, params)
     state, history = jax.jit(tx.init)(params), []
     types = jax.tree.map(jax.typeof, state)
     for gradients in all_gradients:
-        updates, state = update(gradients, state, params)
+        updates, params, state = step(gradients, state, params)
         assert jax.tree.map(jax.typeof, state) == types
-        params = optax.apply_updates(params, updates)
-        history.append((updates, params, state))
-    assert update._cache_size() == 1
+        history.append((*jax.tree.map(np.asarray, (updates, params)), state))
+    assert step._cache_size() == 1
     return history
 
 
@@ -54,14 +61,15 @@ def rms(x):
 @pytest.mark.parametrize("min_size", [4096, 8192])
 def test_trajectory_is_that_of_the_reference(min_size):
     tx = low_bit(optax.adam(1e-2, 0.9, 0.95, 1e-8), min_size=min_size)
-    history = run(tx, jnp.asarray(REFERENCE["a_p0"]), REFERENCE["a_G"])
+    history = run(tx, REFERENCE["a_p0"], REFERENCE["a_G"])
     for (_, params, _), expected in zip(history, REFERENCE["a_traj"], strict=True):
         movement = rms(expected - REFERENCE["a_p0"])
         assert rms(params - expected) < 0.01 * movement  # 0.1 is asked for
     state = history[-1][2]
     for name, number in (("mu", 1), ("nu", 2)):
         moment = optax.tree.get(state, name)
-        assert np.mean(moment.codes == REFERENCE[f"a_state{number}"].ravel()) > 0.95
+        codes = np.asarray(moment.codes)
+        assert np.mean(codes == REFERENCE[f"a_state{number}"].ravel()) > 0.95
         np.testing.assert_allclose(moment.scales, REFERENCE[f"a_absmax{number}"], rtol=1e-2)
 
 
@@ -70,11 +78,15 @@ def test_an_update_uses_the_moments_before_they_are_rounded():
     gradients = [normal(1), normal(2)]
     low, full = (run(tx, normal(), gradients) for tx in (low_bit(optax.adam(0.1)), optax.adam(0.1)))
     chex.assert_trees_all_close(low[0][0], full[0][0], rtol=1e-6)
-    inner = low[0][2].inner
-    dequantized = jax.tree.map(
-        lambda x: x.dequantize() if is_quantized(x) else x, inner, is_leaf=is_quantized
-    )
-    expected, _ = optax.adam(0.1).update(gradients[1], dequantized)
+
+    @jax.jit
+    def update(gradients, inner):
+        dequantized = jax.tree.map(
+            lambda x: x.dequantize() if is_quantized(x) else x, inner, is_leaf=is_quantized
+        )
+        return optax.adam(0.1).update(gradients, dequantized)[0]
+
+    expected = update(gradients[1], low[0][2].inner)
     chex.assert_trees_all_close(low[1][0], expected, rtol=1e-4, atol=1e-6)
     assert rms(low[1][0]["w"] - full[1][0]["w"]) > 1e-4
 
@@ -116,12 +128,12 @@ EXPECTED = {
 def test_moments_are_in_codes_and_nothing_else(name):
     """Parameters called v and mu are not taken for moments; small ones stay as they are."""
     inner, fields = EXPECTED[name]
-    state = low_bit(inner).init(normal(shapes=WITH_MU))
+    state = jax.eval_shape(low_bit(inner).init, normal(shapes=WITH_MU))
     found = by_path(state.inner)
     coded = {path: leaf.scheme for path, leaf in found.items() if is_quantized(leaf)}
     large = [k for k, shape in WITH_MU.items() if k != "bias"]
     assert coded == {f"{field}/{k}": kind for field, kind in fields.items() for k in large}
-    plain = by_path(inner.init(normal(shapes=WITH_MU)))
+    plain = by_path(jax.eval_shape(inner.init, normal(shapes=WITH_MU)))
     for path, leaf in found.items():
         if not is_quantized(leaf):
             chex.assert_trees_all_equal_shapes_and_dtypes(leaf, plain[path])
@@ -129,67 +141,72 @@ def test_moments_are_in_codes_and_nothing_else(name):
 
 def test_named_fields_are_in_codes_too_and_others_left_out():
     names = {"z": "signed", "nu": None, "v_row": "unsigned"}
-    state = low_bit(optax.contrib.schedule_free_adamw(0.1), names=names).init(normal())
+    tx = low_bit(optax.contrib.schedule_free_adamw(0.1), names=names)
+    state = jax.eval_shape(tx.init, normal())
     coded = {path for path, leaf in by_path(state.inner).items() if is_quantized(leaf)}
     assert coded == {"z/w", "z/v"}
-    adan = low_bit(optax.adan(0.1), names={"v": "unsigned"}).init(normal())
+    adan = jax.eval_shape(low_bit(optax.adan(0.1), names={"v": "unsigned"}).init, normal())
     assert by_path(adan.inner)["0/v/w"].scheme == "unsigned"
 
 
 def test_blocks_do_not_straddle_layers():
     """A layer comes out the same whatever its neighbours are, and can be sliced from the state."""
-    layers = jnp.stack([10.0**i * normal()["w"][:, :96] for i in range(3)])
-    state = low_bit(optax.trace(0.9)).init(layers)
-    _, state = low_bit(optax.trace(0.9)).update(layers, state)
-    sliced = jax.tree.map(lambda x: x[1], state.inner.trace)
-    _, alone = low_bit(optax.trace(0.9)).update(
-        layers[1], low_bit(optax.trace(0.9)).init(layers[1])
-    )
-    chex.assert_trees_all_equal(sliced, alone.inner.trace)
+    layers = np.stack([10.0**i * normal()["w"][:, :96] for i in range(3)])
+    tx = low_bit(optax.trace(0.9))
+    first = jax.jit(lambda x: tx.update(x, tx.init(x))[1].inner.trace)
+    sliced = jax.tree.map(lambda x: x[1], first(layers))
+    chex.assert_trees_all_equal(sliced, first(layers[1]))
 
 
-@pytest.mark.parametrize("gradient_after", [0.0, 1e-6], ids=["gone", "small"])
-def test_a_second_moment_that_is_small_in_its_block_does_not_explode(gradient_after):
+def test_a_second_moment_that_is_small_in_its_block_does_not_explode():
     """A row of an embedding whose token is seen once, beside frequent ones."""
-    tx, update = low_bit(optax.scale_by_adam()), None
-    rare = jnp.full((4096,), 1.0).at[7].set(1e-5)
-    state = tx.init(rare)
-    update = jax.jit(tx.update)
-    for step in range(5):
-        gradient = rare if step == 0 else rare.at[7].set(gradient_after)
-        updates, state = update(gradient, state)
-        assert float(jnp.abs(updates[7])) <= 1.1, step
-        np.testing.assert_allclose(updates[0], 1, rtol=0.02)
+    tx = low_bit(optax.scale_by_adam())
+    rare = np.ones(4096, np.float32)
+    rare[7] = 1e-5
+    init, update = jax.jit(tx.init), jax.jit(tx.update)
+    for gradient_after in (0.0, 1e-6):  # gone, small
+        state, gradient = init(rare), rare.copy()
+        for step in range(5):
+            updates, state = update(gradient, state)
+            updates, gradient[7] = np.asarray(updates), gradient_after
+            assert abs(updates[7]) <= 1.1, (gradient_after, step)
+            np.testing.assert_allclose(updates[0], 1, rtol=0.02)
 
 
 def test_sixteen_bits_are_bfloat16_rounded_at_random():
     """A moment of 1 that decays by 2^-12 a step: nearest rounding would keep it for ever."""
     shape, steps = (4096,), 400
     tx = low_bit(optax.trace(1 - 2**-12), bits=16)
-    state = tx.init(jnp.zeros(shape))
-    _, state = tx.update(jnp.ones(shape), state)
-    assert state.inner.trace.dtype == jnp.bfloat16
 
     def step(state, _):
         return tx.update(jnp.zeros(shape), state)[1], None
 
-    end, _ = jax.jit(lambda s: jax.lax.scan(step, s, length=steps))(state)
-    mean = float(jnp.mean(end.inner.trace.astype(jnp.float32)))
+    @jax.jit
+    def run(one):
+        _, state = tx.update(one, tx.init(one))
+        return jax.lax.scan(step, state, length=steps)[0]
+
+    end = run(np.ones(shape, np.float32))
+    assert end.inner.trace.dtype == jnp.bfloat16
+    mean = np.asarray(end.inner.trace, np.float32).mean()
     np.testing.assert_allclose(mean, (1 - 2**-12) ** steps, atol=4 * 0.02 / np.sqrt(4096))
     assert int(end.rounds) == steps + 1
 
 
 def test_the_seed_and_the_leaf_decide_what_is_drawn():
-    params = {"a": jnp.zeros(4096), "b": jnp.zeros(4096)}
-    gradients = {name: jnp.full(4096, 1.001) for name in params}
+    params = {"a": np.zeros(4096, np.float32), "b": np.zeros(4096, np.float32)}
+    gradients = {name: np.full(4096, 1.001, np.float32) for name in params}
 
+    @functools.partial(jax.jit, static_argnums=0)
     def moments(seed):
         tx = low_bit(optax.trace(0.9), bits=16, seed=seed)
         return tx.update(gradients, tx.init(params))[1].inner.trace
 
-    chex.assert_trees_all_equal(moments(0), moments(0))
-    assert not np.array_equal(moments(0)["a"], moments(0)["b"])
-    assert not np.array_equal(moments(0)["a"], moments(1)["a"])
+    zero, one = moments(0), moments(1)
+    moments.clear_cache()
+    chex.assert_trees_all_equal(moments(0), zero)
+    assert not np.array_equal(zero["a"], zero["b"])
+    assert not np.array_equal(zero["a"], one["a"])
 
 
 @pytest.mark.parametrize(
@@ -198,7 +215,6 @@ def test_the_seed_and_the_leaf_decide_what_is_drawn():
         ("adamw", jnp.float32, 8),
         ("adamw", jnp.bfloat16, 16),
         ("adan", jnp.bfloat16, 8),
-        ("sm3", jnp.float32, 16),
         ("schedule_free", jnp.bfloat16, 8),
         ("multi_steps", jnp.bfloat16, 8),
     ],
@@ -216,11 +232,17 @@ def test_states_are_stable_and_updates_those_of_full_precision(name, dtype, bits
 
 
 def test_second_moments_of_bfloat16_parameters_move():
-    params = jnp.zeros(4096, jnp.bfloat16)
     tx = low_bit(optax.scale_by_adam())
-    state = tx.init(params)
-    for _ in range(50):
-        _, state = jax.jit(tx.update)(jnp.ones_like(params), state)
+    ones = np.ones(4096, jnp.bfloat16)
+
+    @jax.jit
+    def run(ones):
+        def step(state, _):
+            return tx.update(ones, state)[1], None
+
+        return jax.lax.scan(step, tx.init(ones), length=50)[0]
+
+    state = run(ones)
     np.testing.assert_allclose(state.inner.nu.dequantize(), 1 - 0.999**50, rtol=0.05)
 
 
@@ -253,27 +275,26 @@ def test_weight_decay_is_found_through_low_bit():
 
 
 def test_presets_are_what_they_stand_for():
-    params, gradients = normal(0, 0.1), [normal(8), normal(9)]
+    adamw = optax.adamw(0.1, weight_decay=0.2)
     pairs = [
-        (
-            galore_optax.adamw_8bit(0.1, weight_decay=0.2),
-            low_bit(optax.adamw(0.1, weight_decay=0.2)),
-        ),
+        (galore_optax.adamw_8bit(0.1, weight_decay=0.2), low_bit(adamw)),
         (
             galore_optax.galore_adamw_8bit(0.1, weight_decay=0.2, block_size=64, **ARGUMENTS),
-            galore(low_bit(optax.adamw(0.1, weight_decay=0.2), block_size=64), **ARGUMENTS),
+            galore(low_bit(adamw, block_size=64), **ARGUMENTS),
         ),
     ]
     for preset, long in pairs:
-        a, b = run(preset, params, gradients), run(long, params, gradients)
-        chex.assert_trees_all_equal(a[-1], b[-1])
+        assert programs(preset, normal()) == programs(long, normal())
 
 
 WRAPPERS = {
-    "masked_around": lambda tx: optax.masked(tx, lambda p: {k: k != "v" for k in p}),
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "guarded_chain_of_masked": lambda tx: optax.apply_if_finite(
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.masked(tx, lambda p: {k: k != "v" for k in p})
+        ),
+        3,
+    ),
     "multi_steps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
     "partition": lambda tx: optax.partition(
         {"low": tx, "sgd": optax.sgd(0.1)}, {k: "sgd" if k == "v" else "low" for k in SHAPES}
     ),
@@ -282,7 +303,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [*((name, 8) for name in WRAPPERS), ("galore", 16), ("chain", 16)]
+    ("name", "bits"), [*((name, 8) for name in WRAPPERS if name != "galore"), ("galore", 16)]
 )
 def test_wrappers_around_are_stable_and_count_their_bytes(name, bits):
     tx = WRAPPERS[name](low_bit(optax.adamw(0.1), bits))
@@ -290,15 +311,14 @@ def test_wrappers_around_are_stable_and_count_their_bytes(name, bits):
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(history[-1][1]))
     state = history[-1][2]
     report = galore_optax.memory_report(tx, normal())
-    assert report.state == sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(state))
+    assert report.state == sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_inject_hyperparams_and_map_params_work_around(bits):
     tx = optax.inject_hyperparams(low_bit, static_args=("bits", "block_size", "min_size", "seed"))
     tx = tx(optax.scale_by_adam(), bits=bits)
-    state = tx.init(normal())
-    _, state = jax.jit(tx.update)(normal(1), state)
+    jax.eval_shape(lambda x: tx.update(x, tx.init(normal())), normal(1))
     tx = low_bit(optax.adamw(0.1), bits)
     state = tx.init(normal())
     specs = {name: name.upper() for name in SHAPES}
@@ -335,7 +355,7 @@ def test_reported_bytes_are_those_of_the_codes_whatever_dtype_is_asked_for():
 def test_a_restored_run_goes_on_as_if_uninterrupted(bits, tmp_path):
     tx = low_bit(optax.adamw(0.1), bits)
     step = jax.jit(tx.update)
-    _, state = step(normal(1), tx.init(normal()), normal())
+    _, state = step(normal(1), jax.jit(tx.init)(normal()), normal())
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "checkpoint", state)
         checkpointer.wait_until_finished()
@@ -345,18 +365,16 @@ def test_a_restored_run_goes_on_as_if_uninterrupted(bits, tmp_path):
             checkpointer.restore(tmp_path / "checkpoint", other)
     chex.assert_trees_all_equal_structs(restored, state)
     chex.assert_trees_all_equal(restored, state)
-    chex.assert_trees_all_equal(
-        step(normal(2), restored, normal()), step(normal(2), state, normal())
+    found, expected = (
+        step(normal(2), jax.tree.map(np.asarray, s), normal()) for s in (restored, state)
     )
+    chex.assert_trees_all_equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [galore_optax.adamw_8bit, lambda lr: galore_optax.galore_adamw_8bit(lr, rank=16, scale=1.0)],
-)
-def test_flax_optimizer_trains_with_it(make):
+def test_flax_optimizer_trains_with_it():
     model = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, make(0.01), wrt=nnx.Param)
+    tx = galore_optax.galore_adamw_8bit(0.01, rank=16, scale=1.0)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer):
@@ -372,7 +390,7 @@ def test_flax_optimizer_trains_with_it(make):
 
 
 def updated(tx, state):
-    tx.update(normal(1), state, normal())
+    jax.eval_shape(tx.update, normal(1), state, normal())
 
 
 STATES = {
@@ -387,7 +405,7 @@ STATES = {
 def test_a_state_of_another_configuration_names_the_leaf(name):
     other, message = STATES[name]
     with pytest.raises(ValueError, match=f"another configuration of low_bit: {message}"):
-        updated(low_bit(optax.adamw(0.1)), jax.jit(other.init)(normal()))
+        updated(low_bit(optax.adamw(0.1)), jax.eval_shape(other.init, normal()))
 
 
 def test_a_state_of_another_configuration_inside_galore_names_the_leaf():
@@ -395,7 +413,7 @@ def test_a_state_of_another_configuration_inside_galore_names_the_leaf():
     with pytest.raises(ValueError, match=r"another configuration.*inner/0/mu/w is signed .* 128"):
         updated(
             galore(low_bit(optax.adamw(0.1)), **ARGUMENTS),
-            galore(other, **ARGUMENTS).init(normal()),
+            jax.eval_shape(galore(other, **ARGUMENTS).init, normal()),
         )
 
 

@@ -63,7 +63,7 @@ def numbers_of_tree():
 
 def params_of_tree(dtype):
     shapes = {name: leaf.shape for name, leaf in MATRICES.items()} | FULL_SIZE
-    return {name: jnp.ones(shape, dtype) for name, shape in shapes.items()}
+    return {name: np.ones(shape, dtype) for name, shape in shapes.items()}
 
 
 def expected_state(side, dtype):
@@ -106,13 +106,16 @@ def adamw_of_tree(side):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_shapes_and_dtypes_of_the_state_at_init(dtype, side):
     with jax.enable_x64(dtype == jnp.float64):
-        state = adamw_of_tree(side).init(params_of_tree(dtype))
+        tx, params = adamw_of_tree(side), params_of_tree(dtype)
+        real = (dtype, side) == (jnp.bfloat16, "both")  # with all bases that there are
+        state = tx.init(params) if real else jax.eval_shape(tx.init, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, expected_state(side, dtype))
 
 
 @pytest.mark.parametrize(
     ("dtype", "side"),
-    [*((jnp.float32, side) for side in SIDES), (jnp.bfloat16, "short"), (jnp.float64, "short")],
+    # On the short and the long side each leaf is projected on the left and on the right.
+    [(jnp.float32, "both"), (jnp.bfloat16, "long"), (jnp.float64, "short")],
 )
 def test_shapes_and_dtypes_after_an_update(dtype, side):
     tx = adamw_of_tree(side)

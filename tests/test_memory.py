@@ -1,5 +1,6 @@
 """What the memory report says, against real arrays, a closed formula and published figures."""
 
+import functools
 import re
 import time
 import warnings
@@ -91,25 +92,31 @@ def real_bytes(state):
 
 
 def zeros_of(shapes):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
-@pytest.mark.parametrize(
-    ("size", "stacked"),
-    [("9m", False), ("20m", False), ("60m", False), ("130m", False), ("9m", True), ("60m", True)],
-)
+def real_state(tx, params):
+    """The arrays that init makes, of one compiled program."""
+    shapes = jax.eval_shape(lambda: params)
+    return jax.jit(lambda: tx.init(shapes))()
+
+
+@pytest.mark.parametrize(("size", "stacked"), [("9m", False), ("9m", True), ("20m", False)])
 def test_report_is_the_bytes_of_the_real_state(size, stacked):
     llama = LLAMAS[size]
     params = zeros_of(shapes_of(llama, jnp.bfloat16, stacked))
     tx = adamw_for(llama, stacked)
     report = memory_report(tx, params)
-    assert report.state == real_bytes(tx.init(params))
-    assert report.parameters == real_bytes(params)
+    assert report.state == real_bytes(real_state(tx, params))
+    assert report.parameters == sum(x.nbytes for x in jax.tree.leaves(params))
     assert report.total == report.parameters + report.state
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["separate", "stacked"])
-@pytest.mark.parametrize("size", ["9m", "20m", "60m", "130m", "350m", "1b"])
+# Layers on their own take longer, and are in the published figures too.
+@pytest.mark.parametrize(
+    ("size", "stacked"),
+    [("9m", False), ("20m", False), *((size, True) for size in LLAMAS if size != "7b")],
+)
 def test_report_is_the_closed_formula(size, stacked):
     llama = LLAMAS[size]
     report = memory_report(adamw_for(llama, stacked), shapes_of(llama, jnp.bfloat16, stacked))
@@ -130,15 +137,15 @@ def test_published_state_in_bfloat16(size, gigabytes):
     assert report.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("size", ["9m", "60m"])
+@pytest.mark.parametrize(("size", "dtype"), [("9m", jnp.bfloat16), ("20m", jnp.float32)])
 def test_without_galore_is_the_state_of_plain_adamw(size, dtype):
     llama = LLAMAS[size]
     params = zeros_of(shapes_of(llama, dtype))
-    expected = real_bytes(optax.adamw(1e-3).init(params))
+    expected = real_bytes(real_state(optax.adamw(1e-3), params))
     report = memory_report(adamw_for(llama), params)
     assert report.state_without_galore == expected
-    assert report.total_without_galore == expected + real_bytes(params)
+    in_parameters = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert report.total_without_galore == expected + in_parameters
 
 
 def small_params():
@@ -205,12 +212,17 @@ WRAPPERS = {
 }
 
 
+@functools.cache
+def states_of_wrappers():
+    params = small_params()
+    return jax.jit(lambda: {name: make().init(params) for name, make in WRAPPERS.items()})()
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_report_the_bytes_of_their_real_state(name):
     params = small_params()
-    tx = WRAPPERS[name]()
-    report = memory_report(tx, params)
-    assert report.state == real_bytes(tx.init(params))
+    report = memory_report(WRAPPERS[name](), params)
+    assert report.state == real_bytes(states_of_wrappers()[name])
     assert report.parameters == real_bytes(params)
 
 
@@ -338,12 +350,12 @@ TOTALS = (
 )
 
 
-@pytest.mark.parametrize("total", TOTALS)
 @pytest.mark.parametrize("size", ["9m", "60m"])
-def test_printed_report_contains_the_totals(size, total):
+def test_printed_report_contains_the_totals(size):
     llama = LLAMAS[size]
     report = memory_report(adamw_for(llama), shapes_of(llama, jnp.float32))
-    assert shows(str(report), getattr(report, total))
+    missing = [total for total in TOTALS if not shows(str(report), getattr(report, total))]
+    assert not missing
 
 
 def test_seven_billion_parameters_are_reported_in_seconds_from_shapes_alone():
@@ -384,9 +396,9 @@ def test_warnings_come_after_a_report_too():
 
 def test_report_does_not_change_the_state_of_later_inits():
     tx, params = galore_adamw(), small_params()
-    before = jax.tree.map(jnp.shape, tx.init(params))
+    before = jax.eval_shape(lambda: tx.init(params))
     memory_report(tx, params)
-    assert jax.tree.map(jnp.shape, tx.init(params)) == before
+    assert jax.eval_shape(lambda: tx.init(params)) == before
 
 
 def test_quantized_parameters_have_the_moments_of_others():

@@ -1,5 +1,6 @@
 """Projectors in few bits, quantized parameters, and all of it together: Q-GaLore."""
 
+import functools
 import pathlib
 
 import chex
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from programs import programs
 
 import galore_optax
 
@@ -20,7 +22,7 @@ RANK = 16
 def tree(seed=0):
     rng = np.random.default_rng(seed)
     shapes = {"stack": (3, 64, 96), "w": (128, 64), "embed": (32, 64), "scale": (64,)}
-    return {name: jnp.asarray(0.1 * rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    return {name: (0.1 * rng.normal(size=s)).astype(np.float32) for name, s in shapes.items()}
 
 
 def make(inner=None, **arguments):
@@ -35,12 +37,21 @@ def make(inner=None, **arguments):
 )
 def test_bytes_of_a_projector(dtype, most):
     params = tree()
-    state = make(projector_dtype=dtype).init(params)
+    state = jax.jit(make(projector_dtype=dtype).init)(params)
     for basis in (state.subspace.left["stack"], state.subspace.right["w"]):
         assert basis.nbytes / basis.size <= most
     report = galore_optax.memory_report(make(projector_dtype=dtype), params)
     assert report.projectors == sum(
         x.nbytes for x in jax.tree.leaves((state.subspace.left, state.subspace.right))
+    )
+
+
+@functools.cache
+def state_in_float32():
+    """After an update with the gradients of tree(1)."""
+    tx = make(optax.identity())
+    return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[1])(
+        tree(1), tree(0)
     )
 
 
@@ -50,9 +61,10 @@ def test_bytes_of_a_projector(dtype, most):
 def test_update_goes_through_the_basis_as_it_is_kept(dtype, off):
     params, grads = tree(0), tree(1)
     tx = make(optax.identity(), scale=1.0, projector_dtype=dtype)
-    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    _, exact = jax.jit(make(optax.identity()).update)(grads, make(optax.identity()).init(params))
-    kept, ideal = state.subspace.right["w"], np.asarray(exact.subspace.right["w"])
+    first = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params))
+    updates, state = first(grads, params)
+    kept = state.subspace.right["w"]
+    ideal = np.asarray(state_in_float32().subspace.right["w"])
     p = np.asarray(kept.dequantize() if dtype.startswith("int") else kept, np.float64)
     assert 0 < np.abs(p - ideal).max() <= off * (ideal.max() - ideal.min())
     expected = np.asarray(grads["w"], np.float64) @ p @ p.T
@@ -63,14 +75,14 @@ def test_update_goes_through_the_basis_as_it_is_kept(dtype, off):
 def test_int4_projectors_are_refreshed_by_layer_and_stable(projector):
     tx = make(optax.scale_by_adam(), projector_dtype="int4", update_proj_gap=2, projector=projector)
     params = tree()
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     types = jax.tree.map(jax.typeof, state)
     for i in range(4):
         before = state
         _, state = update(tree(i), state, params)
         assert jax.tree.map(jax.typeof, state) == types
         same = jax.tree.map(
-            lambda a, b: bool(jnp.all(a == b)), before.subspace.left, state.subspace.left
+            lambda a, b: bool(np.all(np.asarray(a == b))), before.subspace.left, state.subspace.left
         )
         assert same["stack"].codes == (i % 2 == 1)
     assert update._cache_size() == 1
@@ -82,9 +94,8 @@ def test_int4_projectors_are_refreshed_by_layer_and_stable(projector):
     [
         lambda: optax.adamw(1e-2, weight_decay=0.1),
         lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
-        lambda: optax.lion(1e-3, weight_decay=0.1),
     ],
-    ids=["adamw", "adafactor", "lion"],
+    ids=["adamw", "adafactor"],
 )
 @pytest.mark.filterwarnings("ignore:the inner transformation of galore uses the parameters")
 def test_quantized_parameters_are_updated_as_what_they_stand_for(make_inner):
@@ -93,7 +104,7 @@ def test_quantized_parameters_are_updated_as_what_they_stand_for(make_inner):
     assert isinstance(quantized["stack"], galore_optax.QuantizedArray)
     assert isinstance(quantized["w"], galore_optax.QuantizedArray)
     dense = galore_optax.dequantize_params(quantized)
-    state, dense_state = tx.init(quantized), tx.init(dense)
+    state, dense_state = jax.jit(lambda a, b: (tx.init(a), tx.init(b)))(quantized, dense)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, dense_state)
     update = jax.jit(tx.update)
     for i in range(3):
@@ -111,18 +122,16 @@ def test_init_and_report_take_shapes_of_quantized_parameters():
         return galore_optax.quantize_params(params, rank=RANK, weight_dimension_numbers=NUMBERS)
 
     abstract = jax.eval_shape(quantize, tree())
-    chex.assert_trees_all_equal_shapes_and_dtypes(
-        jax.eval_shape(tx.init, abstract), tx.init(quantize(tree()))
-    )
+    quantized = jax.jit(quantize)(tree())
+    state = jax.jit(tx.init)(quantized)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, abstract), state)
     report = galore_optax.memory_report(tx, abstract)
-    arrays = jax.tree.leaves(quantize(tree()))
-    assert report.parameters == sum(x.nbytes for x in arrays)
-    assert report.state == sum(x.nbytes for x in jax.tree.leaves(tx.init(quantize(tree()))))
+    assert report.parameters == sum(x.nbytes for x in jax.tree.leaves(quantized))
+    assert report.state == sum(x.nbytes for x in jax.tree.leaves(state))
     assert {group.path for group in report.groups} == {"stack", "w", "embed", "scale"}
 
 
 def test_preset_is_what_it_stands_for():
-    params = tree()
     options = {"rank": RANK, "weight_dimension_numbers": NUMBERS}
     preset = galore_optax.q_galore_adamw(1e-2, weight_decay=0.1, min_size=64, **options)
     spelled = galore_optax.galore(
@@ -131,11 +140,8 @@ def test_preset_is_what_it_stands_for():
         refresh="lazy",
         **options,
     )
-    state, other = preset.init(params), spelled.init(params)
-    for i in range(2):
-        updates, state = jax.jit(preset.update)(tree(i), state, params)
-        expected, other = jax.jit(spelled.update)(tree(i), other, params)
-        chex.assert_trees_all_equal(updates, expected)
+    assert programs(preset, tree()) == programs(spelled, tree())
+    state = jax.eval_shape(preset.init, tree())
     assert state.subspace.left["stack"].scheme == "int4"
     assert optax.tree.get(state, "mu")["w"].scheme == "signed"
     assert state.subspace.similarities["w"].shape == (5,)
@@ -157,46 +163,53 @@ def regression():
     return params, loss
 
 
-def train(params, loss, tx, steps, state=None, start=0):
+def trainer(tx, loss):
+    """A function that trains for some steps, with one compiled program of a step."""
+
     @jax.jit
-    def step(params, state, key):
+    def step(params, state, number):
         value, grads = galore_optax.value_and_grad(loss)(params)
         updates, state = tx.update(grads, state, params)
+        key = jax.random.fold_in(jax.random.key(0), number)
         return galore_optax.apply_updates(params, updates, key), state, value
 
-    state = tx.init(params) if state is None else state
-    for i in range(start, steps):
-        params, state, _ = step(params, state, jax.random.fold_in(jax.random.key(0), i))
-    return params, state
+    def train(params, state, numbers):
+        for number in numbers:
+            params, state, value = step(params, state, number)
+        return params, state, value
+
+    return train
 
 
-def test_q_galore_with_int8_weights_trains_as_well_as_galore():
+@pytest.fixture(scope="module")
+def q_galore():
+    """Its parameters, their state, the loss of an update, and the trainer."""
     params, loss = regression()
-    options = {"rank": 32, "update_proj_gap": 20}
-    plain, _ = train(params, loss, galore_optax.galore_adamw(1e-2, **options), 200)
-    quantized, _ = train(
-        galore_optax.quantize_params(params, rank=32),
-        loss,
-        galore_optax.q_galore_adamw(1e-2, min_size=64, **options),
-        200,
-    )
-    start = loss(params)
-    assert loss(plain) < 0.3 * start
-    assert loss(quantized) < 1.1 * loss(plain)
-
-
-def test_restored_q_galore_run_goes_on_as_if_uninterrupted(tmp_path):
-    params, loss = regression()
+    tx = galore_optax.q_galore_adamw(1e-2, min_size=64, rank=32, update_proj_gap=20)
     params = galore_optax.quantize_params(params, rank=32)
-    tx = galore_optax.q_galore_adamw(1e-2, min_size=64, rank=32, update_proj_gap=3)
-    expected = train(params, loss, tx, 8)
-    middle = train(params, loss, tx, 4)
+    return params, jax.jit(tx.init)(params), trainer(tx, loss)
+
+
+def test_q_galore_with_int8_weights_trains_as_well_as_galore(q_galore):
+    params, loss = regression()
+    tx = galore_optax.galore_adamw(1e-2, rank=32, update_proj_gap=20)
+    plain = trainer(tx, loss)
+    quantized, quantized_state, train = q_galore
+    start = plain(params, jax.jit(tx.init)(params), range(1))[2]
+    *_, of_plain = plain(params, jax.jit(tx.init)(params), range(100))
+    *_, of_quantized = train(quantized, quantized_state, range(100))
+    assert of_plain < 0.3 * start
+    assert of_quantized < 1.1 * of_plain
+
+
+def test_restored_q_galore_run_goes_on_as_if_uninterrupted(q_galore, tmp_path):
+    params, state, train = q_galore
+    *middle, _ = train(params, state, range(18))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "run", middle)
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(tmp_path / "run", jax.tree.map(jnp.zeros_like, middle))
-    found = train(restored[0], loss, tx, 8, state=restored[1], start=4)
-    chex.assert_trees_all_equal(found, expected)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "run", jax.eval_shape(lambda: middle))
+    chex.assert_trees_all_equal(train(*restored, range(18, 22)), train(*middle, range(18, 22)))
 
 
 GIB = 2**30

@@ -35,7 +35,7 @@ def due_steps(gap, steps=STEPS):
 
 def gradients_of(shapes, seed):
     rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    return {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
 
 
 def counting_svd():
@@ -71,8 +71,8 @@ def galore_with_gap(kind, projector):
 
 def state_after(tx, gradients):
     """The state after updates with these gradients, once all callbacks have run."""
-    params = jax.tree.map(jnp.zeros_like, gradients[0])
-    state = tx.init(params)
+    params = jax.tree.map(np.zeros_like, gradients[0])
+    state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
     for gradient in gradients:
         _, state = update(gradient, state, params)
@@ -234,7 +234,7 @@ def test_temporaries_of_an_update_do_not_grow_with_the_number_of_leaves():
         return compiled.memory_analysis().temp_size_in_bytes
 
     # All back-projections at once would take a whole matrix more for each leaf more.
-    assert temporaries(24) - temporaries(8) < 4 * 256 * 512
+    assert temporaries(12) - temporaries(4) < 4 * 256 * 512
 
 
 @pytest.mark.parametrize("projector", ["svd", "eigh", "randomized_svd", "power_iteration"])
@@ -297,10 +297,15 @@ def jitted_update():
     return jax.jit(TX.update)
 
 
+@functools.cache
+def first_state():
+    return jax.jit(TX.init)(gradients_of(SHAPES, 0))
+
+
 def run(gradients):
     """The states before, between and after updates with these gradients."""
-    params = jax.tree.map(jnp.ones_like, gradients[0])
-    states = [TX.init(params)]
+    params = jax.tree.map(np.ones_like, gradients[0])
+    states = [first_state()]
     for gradient in gradients:
         states.append(jitted_update()(gradient, states[-1], params)[1])
     return states
@@ -360,7 +365,7 @@ def test_moments_are_kept_across_a_refresh():
 def with_bad_value(gradients, name, value, index=...):
     bad = np.array(gradients[name])
     bad[index] = value
-    return {**gradients, name: jnp.asarray(bad)}
+    return {**gradients, name: bad}
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -440,11 +445,11 @@ def jitted_projected_only():
 def test_tree_of_projected_leaves_alone_survives_bad_gradients_from_the_start(value):
     shapes = {name: SHAPES[name] for name in MATRICES}
     tx, update = jitted_projected_only()
-    params = jax.tree.map(jnp.ones_like, gradients_of(shapes, 0))
+    params = jax.tree.map(np.ones_like, gradients_of(shapes, 0))
     state = tx.init(params)
     for _ in range(2):
         updates, state = update(
-            jax.tree.map(lambda x: jnp.full_like(x, value), params), state, params
+            jax.tree.map(lambda x: np.full_like(x, value), params), state, params
         )
     for name in shapes:
         assert np.all(np.isfinite(updates[name])) == (value == 0.0)

@@ -1,89 +1,108 @@
 """galore on a mesh of Explicit axes: the numbers of one device, and state sharded as parameters."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
-EXPLICIT = """
-import jax, jax.numpy as jnp, numpy as np, optax, pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 import galore_optax
 
-jax.config.update("jax_enable_x64", True)  # Adam amplifies round-off
-mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit,) * 2)
-shapes = {
+LEAVES = {
     "rows": ((32, 48), P("x", None)),
     "both": ((48, 32), P("x", "y")),
     "bias": ((32,), P("y")),
     "stack": ((2, 24, 32), P("y", None, "x")),
     "heads": ((32, 4, 12), P(None, "x", None)),
 }
-numbers = {
+NUMBERS = {
     "rows": galore_optax.DimensionNumbers(0, 1),
     "both": galore_optax.DimensionNumbers(0, 1),
     "bias": None,
     "stack": galore_optax.DimensionNumbers(1, 2),
     "heads": galore_optax.DimensionNumbers(0, (1, 2)),
 }
-rng = np.random.default_rng(0)
-host = {name: rng.normal(size=shape) for name, (shape, _) in shapes.items()}
-targets = [{k: rng.normal(size=v.shape) for k, v in host.items()}] * 2
-targets += [{k: rng.normal(size=v.shape) for k, v in host.items()}]
+ADAMW = optax.adamw(1e-2, weight_decay=0.1)
+LOW_BIT = galore_optax.low_bit(optax.scale_by_adam(), min_size=64, block_size=16)
 
-def put(tree):
-    return {k: jax.device_put(x, NamedSharding(mesh, shapes[k][1])) for k, x in tree.items()}
+
+def galore(inner, **options):
+    return lambda **shared: galore_optax.galore(inner, **{**shared, **options})
+
+
+def injected(**shared):
+    make = optax.inject_hyperparams(galore_optax.galore_adamw, static_args=("rank",))
+    return make(1e-2, weight_decay=0.1, projector="eigh", **shared)
+
+
+VARIANTS = {
+    "svd": galore(ADAMW),
+    "both sides": galore(ADAMW, side="both", projector="power_iteration", stagger=True),
+    "few bits": galore(LOW_BIT, projector_dtype="int4", projector="eigh", refresh="lazy"),
+    "micro-batches": galore(ADAMW, projector="rows", accumulation_steps=3, diagnostics=True),
+    "injected": injected,
+}
+
+
+def optimizer(name, leaves):
+    """To be made under the mesh, so that arrays that it makes are on it."""
+    given = {k: NUMBERS[k] for k in leaves}
+    return VARIANTS[name](rank=8, update_proj_gap=2, weight_dimension_numbers=given)
+
+
+def mesh_of(*sizes):
+    return jax.make_mesh(sizes, ("x", "y"), (AxisType.Explicit,) * 2)
+
+
+def tree(leaves, seed=0):
+    rng = np.random.default_rng(seed)
+    return {k: rng.normal(size=LEAVES[k][0]).astype(jnp.float_) for k in leaves}
+
+
+def put(values, mesh):
+    return {k: jax.device_put(x, NamedSharding(mesh, LEAVES[k][1])) for k, x in values.items()}
+
+
+def spec(x):
+    return tuple(jax.typeof(x).sharding.spec)
+
 
 def loss(params, target):
     return sum(jnp.sum((params[k] - target[k]) ** 2) for k in params)
 
-def train(tx, params, targets):
-    state = tx.init(params)
 
+def train(tx, params, targets):
     def step(carry, target):
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params, target), state, params)
         return (optax.apply_updates(params, updates), state), None
 
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *targets)
-    return jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs)[0])((params, state), stacked)
+    return jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs)[0])(
+        (params, tx.init(params)), stacked
+    )
 
-adamw = optax.adamw(1e-2, weight_decay=0.1)
-low_bit = galore_optax.low_bit(optax.scale_by_adam(), min_size=64, block_size=16)
-def galore(inner, **options):
-    return lambda **shared: galore_optax.galore(inner, **{**shared, **options})
 
-def injected(**shared):
-    make = optax.inject_hyperparams(galore_optax.galore_adamw, static_args=("rank",))
-    return make(1e-2, weight_decay=0.1, projector="eigh", **shared)
-
-both_sides = {"side": "both", "projector": "power_iteration", "stagger": True}
-few_bits = {"projector_dtype": "int4", "projector": "eigh", "refresh": "lazy"}
-micro_batches = {"projector": "rows", "accumulation_steps": 3, "diagnostics": True}
-variants = {
-    "svd": galore(adamw),
-    "both sides": galore(adamw, **both_sides),
-    "few bits": galore(low_bit, **few_bits),
-    "micro-batches": galore(adamw, **micro_batches),
-    "injected": injected,
-}
-for name, make in variants.items():
-    keys = shapes if name == "svd" else ("both", "stack")
-    params, *data = ({k: x[k] for k in keys} for x in (host, *targets))
-    given = {k: numbers[k] for k in keys}
-    options = {"rank": 8, "update_proj_gap": 2, "weight_dimension_numbers": given}
-    expected, _ = train(make(**options), params, data)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_types_say_that_updates_lie_as_parameters_and_state_stays_where_it_is(name):
+    """One device is enough for types, which name the axes of a mesh of any size."""
+    mesh = mesh_of(1, 1)
     with jax.set_mesh(mesh):
-        tx = make(**options)  # here, so that arrays that it makes are on the mesh
-        found, state = train(tx, put(params), [put(x) for x in data])
-    for k, x in found.items():
-        assert jax.typeof(x).sharding.spec == shapes[k][1], (name, k)
-        np.testing.assert_allclose(x, expected[k], rtol=1e-6, atol=1e-7, err_msg=name + k)
-        assert np.abs(x - params[k]).max() > 1e-3
+        params, tx = put(tree(LEAVES), mesh), optimizer(name, LEAVES)
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+    for before, now in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+        assert (before.shape, before.dtype, spec(before)) == (now.shape, now.dtype, spec(now))
+    for k, (_, expected) in LEAVES.items():
+        assert spec(updates[k]) == tuple(expected)
     if name == "svd":
-        with jax.set_mesh(mesh):
-            again = galore_optax.refresh(tx, put(data[0]), state, found)
-        assert jax.tree.map(jax.typeof, again) == jax.tree.map(jax.typeof, state)
-        spec = lambda x: tuple(jax.typeof(x).sharding.spec)
         mu = optax.tree.get(state, "mu")
         assert spec(state.subspace.left["rows"]) == ("x", None)
         assert spec(mu["rows"]) == (None, None)
@@ -95,35 +114,78 @@ for name, make in variants.items():
         assert spec(mu["stack"]) == ("y", None, "x")
         assert spec(mu["heads"]) == (None, "x")
 
-tx = galore_optax.galore(adamw, rank=8)
-matrix = {"rows": put(host)["rows"]}
-with pytest.raises(ValueError, match=r"Explicit axes, {'x': 2, 'y': 2}, outside .* jax.set_mesh"):
-    tx.init(matrix)
-with jax.set_mesh(mesh):
-    state = tx.init(matrix)
-with pytest.raises(ValueError, match="outside of that mesh"):
-    jax.jit(tx.update)(matrix, state, matrix)
 
-training = galore_optax.layerwise(
-    optax.adam(1e-2),
-    embed=lambda params, batch: batch,
-    block=lambda layer, x: x @ layer,
-    head_loss=lambda params, x, batch: jnp.sum(x),
-)
-with jax.set_mesh(mesh), pytest.raises(ValueError, match="layerwise needs .* of Auto axes"):
-    training.init({"blocks": put(host)["stack"]})
-"""
+def test_a_mesh_of_one_device_changes_no_number():
+    mesh, leaves = mesh_of(1, 1), ("bias", "heads")
+    params, gradients = tree(leaves), tree(leaves, seed=1)
+
+    def first(params, gradients):
+        tx = optimizer("svd", leaves)
+        return tx.update(gradients, tx.init(params), params)[0]
+
+    expected = jax.jit(first)(params, gradients)
+    with jax.set_mesh(mesh):
+        found = jax.jit(first)(put(params, mesh), put(gradients, mesh))
+    for k in leaves:
+        np.testing.assert_allclose(found[k], expected[k], rtol=1e-4, atol=1e-6)
 
 
-def test_explicit_axes():
-    """On 4 devices, in a process of its own."""
-    flags = "--xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+def test_outside_of_the_mesh_an_error_says_what_to_do():
+    mesh = mesh_of(1, 1)
+    tx, matrix = galore_optax.galore(ADAMW, rank=8), put(tree(["rows"]), mesh)
+    explicit = r"Explicit axes, {'x': 1, 'y': 1}, outside .* jax.set_mesh"
+    with pytest.raises(ValueError, match=explicit):
+        tx.init(matrix)
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(matrix)
+    with pytest.raises(ValueError, match="outside of that mesh"):
+        jax.jit(tx.update)(matrix, state, matrix)
+
+
+def test_layerwise_wants_auto_axes():
+    mesh = mesh_of(1, 1)
+    training = galore_optax.layerwise(
+        optax.adam(1e-2),
+        embed=lambda params, batch: batch,
+        block=lambda layer, x: x @ layer,
+        head_loss=lambda params, x, batch: jnp.sum(x),
+    )
+    stack = put(tree(["stack"]), mesh)["stack"]
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"layerwise needs .* of Auto axes"):
+        training.init({"blocks": stack})
+
+
+def compare_on_four_devices():
+    jax.config.update("jax_enable_x64", True)  # Adam amplifies round-off
+    mesh = mesh_of(2, 2)
+    for name in VARIANTS:
+        leaves = {"svd": ("rows", "bias", "stack", "heads"), "injected": ("both",)}
+        leaves = leaves.get(name, ("both", "stack"))
+        params, data = tree(leaves), [tree(leaves, seed) for seed in (1, 1, 2)]
+        expected, _ = train(optimizer(name, leaves), params, data)
+        with jax.set_mesh(mesh):
+            tx = optimizer(name, leaves)
+            found, state = train(tx, put(params, mesh), [put(x, mesh) for x in data])
+            if name == "svd":
+                again = galore_optax.refresh(tx, put(data[0], mesh), state, found)
+                assert jax.tree.map(jax.typeof, again) == jax.tree.map(jax.typeof, state)
+        for k, x in found.items():
+            assert spec(x) == tuple(LEAVES[k][1]), (name, k)
+            np.testing.assert_allclose(x, expected[k], rtol=1e-6, atol=1e-7, err_msg=name + k)
+            assert np.abs(x - params[k]).max() > 1e-3
+
+
+@pytest.mark.ci
+@pytest.mark.long("its other devices are of a process of its own, which compiles ten programs")
+def test_four_devices_change_no_number():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", EXPLICIT],
-        env=environment,
+        [
+            *(sys.executable, "-W", "error", "-c"),
+            "from tests import test_sharding; test_sharding.compare_on_four_devices()",
+        ],
+        cwd=pathlib.Path(__file__).parents[1],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -35,11 +35,15 @@ def without(tree, *names):
 
 def run(tx, params, all_gradients):
     """The updates of each step, and the last state."""
-    update = jax.jit(tx.update)
+
+    @jax.jit
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return updates, state, optax.apply_updates(params, updates)
+
     state, all_updates = tx.init(params), []
     for gradients in all_gradients:
-        updates, state = update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+        updates, state, params = step(gradients, state, params)
         all_updates.append(updates)
     return all_updates, state
 

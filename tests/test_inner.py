@@ -222,7 +222,6 @@ def test_no_step_is_taken_and_nothing_decays_where_an_inner_guard_rejects_the_gr
 
 PARAMETER_SCALES = {
     "lamb": lambda: optax.lamb(RATE, weight_decay=DECAY),
-    "lars": lambda: optax.lars(RATE, weight_decay=DECAY),
     "adafactor": lambda: optax.adafactor(RATE, min_dim_size_to_factor=2),
 }
 

@@ -22,7 +22,7 @@ if jax.__version_info__ < (0, 11):
     )
 CACHE_BYTES = 2**30
 # A test may take so many times the median of its file, if that is more than some seconds.
-TIMES_THE_MEDIAN, SECONDS = 20, 3.0
+TIMES_THE_MEDIAN, SECONDS = 20, 6.0
 
 
 def pytest_report_header() -> str:

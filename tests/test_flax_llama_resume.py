@@ -22,8 +22,8 @@ from flax_llama_runs import (
 
 from examples.flax_llama import train
 
-# A refresh is due every 4 updates: the checkpoint after 6 is in the middle of a gap.
-SAVED, STEPS, GAP = 6, 12, 4
+# A refresh is due every 2 updates: the checkpoint after 3 is in the middle of a gap.
+SAVED, STEPS, GAP = 3, 6, 2
 # Runs of adamw alone are those that are killed.
 OPTIMIZERS = ("galore_adamw", "galore_adafactor", "q_galore_adamw")
 # Devices share what comes before the optimizer; here in float32, and in few bits.

@@ -138,6 +138,8 @@ print(json.dumps([{{k: dataclasses.astuple(v) for k, v in x.items()}} for x in f
 """
 
 
+@pytest.mark.ci
+@pytest.mark.long("four programs of the application for eight devices, in a process of their own")
 def test_collectives_of_programs_for_eight_devices():
     flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(

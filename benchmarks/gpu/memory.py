@@ -14,24 +14,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from benchmarks import memory_7b
+from benchmarks.gpu.application import begin
 from benchmarks.gpu.record import ROOT
 from benchmarks.gpu.stage import Item, Size
 from examples.flax_llama.config import Config
 from examples.flax_llama.devices import device_named
 from examples.flax_llama.memory import estimate
-from examples.flax_llama.model import Llama
-from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.step import (
-    State,
-    data_mesh,
-    initial_params,
-    make_update,
-    put_batch,
-    replicated,
-)
+from examples.flax_llama.step import put_batch
 
 STEPS = 10
 ROWS = (
@@ -101,12 +92,6 @@ def take_steps(config: Config, vocab_size: int) -> dict[str, Any]:
       Losses; seconds; the allocator's peak so far, and that before the first update, in bytes, None
       where the device does not count, as a CPU; and the bytes that it may have.
     """
-    shape, optimizer, mesh = config.shape(vocab_size), make_optimizer(config), data_mesh()
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
-
-    def initial_state() -> State:
-        params = initial_params(config, shape)
-        return State(params, optimizer.init(params))
 
     def stats() -> dict[str, int]:
         return jax.devices()[0].memory_stats() or {}
@@ -116,16 +101,16 @@ def take_steps(config: Config, vocab_size: int) -> dict[str, Any]:
         "tokens": numbers.integers(vocab_size, size=(config.batch, config.seq + 1), dtype=np.int32),
         "mask": np.ones((config.batch, config.seq), bool),
     }
-    state = jax.block_until_ready(jax.jit(initial_state, out_shardings=replicated(mesh))())
+    _, mesh, update, state = begin(config, vocab_size)
     initial_peak = stats().get("peak_bytes_in_use")
     batch = put_batch(rows, config.accumulate, mesh)
     start = time.perf_counter()
-    update = make_update(config, graphdef, optimizer, mesh).lower(state, batch).compile()
+    compiled = update.lower(state, batch).compile()
     compile_s = time.perf_counter() - start
     losses, seconds = [], []
     for _ in range(config.steps):
         start = time.perf_counter()
-        state, metrics = update(state, batch)
+        state, metrics = compiled(state, batch)
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
     return {

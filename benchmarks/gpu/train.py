@@ -22,22 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
+from benchmarks.gpu.application import begin
 from benchmarks.gpu.record import ROOT
 from benchmarks.gpu.stage import SHARED_DEVICE, Item, Size, Unavailable
 from examples.flax_llama.config import Config
-from examples.flax_llama.model import Llama
-from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.run_log import METRICS, peak_flops, read_records
-from examples.flax_llama.step import (
-    State,
-    data_mesh,
-    initial_params,
-    make_update,
-    put_batch,
-    replicated,
-)
+from examples.flax_llama.step import State, put_batch
 from examples.flax_llama.train import open_dataset, planned_bytes
 
 # Sequences of an update that an 80 GB device has room for, if the blocks' activations are kept.
@@ -113,21 +104,14 @@ def train(settings: dict[str, Any], deadline: float) -> dict[str, Any]:
     """Takes the updates of a run, fewer if the time is over before, and times them."""
     recipe = Config(**settings).resolve()
     config = dataclasses.replace(recipe, update_proj_gap=max(1, recipe.steps // REFRESHES))
-    dataset, mesh, optimizer = open_dataset(config), data_mesh(), make_optimizer(config)
-    shape = config.shape(dataset.tokenizer.vocab_size)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
-
-    def initial_state() -> State:
-        params = initial_params(config, shape)
-        return State(params, optimizer.init(params))
-
-    state = jax.jit(initial_state, out_shardings=replicated(mesh))()
+    dataset = open_dataset(config)
+    shape, mesh, update, state = begin(config, dataset.tokenizer.vocab_size)
     example = put_batch(next(dataset.train), config.accumulate, mesh)
     start = time.perf_counter()
-    update = make_update(config, graphdef, optimizer, mesh).lower(state, example).compile()
+    compiled = update.lower(state, example).compile()
     compile_s = time.perf_counter() - start
     losses, seconds = [], []
-    for loss, elapsed in updates(update, state, dataset.train, config.steps, mesh, deadline):
+    for loss, elapsed in updates(compiled, state, dataset.train, config.steps, mesh, deadline):
         losses.append(loss)
         seconds.append(elapsed)
     galore = "galore" in config.optimizer
@@ -144,7 +128,7 @@ def train(settings: dict[str, Any], deadline: float) -> dict[str, Any]:
         "compile_s": compile_s,
         "tokens_per_second": tokens_per_second,
         "mfu": peak and tokens_per_second * shape.flops_per_token / peak,
-        "peak_bytes": stats["peak_bytes_in_use"] if stats else planned_bytes(update),
+        "peak_bytes": stats["peak_bytes_in_use"] if stats else planned_bytes(compiled),
         "peak_bytes_from": "memory_stats" if stats else "memory_analysis",
         "losses": losses,
     }

@@ -40,7 +40,7 @@ GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/
 MINUTES ?= 25
 
 gpu:  ## measure on the GPU; REHEARSE=1 tries everything on the CPU
-	@$(GPU_PYTHON) -c 'import jax, flax, optax' || { \
+	@$(GPU_PYTHON) -c 'import jax, flax, optax' 2>/dev/null || { \
 	  echo "$(GPU_PYTHON) has no jax, flax and optax. Name another, make gpu PYTHON=..., or make env." >&2; \
 	  exit 2; }
 	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) \

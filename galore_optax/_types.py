@@ -1,0 +1,26 @@
+"""Names for what signatures speak of, beside those of jaxtyping.
+
+Arrays are annotated with jaxtyping: ``Float[Array, "m n"]`` is a floating-point array with two
+axes. Within one signature the same letter is the same size: m and n are the rows and columns of a
+matrix, r is the rank, and ``*batch`` are the axes that matrices are stacked over. Annotations are
+checked while the tests run, and only then.
+"""
+
+from typing import TypeAlias
+
+import jax
+from jaxtyping import Array, Int, PyTree
+
+DType: TypeAlias = jax.typing.DTypeLike
+Shape: TypeAlias = tuple[int, ...]
+Scalar: TypeAlias = float | Array
+"""A Python number, or an array without axes."""
+
+Step: TypeAlias = Int[Array, ""]
+"""A number of updates."""
+
+Params: TypeAlias = PyTree
+Updates: TypeAlias = PyTree
+State: TypeAlias = PyTree
+"""Trees of arrays; ``optax.MaskedNode()`` stands where there is nothing, and parameters and moments
+may be a `QuantizedArray`."""

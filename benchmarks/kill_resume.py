@@ -65,7 +65,10 @@ def records(out: pathlib.Path) -> list[dict[str, Any]]:
     path = out / METRICS
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("}\n")]
-    return [{k: v for k, v in r.items() if not k.endswith("per_second")} for r in whole]
+    # The share of the peak is known of GPUs alone.
+    return [
+        {k: v for k, v in r.items() if not k.endswith("per_second") and k != "mfu"} for r in whole
+    ]
 
 
 def last_update(out: pathlib.Path) -> int:

@@ -76,16 +76,17 @@ def peak(row: dict[str, Any]) -> str:
     return f"{row['xla']['peak'] / GIB:.2f}" if "xla" in row else "too much"
 
 
-def replaced(text: str, table: str) -> str:
-    """A text with a table between the two comments, in place of what is there.
+def replaced(text: str, table: str, comments: tuple[str, str] = (START, END)) -> str:
+    """A text with a table between two comments, in place of what is there.
 
     Raises:
       ValueError: the comments are not there, once each and in order.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end) or START in after or END in before + after:
-        raise ValueError(f"expected {START!r} and {END!r} once each")
+    first, last = comments
+    before, start, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not (start and end) or first in after or last in before + after:
+        raise ValueError(f"expected {first!r} and {last!r} once each")
     return before + start + table + end + after
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.compiled --out benchmarks/results/gpu/compiled.json
 
 Needs `jax[cuda13]` (or cuda12), but no GPU and no driver; without it the command says that it is
-skipped. It compiles the refresh of one matrix of LLaMA-7B by each factorization of cuSOLVER, and
+skipped. It compiles the refresh of one matrix of LLaMA-7B by each projector that factorizes, and
 the application's real update, ordinary and layer-wise, for one GPU with attention of XLA and of
 cuDNN, and for several GPUs that share the batch. Figures are XLA's, of one device: bytes, the
 collectives of a step, and the functions of libraries that stand in the program. Not in them is the
@@ -51,20 +51,7 @@ SHARED: dict[str, Any] = {
 WAYS: dict[str, dict[str, Any]] = {"ordinary": {"remat": True}, "layer-wise": {"layerwise": True}}
 
 
-def by_qr(matrix: jax.Array, rank: int) -> jax.Array:
-    """The exact SVD as `jnp.linalg.svd` has it on CUDA, cuSOLVER's gesvd, as a projector."""
-    algorithm = jax.lax.linalg.SvdAlgorithm.QR
-    return jax.lax.linalg.svd(matrix, full_matrices=False, algorithm=algorithm)[0][:, :rank]
-
-
-# The library's own but for one; its "svd" is the polar decomposition on CUDA.
-PROJECTORS: dict[str, str | Callable[..., jax.Array]] = {
-    "svd": "svd",
-    "svd by QR": by_qr,
-    "eigh": "eigh",
-    "randomized_svd": "randomized_svd",
-    "power_iteration": "power_iteration",
-}
+PROJECTORS = ("svd", "eigh", "randomized_svd", "power_iteration")
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -87,7 +74,7 @@ def table() -> dict[str, dict[str, Any]]:
 
 def refresh(projector: str, shape: list[int], rank: int) -> dict[str, Any]:
     """Figures of `galore_optax.refresh` of one bfloat16 gradient on one device."""
-    tx = galore_optax.galore(optax.scale_by_adam(), rank=rank, projector=PROJECTORS[projector])
+    tx = galore_optax.galore(optax.scale_by_adam(), rank=rank, projector=projector)
     grads = {"kernel": jax.ShapeDtypeStruct(tuple(shape), jnp.bfloat16)}
     state = jax.eval_shape(tx.init, grads)
     everywhere = replicated(mesh_of(1))

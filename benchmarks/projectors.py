@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks import gradients
 from benchmarks.machine import machine
 from benchmarks.shapes import RANKS, matrices
-from galore_optax._directions import UnitVectors
+from galore_optax._basis import Cosines, Rows, Side
 from galore_optax.projectors import PROJECTORS, resolve
 
 WARM, COLD = "power_iteration", "power_iteration, first"
@@ -48,7 +48,8 @@ def chooser(name: str, rank: int) -> Choose:
 
     @jax.jit
     def choose(matrix, old, first):
-        old = old if projector.directions is None else jnp.arange(rank)
+        if projector.basis in (Rows, Cosines):
+            old = jnp.arange(rank)  # of directions
         return projector(matrix, rank, key=jax.random.key(1), old=old, first=first)
 
     # An argument, since a constant would let the compiler leave out half of the projector.
@@ -58,11 +59,11 @@ def chooser(name: str, rank: int) -> Choose:
 
 def basis_of(name: str, rank: int, matrix: jax.Array, old: jax.Array) -> jax.Array:
     """The (m, r) basis that a projector chooses."""
+    side = Side(0, matrix.shape[0], rank, matrix.dtype)
+    kind = resolve(name.split(",")[0], {}).basis
     chosen = chooser(name, rank)(matrix, old)
-    basis = resolve(name.split(",")[0], {}).basis(chosen, matrix.shape[0], matrix.dtype)
-    if isinstance(basis, UnitVectors):
-        return jax.nn.one_hot(chosen, basis.size, axis=0, dtype=matrix.dtype)
-    return basis
+    basis = kind.chosen(chosen, kind.initial(side), side, jnp.asarray(True))
+    return basis.up(jnp.eye(rank, dtype=matrix.dtype), side, matrix.dtype)
 
 
 @jax.jit

@@ -1,25 +1,28 @@
-"""Gradients of micro-batches, averaged at rank r until there are enough for a step."""
+"""Averages gradients of micro-batches at rank r until there are enough for a step."""
 
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree, PyTreeDef
 
-from galore_optax._part import Part
+from galore_optax._excerpt import Excerpt
 from galore_optax._subspace import ABSENT, is_absent
+
+Result = TypeVar("Result")
 
 
 class Accumulator(NamedTuple):
     """The micro-batches of a step so far."""
 
-    count: Any  # (), int32: how many there are.
-    mean: Any  # the sum of their low-rank gradients over the number of a whole step; R's shapes.
+    count: PyTree  # (), int32: how many there are.
+    mean: PyTree  # the sum of their low-rank gradients over the number of a whole step; R's shapes.
 
 
-def check_accumulation_steps(steps: Any) -> None:
-    """Raises where an argument of galore cannot be right."""
+def check_accumulation_steps(steps: object) -> None:
+    """Raises an error where galore's argument ``accumulation_steps`` cannot be right."""
     if steps is None:
         return
     if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
@@ -31,36 +34,36 @@ def check_accumulation_steps(steps: Any) -> None:
         raise ValueError(f"accumulation_steps must be at least 1; got {steps}")
 
 
-def init_accumulator(low_rank: Any, steps: int) -> Any:
-    """What the state holds of micro-batches before the first, for steps of so many."""
+def init_accumulator(low_rank: PyTree, steps: int) -> PyTree:
+    """Returns the accumulator before the first micro-batch, which is absent for steps of one."""
     if steps == 1:
         return ABSENT
     zeros = jax.tree.map(jnp.zeros_like, low_rank)
     return Accumulator(jnp.zeros([], jnp.int32), zeros)
 
 
-def is_first(accumulator: Any) -> jax.Array | bool:
+def is_first(accumulator: PyTree) -> Bool[Array, ""] | bool:
     """Whether a step begins with this micro-batch."""
     return is_absent(accumulator) or accumulator.count == 0
 
 
 def accumulate(
-    accumulator: Any,
-    low_rank: list[jax.Array],
-    treedef: Any,
+    accumulator: PyTree,
+    low_rank: list[Float[Array, "..."]],
+    treedef: PyTreeDef,
     steps: int,
-    part: Part,
-    finish: Callable[[list[jax.Array]], Any],
-    wait: Callable[[], Any],
-) -> tuple[Any, Any]:
-    """Adds a micro-batch; with the last one of a step, finishes the step.
+    excerpt: Excerpt | None,
+    finish: Callable[[list[Float[Array, "..."]]], Result],
+    wait: Callable[[], Result],
+) -> tuple[Result, PyTree]:
+    """Adds a micro-batch to those of a step, and finishes the step with the last one.
 
     Args:
-      accumulator: of the state.
+      accumulator: the accumulator that the state holds.
       low_rank: the low-rank gradients of the micro-batch.
-      treedef: of the accumulated tree.
-      steps: micro-batches of a step.
-      part: whether this is the mean of all of them already.
+      treedef: the structure of the accumulated tree.
+      steps: how many micro-batches make a step.
+      excerpt: says whether this is the mean of all of them already; None where it is not.
       finish: makes a result from the mean of all low-rank gradients of a step.
       wait: makes a result of the same shapes where the step is not complete.
 
@@ -77,12 +80,12 @@ def accumulate(
         )
     if steps == 1:
         return finish(low_rank), ABSENT
-    if steps != part.micro_batches:
+    if excerpt is not None and steps != excerpt.micro_batches:
         raise ValueError(
-            f"accumulation_steps of galore is {steps}, and layerwise has {part.micro_batches} "
+            f"accumulation_steps of galore is {steps}, and layerwise has {excerpt.micro_batches} "
             "micro-batches: give both the same number, or galore none"
         )
-    if part.complete:
+    if excerpt is not None and excerpt.complete:
         return finish(low_rank), accumulator
     count = accumulator.count + 1
     before = treedef.flatten_up_to(accumulator.mean)

@@ -1,4 +1,4 @@
-"""chain(): optax.chain, where what follows a bare galore() becomes its inner transformation."""
+"""chain() is optax.chain, where what follows a bare galore() becomes its inner transformation."""
 
 import optax
 
@@ -15,7 +15,7 @@ def chain(*transformations: optax.GradientTransformation) -> optax.GradientTrans
     gradient. A nested ``optax.chain`` is one opaque transformation.
 
     Args:
-      *transformations: Optax transformations, at most one of them a ``galore(...)`` without an
+      *transformations: the Optax transformations, at most one of them a ``galore(...)`` without an
         inner transformation.
 
     Raises:

@@ -1,22 +1,35 @@
-"""galore(): its arguments."""
+"""galore() says what its arguments mean, and checks that they are right."""
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array
 
 from galore_optax import projectors
 from galore_optax._accumulate import check_accumulation_steps
-from galore_optax._inner import Inner
-from galore_optax._matrix import DEFAULT_EXCLUDE, ExcludeSpec, RankSpec, Selection
-from galore_optax._refresh import Lazy, Timing
-from galore_optax._subspace import check_projector_dtype
-from galore_optax._transformation import Settings, transformation
+from galore_optax._core import Method
+from galore_optax._refresh import Gap, Refresh, check_gap
+from galore_optax._refresh import resolve as resolve_refresh
+from galore_optax._residual import Residual
+from galore_optax._residual import resolve as resolve_residual
+from galore_optax._select import (
+    DEFAULT_EXCLUDE,
+    DimensionNumbersSpec,
+    ExcludeSpec,
+    RankSpec,
+    Selection,
+)
+from galore_optax._storage import resolve_storage
+from galore_optax._transport import Transport
+from galore_optax._transport import resolve as resolve_transport
+from galore_optax._types import Scalar
+from galore_optax._update import Settings, transformation
 
 
 class BareGalore(optax.GradientTransformationExtraArgs):
@@ -33,18 +46,20 @@ def galore(
     inner: optax.GradientTransformation | None = None,
     *,
     rank: RankSpec = 128,
-    update_proj_gap: int | jax.Array | optax.Schedule = 200,
-    scale: float | jax.Array = 0.25,
-    projector: str | Callable[..., jax.Array] = "svd",
-    projector_options: Mapping[str, Any] | None = None,
+    update_proj_gap: Gap = 200,
+    scale: Scalar = 0.25,
+    projector: str | Callable[..., Array] | projectors.Projector = "svd",
+    projector_options: Mapping[str, object] | None = None,
     projector_dtype: str | None = None,
-    refresh: str | Lazy = "periodic",
+    refresh: str | Refresh = "periodic",
     stagger: bool = False,
+    transport: str | Transport = "keep",
+    residual: str | Residual = "discard",
     side: str = "short",
     exclude: ExcludeSpec = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
+    weight_dimension_numbers: DimensionNumbersSpec = None,
     accumulation_steps: int | None = None,
-    seed: int | jax.Array = 0,
+    seed: int | Array = 0,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient low-rank projection: trains all parameters with optimizer state of rank r.
@@ -61,7 +76,7 @@ def galore(
     respect to the parameters, acts on the whole matrix W, and is not scaled by alpha. Other
     leaves go through the same inner transformation at full size.
 
-    Of one matrix the state holds r min(m, n) elements of projector (``rows`` and ``dct``: r;
+    For one matrix the state holds r min(m, n) elements of projector (``rows`` and ``dct``: r;
     random ones: none), and of each moment r max(m, n) instead of m n. They are float32 (float64
     for float64 leaves) unless ``projector_dtype`` and `galore_optax.low_bit` around the inner
     transformation say otherwise.
@@ -79,9 +94,10 @@ def galore(
         decay (``optax.centralize``) mixes the decay too, which cannot be seen from outside:
         decay after ``galore`` there.
         Masks and labels inside are best callables: R has another shape, and no Flax box.
-      rank: r; an int, a fraction of the matrix' short side in (0, 1), or a callable of path and
-        shape that returns either. Matrices whose short side does not exceed it stay full size.
-      update_proj_gap: T, in steps; an int, a schedule of the step, or an array (traced under
+      rank: the rank r: an int, a fraction of the matrix' short side in (0, 1), or a callable of
+        path and shape that returns either. Matrices whose short side does not exceed it stay full
+        size.
+      update_proj_gap: the gap T in steps: an int, a schedule of the step, or an array (traced under
         ``optax.inject_hyperparams``). It is read when a matrix is refreshed, and says when
         that is due again. Values below 1 that are known only at run time count as 1.
       scale: alpha, the factor of what the inner transformation makes of the gradient. Weight
@@ -91,16 +107,23 @@ def galore(
         for a fraction of the time; ``"rows"``, the r rows of the gradient of largest norm, with
         which nothing is multiplied, or ``"dct"``, cosines, and of both only the numbers are kept;
         ``"gaussian"`` or ``"orthonormal"``, random ones, which cost no memory. Or a function
-        ``(matrix, rank) -> basis``, (m, n) to (m, r), that may also ask for ``key``, ``old`` and
-        ``first`` by name, as `galore_optax.projectors.power_iteration` does.
+        ``(matrix, rank) -> basis``, (m, n) to (m, r), that may also ask for ``key``, ``old``,
+        ``first`` and ``moments`` by name, as `galore_optax.projectors.power_iteration` does; or a
+        row of `galore_optax.projectors.PROJECTORS`.
       projector_options: keyword arguments of the projector, such as ``{"iterations": 2}``.
-      projector_dtype: in what the projectors are kept: ``"float32"``, ``"bfloat16"``, or
-        ``"int8"`` or ``"int4"``, asymmetric integers in blocks of 256, rounded to the nearest. By
+      projector_dtype: the form in which projectors are kept: ``"float32"``, ``"bfloat16"``, or
+        codes in blocks of 256, rounded to the nearest: ``"int8"``, ``"int4"``, ``"float8_e4m3"``,
+        ``"float8_e5m2"`` or ``"signed"``, of which `galore_optax.quantize` says what they are. By
         default float32, float64 for float64 leaves. Without effect where no basis is kept.
-      refresh: ``"periodic"``, every T steps; or ``"lazy"``, where a matrix whose subspace stands
-        still is refreshed after T, 2 T, 4 T, ...: see `galore_optax.Lazy`, which may also be given.
+      refresh: when subspaces are chosen again: ``"periodic"``, every T steps; or ``"lazy"``, where
+        a matrix whose subspace stands still is refreshed after T, 2 T, 4 T, ...: see
+        `galore_optax.Lazy`, which may also be given.
       stagger: whether to spread the refreshes over the T steps by matrix, so that of N matrices at
         most ceil(N / T) are refreshed on one step. On the first step all are.
+      transport: what happens to the moments when a subspace is chosen again: ``"keep"``, as
+        published, leaves them as they are.
+      residual: what happens to the part of the gradient outside of the subspace: ``"discard"``, as
+        published, leaves it out.
       side: the axis to project: ``"short"`` (the shorter, as published; the input axis of a
         square matrix), ``"long"``, ``"left"`` (the rows m, the reduction axis), ``"right"``
         (the columns n, the output axis), ``"both"`` (R = P^T G Q is (r, r)).
@@ -116,12 +139,12 @@ def galore(
         axes. Axes not named are batch axes, and each matrix of a batch has its own projector.
         By default 2-D leaves are (reduction, output), as Flax has them, and leaves of more axes
         are not projected.
-      accumulation_steps: k, the calls of ``update`` that make one step: their gradients are
-        projected and averaged at rank r, where ``optax.MultiSteps`` keeps a full-size average.
-        None is 1. The first k - 1 return updates of zeros. A step whose refresh is due takes
-        the subspace from its first gradient; else it is exactly that of the mean gradient.
-      seed: of the random numbers of projectors, which depend on it, on a leaf's path, on the
-        matrix' place in a stack, and on how often it has been refreshed.
+      accumulation_steps: the number k of calls of ``update`` that make one step: their gradients
+        are projected and averaged at rank r, where ``optax.MultiSteps`` keeps a full-size average.
+        None is 1. The first k - 1 return updates of zeros. A step whose refresh is due takes the
+        subspace from its first gradient; else it is exactly that of the mean gradient.
+      seed: the seed of the random numbers of projectors, which depend on it, on a leaf's path, on
+        the matrix' place in a stack, and on how often it has been refreshed.
       diagnostics: whether to keep in the state what `galore_optax.metrics` reports, at the price
         of one more pass over the gradient.
 
@@ -167,24 +190,35 @@ def galore(
         raise TypeError(f"seed must be an int; got {seed!r}")
     _check_scale(scale)
     check_accumulation_steps(accumulation_steps)
+    check_gap(update_proj_gap)
+    if not isinstance(stagger, bool | np.bool):
+        raise TypeError(f"stagger must be a bool; got {stagger!r}")
+    method = Method(
+        projectors.resolve(projector, projector_options or {}),
+        resolve_refresh(refresh),
+        resolve_transport(transport),
+        resolve_residual(residual),
+        resolve_storage("projector_dtype", projector_dtype),
+        bool(diagnostics),
+    )
+    if method.residual.uses_gradient and (accumulation_steps or 1) > 1:
+        raise ValueError(
+            f"accumulation_steps must be 1 with residual={residual!r}, which needs each gradient "
+            f"at full size; got {accumulation_steps}"
+        )
     settings = Settings(
         Selection(rank, side, exclude, weight_dimension_numbers),
-        projectors.resolve(projector, projector_options or {}),
-        check_projector_dtype(projector_dtype),
-        Timing(update_proj_gap, refresh, stagger),
+        method,
+        update_proj_gap,
+        bool(stagger),
         scale,
         1 if accumulation_steps is None else int(accumulation_steps),
         seed,
-        bool(diagnostics),
     )
-
-    def make(inner, caution=None):
-        return transformation(Inner(inner), settings, caution)
-
     if inner is not None:
-        return make(inner)
-    bare = BareGalore(*make(optax.identity(), caution=_BARE))
-    bare.with_inner = make
+        return transformation(inner, settings)
+    bare = BareGalore(*transformation(optax.identity(), settings, caution=_BARE))
+    bare.with_inner = functools.partial(transformation, settings=settings)
     return bare
 
 
@@ -196,7 +230,7 @@ _BARE = (
 )
 
 
-def _check_scale(scale: Any) -> None:
+def _check_scale(scale: object) -> None:
     if isinstance(scale, jax.Array | np.ndarray):
         scale = _value_if_known(scale, at_runtime=0.0)
     elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
@@ -205,8 +239,8 @@ def _check_scale(scale: Any) -> None:
         raise ValueError(f"scale must be finite; got {scale!r}")
 
 
-def _value_if_known(array: Any, at_runtime: float) -> float:
-    """The number in an array, or ``at_runtime`` where tracing hides it."""
+def _value_if_known(array: Array | np.ndarray, at_runtime: float) -> float:
+    """Returns the number in an array, or ``at_runtime`` where tracing hides it."""
     try:
         return float(array)
     except jax.errors.ConcretizationTypeError:

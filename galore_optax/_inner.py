@@ -1,4 +1,4 @@
-"""The inner transformation, run in the subspace, and the weight decay taken out of it.
+"""Runs the inner transformation in the subspace, and takes the weight decay out of it.
 
 The inner transformation is opaque. It sees the low-rank gradient where a leaf is projected, so
 its moments have rank r, but weight decay belongs to the whole matrix. Whatever multiple of the
@@ -9,32 +9,61 @@ u(p) = u(0) + c p, and the caller adds c W to the update of the whole matrix.
 
 import enum
 import warnings
-from collections.abc import Callable, Sequence, Set
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, PyTree, PyTreeDef
 
-from galore_optax._dependence import dependence
-from galore_optax._matrix import LeafView, MatrixView
-from galore_optax._quantized import is_quantized
+from galore_optax._jaxpr import dependence
+from galore_optax._trees import logical, path_name
+from galore_optax._types import DType, Params, Shape, State
+from galore_optax._view import LeafView, MatrixView
+
+_Shapes: TypeAlias = tuple[PyTreeDef, tuple[tuple[Shape, DType], ...]]
+
+# A function of the parameters of the projected leaves. It returns the updates of these leaves; and
+# beside them the updates of all leaves, and the next state.
+_Run: TypeAlias = Callable[[list[Array]], tuple[list[Array], tuple[list[Array], State]]]
 
 
 class ParamsUse(enum.Enum):
     """How the update of the projected leaves depends on their parameters."""
 
-    NONE = enum.auto()  # not at all
-    AFFINE = enum.auto()  # u(p) = u(0) + c p: weight decay
-    OTHER = enum.auto()  # anything else: trust ratios, parameter scales
+    NONE = enum.auto()  # it does not depend on them at all.
+    AFFINE = enum.auto()  # u(p) = u(0) + c p, which is weight decay.
+    OTHER = enum.auto()  # it depends on them in another way: trust ratios, parameter scales.
+
+
+class Call(NamedTuple):
+    """What the inner transformation is called with, by leaf of the parameters."""
+
+    low_rank: Sequence[Array]  # R for projected leaves, the gradient for others.
+    state: State  # the inner state.
+    params: Sequence[PyTree] | None  # the parameters at full size, or None where there are none.
+    structure: PyTreeDef  # the structure of the trees that the inner transformation sees.
+    views: Sequence[LeafView]  # how each leaf is seen.
+    extra_args: Mapping[str, PyTree]  # the keyword arguments of the inner transformation.
+
+    @property
+    def projected(self) -> dict[int, MatrixView]:
+        """The views of the leaves that are projected, by their positions."""
+        return {i: view for i, view in enumerate(self.views) if isinstance(view, MatrixView)}
+
+    @property
+    def shapes(self) -> _Shapes:
+        """What is the same for all calls that are traced alike."""
+        return self.structure, tuple((x.shape, x.dtype) for x in self.low_rank)
 
 
 class LowRankUpdate(NamedTuple):
     """What the inner transformation makes of the gradients, by leaf."""
 
-    updates: list[jax.Array]  # (*batch, r or m, r or n) where projected, else the leaf's shape
-    decay: list[jax.Array | None]  # c, the same in all entries of R, or None without decay
-    state: Any  # the inner state
+    updates: list[Array]  # (*batch, r or m, r or n) where projected, else the leaf's shape.
+    decay: list[Array | None]  # c, the same in all entries of R, or None without decay.
+    state: State  # the next inner state.
 
 
 class Inner:
@@ -58,15 +87,15 @@ class Inner:
         if isinstance(transformation, optax.MultiSteps):
             raise ValueError(_MULTI_STEPS)
         self._transformation = optax.with_extra_args_support(transformation)
-        self._uses: dict[Any, ParamsUse] = {}
-        self._checked: set[Any] = set()
+        self._uses: dict[_Shapes, ParamsUse] = {}
+        self._expected: dict[_Shapes, State] = {}
 
-    def init(self, low_rank_params: Any, projected: Sequence[bool] = ()) -> Any:
-        """The inner state for parameters whose projected leaves have the shape of R.
+    def init(self, low_rank_params: Params, projected: Sequence[bool] = ()) -> State:
+        """Returns the inner state for parameters whose projected leaves have the shape of R.
 
         Args:
-          low_rank_params: the parameters, zeros for projected leaves.
-          projected: for each leaf whether it is projected.
+          low_rank_params: the parameters, with zeros of the shape of R for projected leaves.
+          projected: for each leaf, whether it is projected.
 
         Raises:
           ValueError: the transformation keeps something made from the parameters in its state
@@ -82,27 +111,26 @@ class Inner:
         return state
 
     def warn(
-        self, low_rank_params: Any, state: Any, views: Sequence[LeafView], stacklevel: int
+        self, low_rank_params: Params, state: State, views: Sequence[LeafView], stacklevel: int
     ) -> None:
         """Warns where weight decay cannot be taken out of the inner transformation.
 
         Args:
-          low_rank_params: as for :meth:`init`.
+          low_rank_params: the parameters as for :meth:`init`.
           state: the inner state.
           views: how each leaf is seen.
-          stacklevel: of the caller.
+          stacklevel: the stack level of the warning, as seen from the caller.
 
         Raises:
           KeepsParametersError: an update would keep something made from the parameters.
         """
-        treedef = jax.tree.structure(low_rank_params)
+        leaves, treedef = jax.tree.flatten(low_rank_params)
 
-        def classify(leaves, state):
-            run = self._runner(leaves, state, leaves, treedef, views, {})
-            self._use(run, leaves, treedef, views)
+        def classify(leaves: list[Array], state: State) -> None:
+            self._use(Call(leaves, state, leaves, treedef, views, {}))
 
         try:
-            jax.eval_shape(classify, jax.tree.leaves(low_rank_params), state)
+            jax.eval_shape(classify, leaves, state)
         except KeepsParametersError:
             raise
         except Exception:  # such as for want of extra arguments; update says what is wrong
@@ -110,26 +138,13 @@ class Inner:
         if ParamsUse.OTHER in self._uses.values():
             warnings.warn(_NOT_AFFINE, UserWarning, stacklevel + 1)
 
-    def update(
-        self,
-        low_rank: Sequence[jax.Array],
-        state: Any,
-        params: Sequence[jax.Array] | None,
-        treedef: Any,
-        views: Sequence[LeafView],
-        project: Callable[[int, MatrixView], jax.Array],
-        extra_args: dict[str, Any],
-    ) -> LowRankUpdate:
-        """One step of the inner transformation.
+    def update(self, call: Call, project: Callable[[int, MatrixView], Array]) -> LowRankUpdate:
+        """Takes one step of the inner transformation.
 
         Args:
-          low_rank: the low-rank gradient R of projected leaves, the gradient of others.
-          state: the inner state.
-          params: the parameters, or None where the caller got none.
-          treedef: the structure of what the inner transformation sees.
-          views: how each leaf is seen.
-          project: of a projected leaf its parameters, projected like its gradient.
-          extra_args: keyword arguments for the inner transformation.
+          call: what the inner transformation is called with.
+          project: returns the parameters of a projected leaf, given its position and view,
+            projected like its gradient.
 
         Returns:
           The updates of all leaves, and the decay that the caller has to add.
@@ -138,103 +153,103 @@ class Inner:
           ValueError: the state is not one of this transformation for these leaves, or the
             transformation needs the parameters and there are none.
         """
-        self._check_state(low_rank, state, treedef)
-        decay: list[jax.Array | None] = [None] * len(views)
-        if params is None:
-            gradients = treedef.unflatten(low_rank)
+        self._check_state(call)
+        decay: list[Array | None] = [None] * len(call.views)
+        if call.params is None:
             try:
-                updates, state = self._transformation.update(gradients, state, None, **extra_args)
+                updates, state = self._run(call, None)
             except Exception as error:
                 raise ValueError(
                     "the inner transformation of galore failed without params, which it may need: "
                     f"call update(updates, state, params). It said: {error}"
                 ) from error
-            return LowRankUpdate(treedef.flatten_up_to(updates), decay, state)
+            return LowRankUpdate(updates, decay, state)
 
-        projected = {i: view for i, view in enumerate(views) if isinstance(view, MatrixView)}
-        run = self._runner(low_rank, state, params, treedef, views, extra_args)
-        zeros = [jnp.zeros_like(low_rank[i]) for i in projected]
-        use = self._use(run, low_rank, treedef, views)
+        projected, run = call.projected, self._of_projected(call)
+        zeros = [jnp.zeros_like(call.low_rank[i]) for i in projected]
+        use = self._use(call)
         if use is not ParamsUse.AFFINE:
             other = use is ParamsUse.OTHER
             values = [project(i, view) for i, view in projected.items()] if other else zeros
-            _, (updates, new_state) = run(values)
-            return LowRankUpdate(updates, decay, new_state)
+            _, (updates, state) = run(values)
+            return LowRankUpdate(updates, decay, state)
 
         ones = [jnp.ones_like(x) for x in zeros]
-        _, tangents, (updates, new_state) = jax.jvp(run, (zeros,), (ones,), has_aux=True)
+        _, tangents, (updates, state) = jax.jvp(run, (zeros,), (ones,), has_aux=True)
         for i, tangent in zip(projected, tangents, strict=True):
             decay[i] = tangent
-        return LowRankUpdate(updates, decay, new_state)
+        return LowRankUpdate(updates, decay, state)
 
-    def _runner(self, low_rank, state, params, treedef, views, extra_args) -> Any:
-        """The inner update as a function of the parameters of the projected leaves."""
-        projected = [i for i, view in enumerate(views) if isinstance(view, MatrixView)]
-        full_size = [x.astype(g.dtype) for x, g in zip(params, low_rank, strict=True)]
+    def _run(self, call: Call, params: Params | None) -> tuple[list[Array], State]:
+        """Returns the updates of all leaves, and the next state."""
+        gradients = call.structure.unflatten(call.low_rank)
+        updates, state = self._transformation.update(
+            gradients, call.state, params, **call.extra_args
+        )
+        return call.structure.flatten_up_to(updates), state
 
-        def run(projected_params):
+    def _of_projected(self, call: Call) -> _Run:
+        """Returns the inner update as a function of the parameters of the projected leaves."""
+        projected = call.projected
+        full_size = [
+            None if i in projected else jnp.asarray(x).astype(g.dtype)
+            for i, (x, g) in enumerate(zip(call.params or (), call.low_rank, strict=True))
+        ]
+
+        def run(params: list[Array]) -> tuple[list[Array], tuple[list[Array], State]]:
             leaves = list(full_size)
-            for i, leaf in zip(projected, projected_params, strict=True):
+            for i, leaf in zip(projected, params, strict=True):
                 leaves[i] = leaf
-            updates, new_state = self._transformation.update(
-                treedef.unflatten(low_rank), state, treedef.unflatten(leaves), **extra_args
-            )
-            updates = treedef.flatten_up_to(updates)
-            return [updates[i] for i in projected], (updates, new_state)
+            updates, state = self._run(call, call.structure.unflatten(leaves))
+            return [updates[i] for i in projected], (updates, state)
 
         return run
 
-    def _use(self, run, low_rank, treedef, views) -> ParamsUse:
-        key = _shapes(low_rank, treedef)
-        if key not in self._uses:
-            pairs = zip(low_rank, views, strict=True)
-            zeros = [jnp.zeros_like(g) for g, view in pairs if isinstance(view, MatrixView)]
-            self._uses[key] = _params_use(run, zeros)
-        return self._uses[key]
+    def _use(self, call: Call) -> ParamsUse:
+        """Returns how the updates of projected leaves depend on their parameters."""
+        if call.shapes not in self._uses:
+            zeros = [jnp.zeros_like(call.low_rank[i]) for i in call.projected]
+            self._uses[call.shapes] = _params_use(self._of_projected(call), zeros)
+        return self._uses[call.shapes]
 
-    def _check_state(self, low_rank: Sequence[jax.Array], state: Any, treedef: Any) -> None:
-        key = _shapes(low_rank, treedef)
-        if key in self._checked:
+    def _check_state(self, call: Call) -> None:
+        """Raises an error for a state that is not one of the transformation for these leaves.
+
+        What is in codes is left for low_bit to check: it depends on the size of the whole stack,
+        of which this may be one layer.
+        """
+        if call.shapes not in self._expected:
+            low_rank = call.structure.unflatten(call.low_rank)
+            self._expected[call.shapes] = jax.eval_shape(self._transformation.init, low_rank)
+        state, expected = logical(call.state), logical(self._expected[call.shapes])
+        found, wanted = _shapes_by_path(state), _shapes_by_path(expected)
+        if found == wanted and jax.tree.structure(state) == jax.tree.structure(expected):
             return
-        expected = jax.eval_shape(self._transformation.init, treedef.unflatten(low_rank))
-        found, wanted = _described(state), _described(expected)
         different = [path for path in wanted | found if found.get(path) != wanted.get(path)]
-        if different or jax.tree.structure(state) != jax.tree.structure(expected):
-            where = ""
-            if different:
-                path = different[0]
-                where = (
-                    f" {path} is {found.get(path, 'missing')}, and should be "
-                    f"{wanted.get(path, 'missing')}."
-                )
-            raise ValueError(
-                "the state belongs to another configuration: its inner state is not what the inner "
-                f"transformation of galore makes for these leaves.{where} Use the transformation "
-                "the state was made with, or make a new state with init. It has "
-                f"{jax.tree.map(jnp.shape, state)}, and should have "
-                f"{jax.tree.map(jnp.shape, expected)}"
+        where = ""
+        if different:
+            name = path_name(different[0])
+            is_there, should_be = (
+                f"an array of shape {shapes[different[0]]}" if different[0] in shapes else "missing"
+                for shapes in (found, wanted)
             )
-        self._checked.add(key)
-
-
-def _shapes(leaves: Sequence[jax.Array], treedef: Any) -> Any:
-    return treedef, tuple((x.shape, x.dtype) for x in leaves)
-
-
-def _described(state: Any) -> dict[str, str]:
-    """What each leaf of a state is, by path, as far as it may not change."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{leaf.scheme} codes of shape {leaf.shape} in blocks of {leaf.block_size}"
-            if is_quantized(leaf)
-            else f"an array of shape {jnp.shape(leaf)}"
+            where = f" {name} is {is_there}, and should be {should_be}."
+        raise ValueError(
+            "the state belongs to another configuration: its inner state is not what the inner "
+            f"transformation of galore makes for these leaves.{where} Use the transformation "
+            "the state was made with, or make a new state with init. It has "
+            f"{jax.tree.map(jnp.shape, state)}, and should have "
+            f"{jax.tree.map(jnp.shape, expected)}"
         )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized)
-    }
 
 
-def _params_use(run: Callable[[list[jax.Array]], Any], params: list[jax.Array]) -> ParamsUse:
-    """How the updates that `_runner` makes depend on the parameters.
+def _shapes_by_path(state: State) -> dict[jax.tree_util.KeyPath, Shape]:
+    found = jax.tree_util.tree_leaves_with_path(state)
+    return {path: jnp.shape(leaf) for path, leaf in found}
+
+
+def _params_use(run: _Run, params: list[Array]) -> ParamsUse:
+    """Returns how the updates of projected leaves depend on their parameters.
 
     Raises:
       KeepsParametersError: the next state depends on them.
@@ -244,11 +259,11 @@ def _params_use(run: Callable[[list[jax.Array]], Any], params: list[jax.Array]) 
     if not any(updates):
         return ParamsUse.NONE
 
-    def function(params: list[jax.Array]) -> list[jax.Array]:
+    def function(params: list[Array]) -> list[Array]:
         return run(params)[0]
 
     try:
-        # Transposition, which nothing but linear use of the parameters survives; traced only.
+        # Only a linear use of the parameters survives transposition, which is traced, never run.
         jax.eval_shape(lambda: jax.linear_transpose(function, params)(function(params)))
     except Exception:  # JAX raises various types for what it cannot transpose
         return ParamsUse.OTHER
@@ -259,12 +274,12 @@ class KeepsParametersError(ValueError):
     """An inner transformation keeps in its state what it makes from the parameters."""
 
 
-def _check_keeps_none(state: Any, projected: Set[int]) -> None:
-    """Raises where a state holds something that was made from projected parameters.
+def _check_keeps_none(state: PyTree, projected: Set[int]) -> None:
+    """Raises an error where a state holds something that was made from projected parameters.
 
     Args:
-      state: for each leaf the set of parameters that it depends on.
-      projected: those that the inner transformation sees as zeros.
+      state: for each leaf of the state the set of parameters that it depends on.
+      projected: the positions of the parameters that the inner transformation sees as zeros.
     """
     is_set = {"is_leaf": lambda x: isinstance(x, frozenset)}
     for path, depends in jax.tree_util.tree_leaves_with_path(state, **is_set):
@@ -273,7 +288,7 @@ def _check_keeps_none(state: Any, projected: Set[int]) -> None:
             raise KeepsParametersError(_KEEPS_PARAMETERS.format(name=name))
 
 
-def _is_multi_steps_state(x: Any) -> bool:
+def _is_multi_steps_state(x: object) -> bool:
     return isinstance(x, optax.MultiStepsState)
 
 

@@ -1,46 +1,39 @@
-"""low_bit(): any transformation, its moments in 8-bit codes or bfloat16 between steps."""
+"""low_bit() keeps the moments of any transformation in 8-bit codes or bfloat16 between steps."""
 
 import dataclasses
-import math
 import numbers
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from galore_optax import _codes
-from galore_optax._matrix import ranging_dtype, structure
-from galore_optax._part import current_part
+from galore_optax._excerpt import Excerpt
+from galore_optax._ownership import FEWEST, Owned, Role, Stacked, ownership
 from galore_optax._quantized import (
+    QuantizedArray,
     check_block_size,
     fitting_block_size,
     is_quantized,
-    quantize,
     static_hint,
 )
 from galore_optax._quantized_params import check_gradients, dequantize_params
+from galore_optax._storage import Storage, Stored
+from galore_optax._trees import boxed, logical, structure
+from galore_optax._types import Params, Shape, State, Updates
+from galore_optax._view import ranging_dtype
 
-MOMENTS = {"mu": "signed", "trace": "signed", "m": "signed", "nu": "unsigned", "v": "unsigned"}
-"""The fields of states that are moments, and whether they have a sign."""
-
-# Fields with such a name that have a sign nevertheless: the average of gradient differences,
-# a momentum, and an estimate of the Hessian's diagonal.
-_SIGNED = {
-    optax.ScaleByAdanState: "v",
-    optax.ScaleBySM3State: "nu",
-    optax.contrib.SophiaState: "nu",
-}
-
-_FEWEST = 16  # elements of an item: with fewer, the scales take much of what the codes save
+SCHEMES: Mapping[Role, str] = {"first": "signed", "second": "unsigned", "curvature": "signed"}
+"""The codec of the moments of each role, which says whether they have a sign."""
 
 
 class LowBitState(NamedTuple):
     """State of :func:`low_bit`."""
 
-    inner: Any  # the inner state; its moments are QuantizedArray, or bfloat16.
-    rounds: Any  # (), int32: how often moments were rounded at random; MaskedNode() with 8 bits.
+    inner: PyTree  # the inner state; its moments are QuantizedArray, or bfloat16.
+    rounds: PyTree  # (), int32: how often moments were rounded at random; MaskedNode() with 8 bits.
 
 
 def low_bit(
@@ -51,6 +44,7 @@ def low_bit(
     min_size: int = 4096,
     names: Mapping[str, str | None] | None = None,
     seed: int = 0,
+    stacked: Stacked | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the moments of a transformation in 8 bits, or 16, between its steps.
 
@@ -67,25 +61,30 @@ def low_bit(
       bits: 8 for dynamic codes, block by block, rounded to the nearest; 16 for bfloat16 with
         stochastic rounding.
       block_size: elements that share a scale; even.
-      min_size: moments of fewer elements stay as they are; those of one layer of a stack count.
-      names: names of more fields, with ``"signed"`` or ``"unsigned"`` for each, or None to leave
-        a field as it is. Of a field called unsigned, negative numbers become 0.
-      seed: of the stochastic rounding with 16 bits.
+      min_size: moments of fewer elements stay as they are. All elements of a leaf count, or those
+        of one layer where ``stacked`` says how many axes are stacks. With 16 bits, a moment that
+        the inner transformation itself keeps in bfloat16 is rounded at random whatever its size.
+      names: the names of more fields, with ``"signed"`` or ``"unsigned"`` for each, or None to
+        leave a field as it is. In a field called unsigned, negative numbers become 0.
+      seed: the seed of the stochastic rounding with 16 bits.
+      stacked: a function of a parameter's path, components joined by "/", and its shape, which
+        returns how many of its leading axes are stacks of layers; for example
+        ``lambda path, shape: int("blocks" in path)``. No block of codes straddles these.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose state is a `LowBitState`. The leading
-      axes of moments with more than two are taken for layers and the like: no block straddles
-      them. Of an element 8 bits take 1 + 4 / 256 bytes. Updates have the dtype of the gradients.
-      Parameters may be `QuantizedArray`.
+      An ``optax.GradientTransformationExtraArgs`` whose state is a `LowBitState`. Without
+      ``stacked``, all axes of a moment but the last two are presumed to be stacks, except where
+      fewer than 16 elements are behind them. With 8 bits an element takes 1 + 4 / 256 bytes.
+      Updates have the dtype of the gradients. Parameters may be `QuantizedArray`.
 
     Raises:
-      TypeError: ``inner`` is not an Optax transformation.
+      TypeError: ``inner`` is not an Optax transformation, or another argument has a wrong type.
       ValueError: another argument is out of range, or a state was made with others.
 
     Notes:
-      A positive second moment never becomes 0, but the smallest value of its block: divided by
-      epsilon alone, an update would be as good as infinite. Blocks that are not finite come back
-      as NaN.
+      A positive second moment never becomes 0, but at least the smallest value of its block:
+      divided by epsilon alone, an update would be as good as infinite. Blocks that are not finite
+      come back as NaN.
 
       ``optax.tree.map_params`` and the like see the arrays inside a `QuantizedArray`; with
       ``is_leaf=lambda x: isinstance(x, QuantizedArray)`` they see the whole.
@@ -107,71 +106,18 @@ def low_bit(
             "inner must be an Optax transformation such as optax.scale_by_adam(); got "
             f"{inner!r}. To give the bits, write low_bit(inner, bits=8)."
         )
-    inner = optax.with_extra_args_support(inner)
     _check_seed(seed)
-    rules = _Rules(bits, block_size, min_size, MOMENTS | dict(names or {}), set(names or {}))
-
-    def init_fn(params: optax.Params) -> LowBitState:
-        params = _unboxed(dequantize_params(params), min_size)
-        state = inner.init(params)
-        leaves, treedef = jax.tree.flatten(state)
-        stored = [
-            leaf if kind is None else rules.store(_wide(leaf), kind)
-            for leaf, kind in zip(leaves, rules.kinds(state, params), strict=True)
-        ]
-        rounds = jnp.zeros([], jnp.int32) if bits == 16 else optax.MaskedNode()
-        return LowBitState(treedef.unflatten(stored), rounds)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, LowBitState]:
-        if not isinstance(state, LowBitState):
-            raise TypeError(
-                f"low_bit's update needs the LowBitState that its init made; got a "
-                f"{type(state).__name__}. Was it made by another transformation?"
-            )
-        check_gradients(updates)
-        gradients = _unboxed(updates, min_size)
-        gradients = jax.tree.map(lambda g: jnp.astype(g, ranging_dtype(g.dtype)), gradients)
-        kinds = rules.kinds(state.inner, gradients)
-        leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)
-        rules.check(state.inner, kinds)
-        restored = [
-            leaf if kind is None else rules.restore(leaf)
-            for leaf, kind in zip(leaves, kinds, strict=True)
-        ]
-        if params is not None:
-            params = _unboxed(dequantize_params(params), min_size)
-        new_updates, new_inner = inner.update(
-            gradients, treedef.unflatten(restored), params, **extra_args
+    if stacked is not None and not callable(stacked):
+        raise TypeError(
+            "stacked must be a function of a path and a shape, which returns a number of leading "
+            f"axes, or None; got {stacked!r}{static_hint(stacked)}"
         )
+    rules = _Rules(bits, block_size, min_size, dict(names or {}))
+    made = _LowBit(optax.with_extra_args_support(inner), rules, stacked, seed)
+    return optax.GradientTransformationExtraArgs(made.init, made.update)
 
-        step_key = None
-        if bits == 16:
-            step_key = jax.random.fold_in(jax.random.key(seed), state.rounds)
-            if (part := current_part()) is not None:
-                step_key = jax.random.fold_in(step_key, part.turn)
-        stored = []
-        new_leaves = treedef.flatten_up_to(new_inner)
-        for i, (kind, old, new) in enumerate(zip(kinds, leaves, new_leaves, strict=True)):
-            if kind is None:
-                # Wider moments must not widen what is kept beside them from step to step.
-                stored.append(_like(new, old))
-            else:
-                leaf_key = None if step_key is None else jax.random.fold_in(step_key, i)
-                stored.append(rules.store(new, kind, leaf_key))
-        like = _unboxed(updates, min_size) if params is None else params
-        new_updates = jax.tree.leaves(jax.tree.map(_like, new_updates, like))
-        new_updates = jax.tree.structure(updates).unflatten(new_updates)
-        rounds = state.rounds
-        if bits == 16:
-            rounds = optax.safe_increment(rounds)
-        return new_updates, LowBitState(treedef.unflatten(stored), rounds)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+_Leaf: TypeAlias = jax.typing.ArrayLike | QuantizedArray | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +128,6 @@ class _Rules:
     block_size: int
     min_size: int
     names: Mapping[str, str | None]
-    given: set[str]  # the names that the user gave
 
     def __post_init__(self):
         if self.bits not in (8, 16):
@@ -202,132 +147,207 @@ class _Rules:
                     f"names[{name!r}] must be 'signed', 'unsigned' or None; got {kind!r}"
                 )
 
-    def kinds(self, state: Any, params: Any) -> list[str | None]:
-        """For each leaf of a state ``"signed"``, ``"unsigned"``, or None to leave it as it is.
+    def is_large(self, owned: Owned) -> bool:
+        """Whether a new moment is kept in few bits."""
+        return owned.size >= max(self.min_size, FEWEST)
 
-        Args:
-          state: of the inner transformation, its moments in codes or not.
-          params: the parameters, or gradients.
+    def kinds(self, leaves: Sequence[_Leaf], owned: Sequence[Owned]) -> list[str | None]:
+        """Returns for each leaf of a state its kind: ``"signed"``, ``"unsigned"``, or None.
+
+        The kind is None where a leaf is no moment.
         """
-        signed = _signed_fields(state)
-        found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized)
-        paths = [_components(path) for path, _ in found]
-        param_paths = {_components(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-        kinds = []
-        for (_, leaf), field in zip(found, _fields(paths, param_paths), strict=True):
-            name = field[-1] if field else ""
-            kind = self.names.get(name)
-            if kind is not None and field in signed and name not in self.given:
-                kind = "signed"
-            kinds.append(kind if self._is_large(leaf) else None)
-        return kinds
+        return [
+            self.names.get(own.name, None if own.role is None else SCHEMES[own.role])
+            if jnp.issubdtype(_dtype(leaf), jnp.floating)
+            else None
+            for leaf, own in zip(leaves, owned, strict=True)
+        ]
 
-    def _is_large(self, leaf: Any) -> bool:
-        shape = jnp.shape(leaf)
-        dtype = leaf.dtype if is_quantized(leaf) else jnp.result_type(leaf)
-        size = _item_size(shape)
-        return jnp.issubdtype(dtype, jnp.floating) and size >= max(self.min_size, _FEWEST)
+    def kinds_in_state(
+        self, leaves: Sequence[_Leaf], owned: Sequence[Owned], in_box: Sequence[bool]
+    ) -> list[str | None]:
+        """Returns for each leaf of a state its kind, or None if it is not kept in few bits.
 
-    def store(self, array: jax.Array, kind: str, key: jax.Array | None = None) -> Any:
-        """A moment as it is kept between steps."""
-        if self.bits == 16:
-            return (
-                array.astype(jnp.bfloat16) if key is None else _codes.round_to_bfloat16(array, key)
+        The state itself says so: of a stack of layers `min_size` was compared with the whole,
+        which an update of one layer does not see.
+
+        Raises:
+          ValueError: a leaf is not kept as it would be by these rules.
+        """
+        kinds = self.kinds(leaves, owned)
+        result = []
+        for leaf, own, kind, inside in zip(leaves, owned, kinds, in_box, strict=True):
+            self._check(leaf, own, kind)
+            rounded = self.bits == 16 and _dtype(leaf) == jnp.bfloat16 and not inside
+            result.append(kind if is_quantized(leaf) or rounded else None)
+        return result
+
+    def _check(self, leaf: _Leaf, owned: Owned, kind: str | None) -> None:
+        is_kept, should_be = str(_dtype(leaf)), "bfloat16"
+        if isinstance(leaf, QuantizedArray):
+            is_kept = _codes_of(leaf.scheme, leaf.block_size, leaf.item_shape)
+        elif kind is None or not self.is_large(owned):
+            return
+        if self.bits == 8:
+            item = jnp.shape(leaf)[owned.batch_axes :]
+            should_be = _codes_of(
+                kind, fitting_block_size(item, self.block_size, kind or "signed"), item
             )
-        return quantize(
-            array,
-            kind,
-            self.block_size,
-            batch_axes=_batch_axes(array.shape),
-            keep_positive=kind == "unsigned",
+        if is_kept != should_be or kind is None:
+            raise ValueError(
+                "the state belongs to another configuration of low_bit: "
+                f"{owned.path} is {is_kept}, and should "
+                f"{'not be in codes' if kind is None else f'be {should_be}'}. Use the bits, "
+                "block_size, min_size, names and stacked it was made with, or make a new state "
+                "with init."
+            )
+
+    def storage(self, kind: str) -> Storage:
+        """Returns how a moment of this kind is held between steps."""
+        return Storage("bfloat16" if self.bits == 16 else kind, self.block_size)
+
+    def store(
+        self,
+        array: Float[Array, "..."],
+        kind: str,
+        batch_axes: int,
+        key: PRNGKeyArray | None = None,
+    ) -> Stored:
+        """Returns a moment as it is kept between steps, to be read again in at least float32."""
+        return self.storage(kind).keep(
+            _wide(array), batch_axes=batch_axes, key=key, keep_positive=kind == "unsigned"
         )
 
-    def restore(self, stored: Any) -> jax.Array:
-        """A moment as the inner transformation sees it."""
-        return _wide(stored) if self.bits == 16 else stored.dequantize()
+    def restore(self, stored: Stored, kind: str) -> Float[Array, "..."]:
+        """Returns a moment as the inner transformation sees it, in at least float32."""
+        return _wide(self.storage(kind).load(stored))
 
-    def check(self, state: Any, kinds: Iterable[str | None]) -> None:
-        """Raises for a leaf that is not kept as it would be by these rules."""
-        found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized)
-        for (path, leaf), kind in zip(found, kinds, strict=True):
-            if is_quantized(leaf):
-                is_kept = f"{leaf.scheme} 8-bit codes in blocks of {leaf.block_size}"
-            else:
-                is_kept = str(jnp.result_type(leaf))
+
+@dataclasses.dataclass(frozen=True)
+class _LowBit:
+    """The transformation that `low_bit` makes, whose arguments its attributes are."""
+
+    inner: optax.GradientTransformationExtraArgs
+    rules: _Rules
+    stacked: Stacked | None
+    seed: int
+
+    def init(self, params: Params) -> LowBitState:
+        """Returns the state of the inner transformation, its moments in few bits."""
+        params = dequantize_params(params)
+        sizes = [owned.size for owned in ownership(params, params, stacked=self.stacked)]
+        params = _unboxed(params, [size >= self.rules.min_size for size in sizes])
+        state = self.inner.init(params)
+        leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
+        owned = ownership(state, params, stacked=self.stacked)
+        # XLA would compute the codes of constants, zeros mostly, while it compiles: for minutes.
+        hide = jax.lax.optimization_barrier
+        stored = [
+            self.rules.store(_wide(hide(leaf)), kind, own.batch_axes)
+            if kind and self.rules.is_large(own)
+            else leaf
+            for leaf, own, kind in zip(leaves, owned, self.rules.kinds(leaves, owned), strict=True)
+        ]
+        rounds = jnp.zeros([], jnp.int32) if self.rules.bits == 16 else optax.MaskedNode()
+        return LowBitState(treedef.unflatten(stored), rounds)
+
+    def update(
+        self,
+        updates: Updates,
+        state: State,
+        params: Params | None = None,
+        *,
+        excerpt: Excerpt | None = None,
+        **extra_args: object,
+    ) -> tuple[Updates, LowBitState]:
+        """Returns the updates of the inner transformation, and its next state in few bits."""
+        if not isinstance(state, LowBitState):
+            raise TypeError(
+                f"low_bit's update needs the LowBitState that its init made; got a "
+                f"{type(state).__name__}. Was it made by another transformation?"
+            )
+        check_gradients(updates)
+        owned = ownership(state.inner, updates, stacked=self.stacked)
+        leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)
+        in_box = boxed(logical(state.inner))
+        kinds = self.rules.kinds_in_state(leaves, owned, in_box)
+        of_params = ownership(updates, updates, stacked=self.stacked)
+        unbox = _outside_of_boxes(owned, in_box, of_params, self.rules.min_size)
+        like = gradients = _unboxed(updates, unbox)
+        gradients = jax.tree.map(lambda g: jnp.astype(g, ranging_dtype(g.dtype)), gradients)
+        if params is not None:
+            like = params = _unboxed(dequantize_params(params), unbox)
+        restored = [
+            leaf if kind is None else self.rules.restore(leaf, kind)
+            for leaf, kind in zip(leaves, kinds, strict=True)
+        ]
+        extra_args |= {} if excerpt is None else {"excerpt": excerpt}
+        new_updates, new_inner = self.inner.update(
+            gradients, treedef.unflatten(restored), params, **extra_args
+        )
+        new_updates = jax.tree.leaves(jax.tree.map(_like, new_updates, like))
+        new_updates = jax.tree.structure(updates).unflatten(new_updates)
+        key, rounds = self._next_round(state, excerpt)
+        stored = []
+        new_leaves = treedef.flatten_up_to(new_inner)
+        for i, (kind, old, new) in enumerate(zip(kinds, leaves, new_leaves, strict=True)):
             if kind is None:
-                should_be = None if is_quantized(leaf) else is_kept
-            elif self.bits == 16:
-                should_be = "bfloat16"
+                # Wider moments must not widen what is kept beside them from step to step.
+                stored.append(_like(new, old))
             else:
-                shape = jnp.shape(leaf)
-                block_size = fitting_block_size(shape[_batch_axes(shape) :], self.block_size)
-                should_be = f"{kind} 8-bit codes in blocks of {block_size}"
-            if is_kept != should_be:
-                raise ValueError(
-                    "the state belongs to another configuration of low_bit: "
-                    f"{'/'.join(_components(path))} is {is_kept}, and should "
-                    f"{f'be {should_be}' if should_be else 'not be in codes'}. Use the bits, "
-                    "block_size, min_size and names it was made with, or make a new state with "
-                    "init."
-                )
+                leaf_key = None if key is None else jax.random.fold_in(key, i)
+                stored.append(self.rules.store(new, kind, owned[i].batch_axes, leaf_key))
+        return new_updates, LowBitState(treedef.unflatten(stored), rounds)
+
+    def _next_round(
+        self, state: LowBitState, excerpt: Excerpt | None
+    ) -> tuple[PRNGKeyArray | None, PyTree]:
+        """Returns the key of what is rounded at random, if anything is, and the next ``rounds``.
+
+        Each step, and each excerpt of the parameters, gets another key.
+        """
+        if self.rules.bits != 16:
+            return None, state.rounds
+        key = jax.random.fold_in(jax.random.key(self.seed), state.rounds)
+        rounds = jnp.asarray(optax.safe_increment(state.rounds))
+        if excerpt is None:
+            return key, rounds
+        return jax.random.fold_in(key, excerpt.turn), excerpt.acknowledge(rounds)
 
 
-def _fields(
-    paths: list[tuple[str, ...]], param_paths: set[tuple[str, ...]]
-) -> list[tuple[str, ...]]:
-    """For each leaf of a state the path of the field it belongs to.
-
-    A field is the outermost part of the state whose leaves have the paths of parameters, so that
-    a parameter called "v" is not taken for a moment. Elsewhere it is the leaf itself.
-    """
-    mirrors: dict[tuple[str, ...], bool] = {}
-    for path in paths:
-        for end in range(len(path) + 1):
-            prefix = path[:end]
-            mirrors[prefix] = mirrors.get(prefix, True) and path[end:] in param_paths
-    return [
-        next((path[:end] for end in range(len(path)) if mirrors[path[:end]]), path)
-        for path in paths
-    ]
+def _codes_of(kind: str | None, block_size: int, item_shape: Shape) -> str:
+    return f"{kind} 8-bit codes in blocks of {block_size} of items {item_shape}"
 
 
-def _signed_fields(state: Any) -> set[tuple[str, ...]]:
-    """Paths of the fields that have a sign though their names do not say so."""
-    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: type(x) in _SIGNED)
-    return {
-        (*_components(path), _SIGNED[type(node)]) for path, node in nodes if type(node) in _SIGNED
-    }
+def _outside_of_boxes(
+    owned: Sequence[Owned], in_box: Sequence[bool], params: Sequence[Owned], min_size: int
+) -> list[bool]:
+    """Says for each parameter whether init took it out of its box of Flax, as its state shows."""
+    unbox = [param.size >= min_size for param in params]
+    for own, inside in zip(owned, in_box, strict=True):
+        if own.owner is not None:
+            unbox[own.owner] = not inside
+    return unbox
 
 
-def _components(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+def _dtype(leaf: _Leaf) -> jnp.dtype:
+    return leaf.dtype if isinstance(leaf, QuantizedArray) else jnp.result_type(leaf)
 
 
-def _unboxed(tree: Any, min_size: int) -> Any:
-    """A tree with its large leaves out of Flax's boxes, which take a moment in codes for a tree."""
-    leaves = jax.tree.leaves(tree)
-    large = [_item_size(jnp.shape(leaf)) >= min_size for leaf in leaves]
-    return structure(tree, large).unflatten(leaves)
-
-
-def _batch_axes(shape: tuple[int, ...]) -> int:
-    return max(0, len(shape) - 2)
-
-
-def _item_size(shape: tuple[int, ...]) -> int:
-    """The elements of what stands behind the batch axes: of one layer of a stack."""
-    return math.prod(shape[_batch_axes(shape) :])
+def _unboxed(tree: PyTree, unbox: Sequence[bool]) -> PyTree:
+    """Returns a tree with some leaves out of Flax's boxes, which take codes for a whole tree."""
+    return structure(tree, unbox).unflatten(jax.tree.leaves(tree))
 
 
 def _wide(array: jax.Array) -> jax.Array:
-    """A moment in at least float32, in which alone a slow average of it moves."""
+    """Returns a moment in at least float32: in narrower dtypes a slow average does not move."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _like(new: Any, old: Any) -> Any:
+def _like(new: jax.Array, old: jax.Array) -> jax.Array:
     return new if jnp.result_type(new) == jnp.result_type(old) else new.astype(jnp.result_type(old))
 
 
-def _check_seed(seed: Any) -> None:
+def _check_seed(seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed must be an int; got {seed!r}")

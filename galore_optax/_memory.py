@@ -1,19 +1,21 @@
-"""What parameters and optimizer state cost, from shapes alone."""
+"""Says from shapes alone what parameters and optimizer state cost."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax._matrix import LeafView, MatrixView, Unprojected, leaves_with_paths, logical
-from galore_optax._quantized import is_quantized
-from galore_optax._state import GaloreState, Inspection, inspecting
-from galore_optax._subspace import Subspace
+from galore_optax._ownership import ownership
+from galore_optax._quantized import QuantizedArray, is_quantized
+from galore_optax._state import GaloreState, Inspection, inspecting, is_galore_state
+from galore_optax._subspace import Subspace, is_absent
+from galore_optax._trees import leaves_with_paths, logical
+from galore_optax._types import DType, Params, Shape, State
+from galore_optax._view import LeafView, MatrixView, Unprojected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +24,15 @@ class LeafGroup:
 
     Attributes:
       path: the common path, numbers replaced by ``*``.
-      shape: of one leaf.
-      leaves: how many there are.
-      rank: of their projectors, or None where they are not projected.
+      shape: the shape of one leaf.
+      leaves: how many leaves there are.
+      rank: the rank of their projectors, or None where they are not projected.
       not_projected: why they are not projected, or None where they are.
-      parameters: bytes of the leaves themselves.
-      projectors: bytes of their projectors.
-      moments: bytes of all else that the optimizer keeps for them.
-      moments_without_galore: bytes the inner optimizer keeps for them without galore around it.
+      parameters: the bytes of the leaves themselves.
+      projectors: the bytes of their projectors.
+      moments: the bytes of all else that the optimizer keeps for them.
+      moments_without_galore: the bytes that the inner optimizer keeps for them without galore
+        around it.
     """
 
     path: str
@@ -48,8 +51,8 @@ class MemoryReport:
     """What :func:`memory_report` found; ``print`` it for a table. Sizes are bytes.
 
     Attributes:
-      groups: the leaves.
-      counters: step counters and other state that belongs to no leaf's numbers.
+      groups: the leaves, grouped by path, shape and rank.
+      counters: the bytes of step counters and other state that belongs to no leaf's numbers.
       counters_without_galore: the same for the inner optimizer without galore around it.
       dtype: the dtype that floating-point arrays were taken to have, None for their own.
     """
@@ -61,42 +64,42 @@ class MemoryReport:
 
     @property
     def parameters(self) -> int:
-        """Bytes of the parameters."""
+        """The bytes of the parameters."""
         return sum(group.parameters for group in self.groups)
 
     @property
     def projectors(self) -> int:
-        """Bytes of the projectors."""
+        """The bytes of the projectors."""
         return sum(group.projectors for group in self.groups)
 
     @property
     def moments(self) -> int:
-        """Bytes of the inner state."""
+        """The bytes of the inner state."""
         return sum(group.moments for group in self.groups)
 
     @property
     def moments_without_galore(self) -> int:
-        """Bytes of the inner state without galore around it."""
+        """The bytes of the inner state without galore around it."""
         return sum(group.moments_without_galore for group in self.groups)
 
     @property
     def state(self) -> int:
-        """Bytes of the optimizer state: projectors, moments and counters."""
+        """The bytes of the optimizer state: projectors, moments and counters."""
         return self.projectors + self.moments + self.counters
 
     @property
     def state_without_galore(self) -> int:
-        """Bytes of the inner optimizer's state without galore around it."""
+        """The bytes of the inner optimizer's state without galore around it."""
         return self.moments_without_galore + self.counters_without_galore
 
     @property
     def total(self) -> int:
-        """Bytes of parameters and optimizer state."""
+        """The bytes of parameters and optimizer state."""
         return self.parameters + self.state
 
     @property
     def total_without_galore(self) -> int:
-        """Bytes of parameters and of the inner optimizer's state without galore."""
+        """The bytes of parameters and of the inner optimizer's state without galore."""
         return self.parameters + self.state_without_galore
 
     def __str__(self) -> str:
@@ -151,16 +154,16 @@ class MemoryReport:
 
 
 def memory_report(
-    tx: optax.GradientTransformation, params: Any, dtype: jax.typing.DTypeLike | None = None
+    tx: optax.GradientTransformation, params: Params, dtype: DType | None = None
 ) -> MemoryReport:
     """Says what parameters and optimizer state cost, without allocating anything.
 
     Args:
       tx: any transformation; galore may be anywhere in it.
       params: the parameters, or their ``jax.ShapeDtypeStruct``.
-      dtype: count every floating-point array as if it had this dtype, e.g. ``"bfloat16"`` to
-        compare with the published figures; by default arrays count as they are. Quantized arrays
-        always do.
+      dtype: the dtype that every floating-point array is counted as if it had, e.g.
+        ``"bfloat16"`` to compare with the published figures; by default arrays count as they are.
+        Quantized arrays always do.
 
     Returns:
       A `MemoryReport`: a plain dataclass that prints as a table.
@@ -180,7 +183,7 @@ def memory_report(
     views = {view.path: view for views in inspection.trees for view in views}
     parameters = [_bytes(leaf, dtype) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)]
 
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[str, Shape, int | None, str | None], list[int]] = {}
     for i, (path, leaf) in enumerate(leaves_with_paths(logical(params))):
         rank, reason = _projection(views.get(path))
         group = (re.sub(r"(?<![^/])\d+(?![^/])", "*", path), jnp.shape(leaf), rank, reason)
@@ -211,15 +214,15 @@ def memory_report(
 
 
 def compare_memory(reports: Mapping[str, MemoryReport]) -> str:
-    """A table of what several optimizers cost, one line each, to print.
+    """Returns a table of what several optimizers cost, one line each, to print.
 
     Args:
-      reports: by name what :func:`memory_report` found, each for its own parameters, which may be
-        in other dtypes or codes.
+      reports: what :func:`memory_report` found, by the name to show, each for its own parameters,
+        which may be in other dtypes or codes.
 
     Returns:
-      Parameters, projectors and moments, their total with counters included, and that over the
-      first one's total.
+      A table of parameters, projectors and moments, their total with counters included, and that
+      total over the first optimizer's total.
 
     Raises:
       TypeError: something is not a `MemoryReport`.
@@ -268,76 +271,79 @@ def compare_memory(reports: Mapping[str, MemoryReport]) -> str:
 
 @dataclasses.dataclass
 class _Sizes:
-    """Bytes of a state, by leaf of the parameters."""
+    """The bytes of a state, by leaf of the parameters."""
 
     projectors: list[int]
     moments: list[int]
     counters: int = 0
 
     @classmethod
-    def of(cls, tx: Any, params: Any, dtype: Any, inspection: Inspection) -> "_Sizes":
+    def of(
+        cls,
+        tx: optax.GradientTransformation,
+        params: Params,
+        dtype: DType | None,
+        inspection: Inspection,
+    ) -> "_Sizes":
         with inspecting(inspection):
-            # A function of its own, so that no earlier trace of tx.init is reused.
+            # This is a function of its own, so that no earlier trace of tx.init is reused.
             state = jax.eval_shape(lambda p: tx.init(p), _unsharded(params))
-        leaves = leaves_with_paths(logical(params))
-        owners = {_components(path): i for i, (path, _) in enumerate(leaves)}
-        sizes = cls([0] * len(leaves), [0] * len(leaves))
-        for path, item in leaves_with_paths(_mark(state, "moments")):
-            owner = _owner(_components(path), owners)
-            # Scalars of a matrix are counters and hyperparameters that share part of its path.
-            scalar = owner is not None and not item.array.shape and jnp.shape(leaves[owner][1])
-            if item.kind == "counters" or owner is None or scalar or _is_counter(item.array):
+        state = jax.tree.map(_listed, state, is_leaf=is_galore_state)
+        count = len(jax.tree.leaves(logical(params)))
+        sizes = cls([0] * count, [0] * count)
+        items = jax.tree.leaves(_mark(state, "moments"))
+        for item, leaf in zip(items, ownership(state, params), strict=True):
+            if item.kind == "counters" or leaf.owner is None:
                 sizes.counters += _bytes(item.array, dtype)
             else:
-                getattr(sizes, item.kind)[owner] += _bytes(item.array, dtype)
+                getattr(sizes, item.kind)[leaf.owner] += _bytes(item.array, dtype)
         return sizes
 
 
-def _unsharded(params: Any) -> Any:
-    """The shapes and dtypes alone: bytes are those of all devices together."""
+def _unsharded(params: Params) -> Params:
+    """Returns shapes and dtypes without shardings: bytes are those of all devices together."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
 
 
-def _components(path: str) -> tuple[str, ...]:
-    return tuple(path.split("/")) if path else ()
+def _listed(node: State) -> State:
+    """Returns a state of galore with a list of what its residual keeps of each parameter.
+
+    Positions in a list are behind the parameter's own keys, by which its owner is found.
+    """
+    if not is_galore_state(node):
+        return node
+    old = node.subspace
+    residual = jax.tree.map(
+        lambda _, own: jax.tree.leaves(own), old.refreshes, old.residual, is_leaf=is_absent
+    )
+    return node._replace(subspace=old._replace(residual=residual))
 
 
-def _owner(path: tuple[str, ...], owners: dict[tuple[str, ...], int]) -> int | None:
-    """The leaf whose path is the longest part of a path in the state, which has trees like it."""
-    for length in range(len(path), -1, -1):
-        for start in range(len(path) - length, -1, -1):
-            if path[start : start + length] in owners:
-                return owners[path[start : start + length]]
-    return None
-
-
-def _is_counter(array: Any) -> bool:
-    return array.shape == () and not jnp.issubdtype(array.dtype, jnp.floating)
+# What the fields of a subspace are counted for, where they are not counters.
+_KINDS = {"left": "projectors", "right": "projectors", "residual": "moments"}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Marked:
     """An array of the state, quantized or not, and what it is there for."""
 
-    array: Any
+    array: jax.ShapeDtypeStruct | QuantizedArray
     kind: str
 
 
-def _mark(state: Any, kind: str) -> Any:
-    def mark(node):
+def _mark(state: State, kind: str) -> State:
+    def mark(node: State) -> State:
         if not isinstance(node, GaloreState):
             return _Marked(node, kind)
         subspace = node.subspace._asdict()
         return GaloreState(
             step=_mark(node.step, "counters"),
             subspace=Subspace(
-                **{
-                    name: _mark(x, "projectors" if name in ("left", "right") else "counters")
-                    for name, x in subspace.items()
-                }
+                **{name: _mark(x, _KINDS.get(name, "counters")) for name, x in subspace.items()}
             ),
             inner=_mark(node.inner, "moments"),
             accumulator=_mark(node.accumulator, "moments"),
+            version=_mark(node.version, "counters"),
         )
 
     return jax.tree.map(
@@ -353,8 +359,8 @@ def _projection(view: LeafView | None) -> tuple[int | None, str | None]:
     return None, "no galore sees it"
 
 
-def _bytes(array: Any, dtype: Any) -> int:
-    if is_quantized(array):
+def _bytes(array: jax.typing.ArrayLike | QuantizedArray, dtype: DType | None) -> int:
+    if isinstance(array, QuantizedArray):
         return array.nbytes
     own = jnp.result_type(array)
     counted = dtype if dtype is not None and jnp.issubdtype(own, jnp.floating) else own

@@ -1,15 +1,20 @@
-"""Presets that keep their state in few bits, with Optax's argument names and order."""
+"""Presets here keep their state in few bits, with Optax's argument names and order."""
 
-from typing import Any, Unpack
+from collections.abc import Callable
+from typing import TypeAlias, Unpack
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
 from galore_optax._options import GaloreOptions, shows_galore_options
+from galore_optax._ownership import Stacked
+from galore_optax._types import DType, Params
 
-Numeric = jax.typing.ArrayLike
+Numeric: TypeAlias = jax.typing.ArrayLike
+Mask: TypeAlias = PyTree | Callable[[Params], PyTree]
 
 
 def adamw_8bit(
@@ -18,28 +23,32 @@ def adamw_8bit(
     b2: Numeric = 0.999,
     eps: Numeric = 1e-8,
     eps_root: Numeric = 0.0,
-    mu_dtype: Any | None = None,
+    mu_dtype: DType | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | None = None,
+    mask: Mask | None = None,
     *,
     nesterov: bool = False,
     block_size: int = 256,
     min_size: int = 4096,
+    stacked: Stacked | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW with moments in 8 bits: ``low_bit(optax.adamw(...))``, without galore.
+    """Returns AdamW with moments in 8 bits: ``low_bit(optax.adamw(...))``, without galore.
 
     Args:
-      learning_rate: see ``optax.adamw``, as for all arguments up to ``nesterov``.
-      b1: decay rate of the first moment.
-      b2: decay rate of the second moment.
-      eps: added to the denominator, after bias correction.
-      eps_root: added under its root.
-      mu_dtype: dtype of the first moment, before it is rounded to 8 bits.
-      weight_decay: times the learning rate.
+      learning_rate: the learning rate; see ``optax.adamw``, as for all arguments up to
+        ``nesterov``.
+      b1: the decay rate of the first moment.
+      b2: the decay rate of the second moment.
+      eps: what is added to the denominator, after bias correction.
+      eps_root: what is added under the root of the denominator.
+      mu_dtype: the dtype of the first moment, before it is rounded to 8 bits.
+      weight_decay: the weight decay, times the learning rate.
       mask: the leaves to decay.
       nesterov: whether to use Nesterov momentum.
       block_size: see `galore_optax.low_bit`.
-      min_size: moments of fewer elements are not rounded.
+      min_size: the number of elements below which moments are not rounded. All elements of a leaf
+        count, or those of one layer where ``stacked`` says how many axes are stacks.
+      stacked: see `galore_optax.low_bit`.
 
     Returns:
       The transformation.
@@ -65,6 +74,7 @@ def adamw_8bit(
         ),
         block_size=block_size,
         min_size=min_size,
+        stacked=stacked,
     )
 
 
@@ -75,29 +85,30 @@ def galore_adamw_8bit(
     b2: Numeric = 0.999,
     eps: Numeric = 1e-8,
     eps_root: Numeric = 0.0,
-    mu_dtype: Any | None = None,
+    mu_dtype: DType | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | None = None,
+    mask: Mask | None = None,
     *,
     nesterov: bool = False,
     block_size: int = 256,
     min_size: int = 4096,
     **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """8-bit GaLore: ``galore(adamw_8bit(...), rank=rank, ...)``.
+    """Returns 8-bit GaLore: ``galore(adamw_8bit(...), rank=rank, ...)``.
 
     Args:
-      learning_rate: see :func:`adamw_8bit`, as for all arguments up to ``min_size``.
-      b1: decay rate of the first moment.
-      b2: decay rate of the second moment.
-      eps: added to the denominator, after bias correction.
-      eps_root: added under the root of the denominator.
-      mu_dtype: dtype of the first moment, before it is rounded to 8 bits.
-      weight_decay: of whole matrices, times the learning rate, not scaled by ``scale``.
+      learning_rate: the learning rate; see :func:`adamw_8bit`, as for all arguments up to
+        ``min_size``.
+      b1: the decay rate of the first moment.
+      b2: the decay rate of the second moment.
+      eps: what is added to the denominator, after bias correction.
+      eps_root: what is added under the root of the denominator.
+      mu_dtype: the dtype of the first moment, before it is rounded to 8 bits.
+      weight_decay: the decay of whole matrices, times the learning rate, not scaled by ``scale``.
       mask: the leaves to decay.
       nesterov: whether to use Nesterov momentum.
-      block_size: elements of a block.
-      min_size: moments of fewer elements are not rounded.
+      block_size: the number of elements of a block.
+      min_size: the number of elements below which moments are not rounded.
       **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
         `galore_optax.galore`.
 
@@ -139,34 +150,35 @@ def q_galore_adamw(
     b2: Numeric = 0.999,
     eps: Numeric = 1e-8,
     eps_root: Numeric = 0.0,
-    mu_dtype: Any | None = None,
+    mu_dtype: DType | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | None = None,
+    mask: Mask | None = None,
     *,
     nesterov: bool = False,
     block_size: int = 256,
     min_size: int = 4096,
     **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """Q-GaLore: 8-bit moments, 4-bit projectors, and lazy refreshes.
+    """Returns Q-GaLore: 8-bit moments, 4-bit projectors, and lazy refreshes.
 
-    ``galore(adamw_8bit(...), projector_dtype="int4", refresh="lazy", ...)``. The weights are the
-    caller's: with 8-bit ones from `galore_optax.quantize_params`, gradients come from
+    It is ``galore(adamw_8bit(...), projector_dtype="int4", refresh="lazy", ...)``. The weights are
+    the caller's: with 8-bit ones from `galore_optax.quantize_params`, gradients come from
     `galore_optax.value_and_grad`, and `galore_optax.apply_updates` adds the updates with
     stochastic rounding.
 
     Args:
-      learning_rate: see :func:`adamw_8bit`, as for all arguments up to ``min_size``.
-      b1: decay rate of the first moment.
-      b2: decay rate of the second moment.
-      eps: added to the denominator, after bias correction.
-      eps_root: added under the root of the denominator.
-      mu_dtype: dtype of the first moment, before it is rounded to 8 bits.
-      weight_decay: of whole matrices, times the learning rate, not scaled by ``scale``.
+      learning_rate: the learning rate; see :func:`adamw_8bit`, as for all arguments up to
+        ``min_size``.
+      b1: the decay rate of the first moment.
+      b2: the decay rate of the second moment.
+      eps: what is added to the denominator, after bias correction.
+      eps_root: what is added under the root of the denominator.
+      mu_dtype: the dtype of the first moment, before it is rounded to 8 bits.
+      weight_decay: the decay of whole matrices, times the learning rate, not scaled by ``scale``.
       mask: the leaves to decay.
       nesterov: whether to use Nesterov momentum.
-      block_size: elements of a block.
-      min_size: moments of fewer elements are not rounded.
+      block_size: the number of elements of a block.
+      min_size: the number of elements below which moments are not rounded.
       **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
         `galore_optax.galore`; ``projector_dtype`` is ``"int4"`` and ``refresh`` is ``"lazy"``
         where they are not given.

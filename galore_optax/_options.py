@@ -1,15 +1,18 @@
-"""The keyword arguments of galore, which all presets take; written once for all of them."""
+"""Lists the keyword arguments of galore, which all presets take, once for all of them."""
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
 
-import jax
 import optax
+from jaxtyping import Array
 
 from galore_optax._galore import galore
-from galore_optax._matrix import ExcludeSpec, RankSpec
-from galore_optax._refresh import Lazy
+from galore_optax._refresh import Gap, Refresh
+from galore_optax._residual import Residual
+from galore_optax._select import DimensionNumbersSpec, ExcludeSpec, RankSpec
+from galore_optax._transport import Transport
+from galore_optax._types import Scalar
 
 Preset = TypeVar("Preset", bound=Callable[..., optax.GradientTransformationExtraArgs])
 
@@ -18,26 +21,31 @@ class GaloreOptions(TypedDict, total=False):
     """The keyword arguments of `galore_optax.galore`, for type checkers."""
 
     rank: RankSpec
-    update_proj_gap: int | jax.Array | optax.Schedule
-    scale: float | jax.Array
-    projector: str | Callable[..., jax.Array]
-    projector_options: Mapping[str, Any] | None
+    update_proj_gap: Gap
+    scale: Scalar
+    projector: str | Callable[..., Array]
+    projector_options: Mapping[str, object] | None
     projector_dtype: str | None
-    refresh: str | Lazy
+    refresh: str | Refresh
     stagger: bool
+    transport: str | Transport
+    residual: str | Residual
     side: str
     exclude: ExcludeSpec
-    weight_dimension_numbers: Any
+    weight_dimension_numbers: DimensionNumbersSpec
     accumulation_steps: int | None
-    seed: int | jax.Array
+    seed: int | Array
     diagnostics: bool
 
 
 def shows_galore_options(defaults: GaloreOptions | None = None) -> Callable[[Preset], Preset]:
     """Decorates a preset whose last parameter is ``**options: Unpack[GaloreOptions]``.
 
-    Its signature has the keyword arguments of galore instead, with their defaults or the given
-    ones: ``help`` shows them, and ``optax.inject_hyperparams`` binds arguments by name.
+    Its signature then has the keyword arguments of galore instead, with galore's defaults or the
+    given ones: ``help`` shows them, and ``optax.inject_hyperparams`` binds arguments by name.
+
+    Args:
+      defaults: the defaults that differ from galore's.
     """
 
     def decorate(preset: Preset) -> Preset:

@@ -1,31 +1,39 @@
-"""Orthonormal columns, from products."""
+"""Makes the columns of a matrix orthonormal, mostly by products of matrices."""
 
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from galore_optax._random import uniform
 
-_NEAR = 0.5  # of the Gram matrix to the identity, in its 1-norm, for the last pass.
+# A pass is the last one if it starts with a Gram matrix that is nearer than this to the identity,
+# in the 1-norm.
+_NEAR = 0.5
 _MOST_PASSES = 40
 
+# The loop carries the basis, the shift, whether it is done, and how many passes there were.
+_Carry: TypeAlias = tuple[
+    Float[Array, "m r"], Float[Array, ""], Bool[Array, ""], Int[Array, ""] | int
+]
 
-def orthonormalize(matrix: jax.Array) -> jax.Array:
-    """An orthonormal basis whose first k columns span those of the matrix, for every k.
 
-    The Q of a QR factorization, by Cholesky factorizations of Gram matrices: nearly all of it is
-    products of matrices, which run well on any device and under any sharding. The columns are
+def orthonormalize(matrix: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """Returns an orthonormal basis whose first k columns span those of the matrix, for every k.
+
+    It is the Q of a QR factorization, by Cholesky factorizations of Gram matrices: nearly all of it
+    is products of matrices, which run well on any device and under any sharding. The columns are
     scaled to one length first, which is most of what a power iteration needs; then two passes do,
     as in CholeskyQR2. Where directions are too weak for the factorization a shift of the Gram
     matrix lets it pass, which makes them some hundred times stronger, and there are more passes.
 
     Args:
-      matrix: (m, r), m >= r, float32 or float64.
+      matrix: the matrix, (m, r), m >= r, float32 or float64.
 
     Returns:
-      (m, r), in the same dtype. Of a matrix without full rank, or with columns of zeros,
-      orthonormal all the same: some round-off is added first that has full rank.
+      The basis, (m, r), in the same dtype. Of a matrix without full rank, or with columns of zeros,
+      it is orthonormal all the same: some round-off is added first that has full rank.
 
     References:
       Fukaya et al., `Shifted Cholesky QR for computing the QR factorization of ill-conditioned
@@ -38,19 +46,19 @@ def orthonormalize(matrix: jax.Array) -> jax.Array:
     scaled += 10 * epsilon / m**0.5 * uniform(jax.random.key(0), (m, r), matrix.dtype)
     eye = jnp.eye(r, dtype=matrix.dtype)
 
-    def go_on(carry: Any) -> jax.Array:
+    def go_on(carry: _Carry) -> Bool[Array, ""]:
         _, _, done, passes = carry
         return ~done & (passes < _MOST_PASSES)
 
-    def again(carry: Any) -> Any:
+    def again(carry: _Carry) -> _Carry:
         basis, shift, _, passes = carry
         gram = _product(basis.T, basis)
-        # Of the norm, which bounds the eigenvalues; not a number compares as false.
+        # The norm bounds the eigenvalues. Where it is not a number, this is false.
         near = jnp.all(jnp.sum(jnp.abs(gram - eye), axis=0) < _NEAR)
         lower = jnp.linalg.cholesky(gram + jnp.where(near, 0, shift) * eye)
         inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
         new = _product(basis, inverse.T)
-        # The factor is not a number where the matrix, shifted, is not positive definite.
+        # The factor is not a number where the shifted matrix is not positive definite.
         sound = jnp.all(jnp.isfinite(inverse))
         new, shift = jnp.where(sound, new, basis), jnp.where(sound, shift, 10 * shift)
         return new, shift, near & sound, passes + 1
@@ -59,5 +67,5 @@ def orthonormalize(matrix: jax.Array) -> jax.Array:
     return jax.lax.while_loop(go_on, again, first)[0]
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,21 +1,34 @@
-"""Arrays in codes: a pytree that stands for an array of another shape and dtype."""
+"""Holds arrays in codes: a pytree stands for an array of another shape and dtype."""
 
 import dataclasses
 import functools
 import math
 import numbers
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, Shaped
 
-from galore_optax import _codes
+from galore_optax._codec import Coded
+from galore_optax._codecs import CODECS
+from galore_optax._types import Shape
 
-SCHEMES = ("signed", "unsigned", "int8", "int4")
-_BITS = {"int8": 8, "int4": 4}
+
+def schemes(*, at_random: bool = False) -> list[str]:
+    """Returns the names of the codecs that a `QuantizedArray` may be in.
+
+    Args:
+      at_random: whether to name only those that round at random without bias, as weights need.
+    """
+    return [
+        name
+        for name, codec in CODECS.items()
+        if codec.in_blocks and (codec.rounds_at_random or not at_random)
+    ]
 
 
 @jax.tree_util.register_dataclass
@@ -23,34 +36,37 @@ _BITS = {"int8": 8, "int4": 4}
 class QuantizedArray:
     """An array in block-wise codes of 8 or 4 bits; made by `galore_optax.quantize`.
 
-    A pytree whose leaves are the arrays it is made of. Their leading axes are those of the array
-    that were batch axes, so that ``scan`` and ``vmap`` over these give the quantized array of one
-    item.
+    It is a pytree whose leaves are the arrays it is made of. Their leading axes are those of the
+    array that were batch axes, so that ``scan`` and ``vmap`` over these give the quantized array
+    of one item.
 
     The codes have the shape of the item itself where blocks divide its last axis, and so take the
-    sharding of the array they stand for; else those of the flattened item, padded to whole blocks.
+    sharding of the array they stand for; else they have the shape of the flattened item, padded to
+    whole blocks.
 
     Attributes:
-      codes: (*batch, *item) or (*batch, padded), uint8; half as long in the last axis for
-        ``"int4"``, two codes to a byte.
-      scales: one of each block, with the leading axes of ``codes``, float32.
-      zeros: the code of 0, likewise, uint8, for integer schemes; else ``optax.MaskedNode()``.
-      item_shape: the shape without batch axes.
-      dtype: of what :meth:`dequantize` returns.
-      scheme: ``"signed"``, ``"unsigned"``, ``"int8"`` or ``"int4"``.
-      block_size: elements of a block.
+      codes: the codes, (*batch, *item) or (*batch, padded), uint8; half as long in the last axis
+        for ``"int4"``, two codes to a byte.
+      scales: the scale of each block, with the leading axes of ``codes``, float32.
+      zeros: the code of 0 in each block, with the same axes, uint8, for integer schemes; else
+        ``optax.MaskedNode()``.
+      item_shape: the shape of the array without batch axes.
+      dtype: the dtype of what :meth:`dequantize` returns.
+      scheme: the name of the codes, as `galore_optax.quantize` takes it.
+      block_size: the number of elements of a block.
     """
 
-    codes: Any
-    scales: Any
-    zeros: Any
-    item_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    # These are arrays, or what functions of trees put in their places: jax.ShapeDtypeStruct, say.
+    codes: PyTree
+    scales: PyTree
+    zeros: PyTree
+    item_shape: Shape = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     scheme: str = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """The shape of the array that this stands for."""
         batch_axes = jnp.ndim(self.codes) - len(_stored_shape(self.item_shape, self.block_size))
         return (*jnp.shape(self.codes)[: max(0, batch_axes)], *self.item_shape)
@@ -67,38 +83,40 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """What the codes, scales and zeros take, in bytes."""
+        """The number of bytes that the codes, scales and zeros take."""
         arrays = jax.tree.leaves(self)
         return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
 
-    def dequantize(self) -> jax.Array:
-        """The array, in its own shape and dtype; computed in float32.
+    def dequantize(self) -> Float[Array, "..."]:
+        """Returns the array in its own shape and dtype; it is computed in float32.
 
         Raises:
           ValueError: an axis of the item itself was sliced, not a batch axis.
         """
         return _dequantized(self)
 
-    def blocks(self) -> tuple[jax.Array, jax.Array, Any]:
-        """Unpacked codes (..., block, element), scales and zeros (..., block)."""
+    def blocks(self) -> Coded:
+        """Returns the blocks as their codec reads them: unpacked codes (..., block, element).
+
+        Raises:
+          ValueError: an axis of the item itself was sliced, not a batch axis.
+        """
         if jnp.ndim(self.codes) < len(_stored_shape(self.item_shape, self.block_size)):
             raise ValueError(
                 f"a quantized array of item shape {self.item_shape} was sliced or mapped along an "
                 f"axis that is not a batch axis: its codes have shape {jnp.shape(self.codes)}. "
                 "Quantize with batch_axes=1 to slice along the first axis."
             )
-        if self.scheme == "int4":
-            codes = _codes.unpack(_split(self.codes, self.block_size // 2))
-        else:
-            codes = _split(self.codes, self.block_size)
-        return codes, self.scales, self.zeros
+        codec = CODECS[self.scheme]
+        packed = _split(self.codes, self.block_size // codec.codes_per_byte)
+        return Coded(codec.unpack(packed), self.scales, self.zeros)
 
-    def __jax_array__(self) -> jax.Array:
+    def __jax_array__(self) -> Float[Array, "..."]:
         """Lets functions of ``jax.numpy`` dequantize it where they use it."""
         return self.dequantize()
 
-    def __rmul__(self, other: Any) -> Any:
-        # What a decaying moment or a weight decay comes to; jax.numpy multiplies without this.
+    def __rmul__(self, other: object) -> None:
+        # A decaying moment or a weight decay comes to this; jax.numpy multiplies without it.
         raise TypeError(
             f"{other!r} times a QuantizedArray of shape {self.shape}: if this is a transformation "
             "of Optax, it cannot update quantized parameters. galore, low_bit and the presets of "
@@ -106,33 +124,37 @@ class QuantizedArray:
         )
 
 
-def is_quantized(x: Any) -> bool:
+def is_quantized(x: object) -> TypeGuard[QuantizedArray]:
     """Whether this is a quantized array; a predicate for ``is_leaf``."""
     return isinstance(x, QuantizedArray)
 
 
 def quantize(
-    array: jax.Array,
+    array: jax.typing.ArrayLike,
     scheme: str = "int8",
     block_size: int = 256,
     batch_axes: int = 0,
-    key: jax.Array | None = None,
+    key: PRNGKeyArray | None = None,
     *,
     keep_positive: bool = False,
 ) -> QuantizedArray:
     """Codes an array in blocks of consecutive elements, last axis first.
 
     Args:
-      array: of any shape, of a real floating-point dtype; taken as float32.
-      scheme: ``"signed"`` and ``"unsigned"`` are the dynamic 8-bit codes for moments of
-        optimizers, for each block relative to its absolute maximum; unsigned ones take negative
-        numbers for 0. ``"int8"`` and ``"int4"`` are asymmetric integers, (code - zero) * scale,
-        whose range includes 0.
-      block_size: elements that share a scale, even. Less than that many make one smaller block.
+      array: an array of any shape and of a real floating-point dtype; it is taken as float32.
+      scheme: the name of the codes. ``"signed"`` and ``"unsigned"`` are the dynamic 8-bit codes for
+        moments of optimizers, for each block relative to its absolute maximum; unsigned ones take
+        negative numbers for 0. ``"int8"`` and ``"int4"`` are asymmetric integers, (code - zero) *
+        scale, whose range includes 0. ``"float8_e4m3"`` and ``"float8_e5m2"`` are floating-point
+        numbers of 8 bits, kept as their bits in uint8, for each block relative to its absolute
+        maximum, which becomes the largest of them; they are off by at most 1/17 and 1/9 of a
+        number, unless it is tiny beside that maximum.
+      block_size: the number of elements that share a scale, even. Fewer elements than that make
+        one smaller block.
       batch_axes: how many leading axes are batch axes: no block straddles them, and the result may
         be sliced along them, as ``scan`` and ``vmap`` do.
-      key: of JAX, for stochastic rounding, which is unbiased up to and including the extremes of a
-        block; integer schemes only. None rounds to the nearest code.
+      key: a key of JAX for stochastic rounding, which is unbiased up to and including the extremes
+        of a block; integer schemes only. None rounds to the nearest code.
       keep_positive: with ``"unsigned"``, whether a positive number is coded as the smallest
         positive value at least, never as 0.
 
@@ -141,7 +163,8 @@ def quantize(
 
     Raises:
       TypeError: the array is not of a real floating-point dtype.
-      ValueError: another argument is out of range.
+      ValueError: another argument is out of range, or the codes cannot do what ``key`` or
+        ``keep_positive`` asks for.
 
     Examples:
       >>> import galore_optax, jax.numpy as jnp
@@ -156,12 +179,14 @@ def quantize(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, 2021, section 2 (dynamic codes);
       Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.3 (integers
-      with stochastic rounding; the scale here leaves room to round extremes).
+      with stochastic rounding; the scale here leaves room to round extremes);
+      Micikevicius et al., `FP8 Formats for Deep Learning <https://arxiv.org/abs/2209.05433>`_,
+      2022 (e4m3 and e5m2).
     """
     array = jnp.asarray(array)
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
-    check_block_size(block_size)
+    if scheme not in schemes():
+        raise ValueError(f"scheme must be one of {', '.join(schemes())}; got {scheme!r}")
+    check_block_size(block_size, scheme)
     if not 0 <= batch_axes <= array.ndim:
         raise ValueError(
             f"batch_axes must be between 0 and the {array.ndim} axes of the array; got {batch_axes}"
@@ -170,104 +195,107 @@ def quantize(
         raise TypeError(
             f"quantize needs an array of a real floating-point dtype; got {array.dtype}"
         )
-    if key is not None and scheme not in _BITS:
+    if key is not None and not CODECS[scheme].rounds_at_random:
         raise ValueError(
-            f"stochastic rounding needs scheme 'int8' or 'int4'; got {scheme!r}, whose codes have "
-            "no value beyond the extremes of a block. Pass key=None."
+            f"stochastic rounding needs scheme {either(schemes(at_random=True))}; got {scheme!r}, "
+            "whose codes can only be rounded to the nearest. Pass key=None."
         )
-    if keep_positive and scheme != "unsigned":
-        raise ValueError(f"keep_positive is for scheme 'unsigned'; got {scheme!r}")
+    if keep_positive and CODECS[scheme].keeping_positive() is None:
+        possible = [name for name in schemes() if CODECS[name].keeping_positive() is not None]
+        raise ValueError(f"keep_positive is for scheme {either(possible)}; got {scheme!r}")
     return _quantized(array, key, scheme, block_size, batch_axes, keep_positive)
 
 
-# This and what follows is compiled as one outside of a compiled function too: init often is.
-@functools.partial(jax.jit, inline=True)
+# Each of these functions is compiled as one, since init often runs outside of a compiled function,
+# and once for all arrays of a shape.
+@jax.jit
 def requantize(
-    quantized: QuantizedArray, updates: jax.Array, key: jax.Array | None
+    quantized: QuantizedArray, updates: Shaped[Array, "..."], key: PRNGKeyArray | None
 ) -> QuantizedArray:
-    """Adds to an array in integer codes; see :func:`galore_optax._codes.update_integer`.
+    """Adds to an array in codes; see :meth:`galore_optax._codec.Codec.add`.
 
     Args:
-      quantized: of scheme ``"int8"`` or ``"int4"``.
-      updates: of its shape.
-      key: of JAX, for stochastic rounding, or None.
+      quantized: the array in codes; they must round at random if there is a key.
+      updates: what to add, of the shape of the array.
+      key: a key of JAX for stochastic rounding, or None.
 
     Returns:
       The sum, with the same static attributes.
     """
-    codes, scales, zeros = _codes.update_integer(
-        *quantized.blocks(),
-        to_blocks(updates, quantized.item_shape, quantized.block_size),
-        _BITS[quantized.scheme],
-        key,
-    )
-    if quantized.scheme == "int4":
-        codes = _codes.pack(codes)
-    return dataclasses.replace(quantized, codes=_merge(codes), scales=scales, zeros=zeros)
+    codec = CODECS[quantized.scheme]
+    updates = to_blocks(updates, quantized.item_shape, quantized.block_size)
+    codes, scales, zeros = codec.add(quantized.blocks(), updates, key)
+    codes = _merge(codec.pack(codes))
+    return dataclasses.replace(quantized, codes=codes, scales=scales, zeros=zeros)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _quantized(
-    array: jax.Array,
-    key: jax.Array | None,
+    array: Float[Array, "..."],
+    key: PRNGKeyArray | None,
     scheme: str,
     block_size: int,
     batch_axes: int,
     keep_positive: bool,
 ) -> QuantizedArray:
     item_shape = array.shape[batch_axes:]
-    block_size = fitting_block_size(item_shape, block_size)
-    blocks = to_blocks(array, item_shape, block_size)
-    if scheme in _BITS:
-        codes, scales, zeros = _codes.encode_integer(blocks, _BITS[scheme], key)
-    else:
-        codes, scales = _codes.encode_dynamic(blocks, scheme == "signed", keep_positive)
-        zeros = optax.MaskedNode()
-    if scheme == "int4":
-        codes = _codes.pack(codes)
-    return QuantizedArray(_merge(codes), scales, zeros, item_shape, array.dtype, scheme, block_size)
+    block_size = fitting_block_size(item_shape, block_size, scheme)
+    codec = CODECS[scheme]
+    if keep_positive:
+        codec = codec.keeping_positive() or codec
+    codes, scales, zeros = codec.encode(to_blocks(array, item_shape, block_size), key)
+    codes = _merge(codec.pack(codes))
+    return QuantizedArray(codes, scales, zeros, item_shape, array.dtype, scheme, block_size)
 
 
-@functools.partial(jax.jit, inline=True)
-def _dequantized(quantized: QuantizedArray) -> jax.Array:
-    codes, scales, zeros = quantized.blocks()
-    if quantized.scheme in _BITS:
-        values = _codes.decode_integer(codes, scales, zeros)
-    else:
-        values = _codes.decode_dynamic(codes, scales, quantized.scheme == "signed")
-    values = values.astype(quantized.dtype)
+@jax.jit
+def _dequantized(quantized: QuantizedArray) -> Float[Array, "..."]:
+    values = CODECS[quantized.scheme].decode(quantized.blocks()).astype(quantized.dtype)
     return _from_blocks(values, quantized.item_shape, quantized.block_size)
 
 
-def check_block_size(block_size: Any) -> None:
-    """Raises for what is not a positive multiple of 2."""
+def either(names: Sequence[str]) -> str:
+    """Returns names as an error lists them: ``'int8' or 'int4'``."""
+    return " or ".join(map(repr, names))
+
+
+def check_block_size(block_size: object, scheme: str | None = None) -> None:
+    """Raises for what is not a positive multiple of 2, and of the codes of the scheme in a byte."""
+    unit = _unit(scheme)
     if (
         isinstance(block_size, bool)
         or not isinstance(block_size, numbers.Integral)
-        or block_size < 2
-        or block_size % 2
+        or block_size < unit
+        or block_size % unit
     ):
         raise ValueError(
-            f"block_size must be a positive multiple of 2; got {block_size!r}"
+            f"block_size must be a positive multiple of {unit}; got {block_size!r}"
             + static_hint(block_size)
         )
 
 
-def static_hint(value: Any) -> str:
-    """What to add to the error of an argument that must not be an array."""
+def _unit(scheme: str | None) -> int:
+    """What the size of a block is a multiple of, so that blocks fill whole bytes."""
+    return 2 if scheme is None else max(2, CODECS[scheme].codes_per_byte)
+
+
+def static_hint(value: object) -> str:
+    """Returns what to add to the error of an argument that must not be an array."""
     if isinstance(value, jax.Array):
         return ". Under optax.inject_hyperparams, name it in static_args."
     return ""
 
 
-def fitting_block_size(item_shape: tuple[int, ...], block_size: int) -> int:
-    """The block size of an item, which is smaller where the whole item is; even."""
-    size = math.prod(item_shape)
-    return min(block_size, max(2, size + size % 2))
+def fitting_block_size(item_shape: Shape, block_size: int, scheme: str) -> int:
+    """Returns the block size of an item, which is smaller where the whole item is."""
+    unit = _unit(scheme)
+    return min(block_size, max(unit, -(-math.prod(item_shape) // unit) * unit))
 
 
-def to_blocks(array: jax.Array, item_shape: tuple[int, ...], block_size: int) -> jax.Array:
-    """(*batch, *item) as (..., blocks, block size), float32; padded with zeros."""
+def to_blocks(
+    array: Shaped[Array, "..."], item_shape: Shape, block_size: int
+) -> Float32[Array, "*blocks size"]:
+    """Cuts (*batch, *item) in (..., blocks, block size), float32, padded with zeros."""
     array = jnp.asarray(array)
     stored = _stored_shape(item_shape, block_size)
     if stored != item_shape:
@@ -279,8 +307,10 @@ def to_blocks(array: jax.Array, item_shape: tuple[int, ...], block_size: int) ->
     return _split(array, block_size).astype(jnp.float32)
 
 
-def _from_blocks(blocks: jax.Array, item_shape: tuple[int, ...], block_size: int) -> jax.Array:
-    """The inverse of :func:`to_blocks`."""
+def _from_blocks(
+    blocks: Float[Array, "*blocks size"], item_shape: Shape, block_size: int
+) -> Float[Array, "..."]:
+    """Undoes :func:`to_blocks`."""
     array = _merge(blocks)
     if _stored_shape(item_shape, block_size) == item_shape:
         return array
@@ -288,14 +318,16 @@ def _from_blocks(blocks: jax.Array, item_shape: tuple[int, ...], block_size: int
     return array[..., : math.prod(item_shape)].reshape(*array.shape[:-1], *item_shape)
 
 
-def _stored_shape(item_shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
-    """The shape in which the codes of an item are kept, before packing."""
+def _stored_shape(item_shape: Shape, block_size: int) -> Shape:
+    """Returns the shape in which the codes of an item are kept, before packing."""
     if item_shape and item_shape[-1] % block_size == 0:
         return item_shape
     return (-(-math.prod(item_shape) // block_size) * block_size,)
 
 
-def _split(array: jax.Array, size: int) -> jax.Array:
+def _split(
+    array: Shaped[Array, "*leading all"], size: int
+) -> Shaped[Array, "*leading blocks size"]:
     """Splits the last axis in blocks."""
     count = array.shape[-1] // size
     over = _spec(array)[-1]
@@ -306,17 +338,18 @@ def _split(array: jax.Array, size: int) -> jax.Array:
     return _rows_last(array.reshape(*array.shape[:-1], count, size))
 
 
-def _merge(blocks: jax.Array) -> jax.Array:
+def _merge(blocks: Shaped[Array, "*leading blocks size"]) -> Shaped[Array, "*leading all"]:
+    """Undoes :func:`_split`."""
     blocks = _rows_last(blocks)
     return blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1])
 
 
-def _rows_last(blocks: jax.Array) -> jax.Array:
-    """Blocks (..., rows, blocks, size) in the layout that suits a TPU, where rows fill its lanes.
+def _rows_last(blocks: Shaped[Array, "*blocks size"]) -> Shaped[Array, "*blocks size"]:
+    """Gives blocks (..., rows, blocks, size) a layout that suits a TPU: rows fill its lanes.
 
     Its tiles are of 128 elements of the last axis in memory and 8 or more of the one before. With
     rows last a block is a run of whole tiles: to split an axis in blocks moves nothing, and what
-    is computed fuses. Else float32 arrays of full size are moved, several at a time.
+    is computed fuses. Without it float32 arrays of full size are moved, several at a time.
     """
     last = blocks.ndim - 3
     if last < 0 or blocks.shape[last] < 128:
@@ -327,8 +360,8 @@ def _rows_last(blocks: jax.Array) -> jax.Array:
     )
 
 
-def _gathered(array: jax.Array, axes: Any) -> jax.Array:
-    """The array with some axes not sharded: under Explicit sharding they could not be reshaped."""
+def _gathered(array: Shaped[Array, "*shape"], axes: Sequence[int]) -> Shaped[Array, "*shape"]:
+    """Unshards some axes of an array, which under Explicit sharding could not be reshaped."""
     spec = _spec(array)
     if all(spec[axis] is None for axis in axes):
         return array
@@ -336,6 +369,6 @@ def _gathered(array: jax.Array, axes: Any) -> jax.Array:
     return jax.sharding.reshard(array, PartitionSpec(*kept))
 
 
-def _spec(array: jax.Array) -> tuple[Any, ...]:
-    """The axes of an Explicit mesh that each axis is sharded over; None elsewhere."""
-    return tuple(jax.typeof(array).sharding.spec)
+def _spec(array: Shaped[Array, "..."]) -> PartitionSpec:
+    """Returns the axes of an Explicit mesh that each axis is sharded over; None elsewhere."""
+    return jax.typeof(array).sharding.spec

@@ -1,51 +1,66 @@
-"""Weights in integer codes: to and fro, their gradients, and updates that are not lost in them."""
+"""Codes and decodes weights, takes their gradients, and adds updates so that none is lost."""
 
 import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
 
-from galore_optax import _codes
-from galore_optax._matrix import DEFAULT_EXCLUDE, ExcludeSpec, MatrixView, RankSpec, Selection
-from galore_optax._quantized import QuantizedArray, is_quantized, quantize, requantize
-
-_INTEGERS = ("int8", "int4")
+from galore_optax._codecs import CODECS
+from galore_optax._quantized import (
+    QuantizedArray,
+    either,
+    is_quantized,
+    quantize,
+    requantize,
+    schemes,
+)
+from galore_optax._select import (
+    DEFAULT_EXCLUDE,
+    DimensionNumbersSpec,
+    ExcludeSpec,
+    RankSpec,
+    Selection,
+)
+from galore_optax._storage import Storage
+from galore_optax._types import Params, Updates
+from galore_optax._view import MatrixView
 
 
 def quantize_params(
-    params: Any,
+    params: Params,
     *,
     rank: RankSpec = 128,
     scheme: str = "int8",
     block_size: int = 256,
     side: str = "short",
     exclude: ExcludeSpec = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
+    weight_dimension_numbers: DimensionNumbersSpec = None,
     key: jax.Array | None = None,
-) -> Any:
+) -> Params:
     """Quantizes the leaves that ``galore`` would project, and leaves the others as they are.
 
     Args:
       params: the parameters, or their ``jax.ShapeDtypeStruct``.
-      rank: with ``side``, ``exclude`` and ``weight_dimension_numbers``, what `galore_optax.galore`
-        gets: the same leaves are chosen.
-      scheme: ``"int8"`` or ``"int4"``.
-      block_size: elements that share a scale, even. Blocks do not straddle layers, nor any other
-        batch axis.
+      rank: the rank that `galore_optax.galore` gets. With the same rank, ``side``, ``exclude`` and
+        ``weight_dimension_numbers`` the same leaves are chosen.
+      scheme: the name of the codes, ``"int8"`` or ``"int4"``.
+      block_size: the number of elements that share a scale, even. Blocks do not straddle layers,
+        nor any other batch axis.
       side: see `galore_optax.galore`.
       exclude: see `galore_optax.galore`.
       weight_dimension_numbers: see `galore_optax.galore`.
-      key: of JAX, for stochastic rounding; None rounds to the nearest, as is best once.
+      key: a key of JAX for stochastic rounding; None rounds to the nearest, as is best where it is
+        done only once.
 
     Returns:
       The same tree with a `QuantizedArray` for each chosen leaf, of its shape and dtype.
 
     Raises:
-      TypeError: as of `galore_optax.galore`.
+      TypeError: where `galore_optax.galore` raises one for these arguments and parameters.
       ValueError: likewise; or another argument is out of range.
 
     Examples:
@@ -55,8 +70,9 @@ def quantize_params(
       >>> params["kernel"].nbytes / params["kernel"].size
       1.01953125
     """
-    if scheme not in _INTEGERS:
-        raise ValueError(f"scheme must be one of {', '.join(_INTEGERS)}; got {scheme!r}")
+    possible = schemes(at_random=True)
+    if scheme not in possible:
+        raise ValueError(f"scheme must be one of {', '.join(possible)}; got {scheme!r}")
     views = Selection(rank, side, exclude, weight_dimension_numbers).views(params)
     leaves, treedef = jax.tree.flatten(params)
     new = []
@@ -90,8 +106,8 @@ def quantize_params(
     return treedef.unflatten(new)
 
 
-def dequantize_params(params: Any) -> Any:
-    """A tree with all quantized leaves as ordinary arrays; others stay as they are.
+def dequantize_params(params: Params) -> Params:
+    """Returns a tree with all quantized leaves as ordinary arrays; others stay as they are.
 
     Args:
       params: a tree, also the one that :func:`value_and_grad` hands to its function, or one of
@@ -101,7 +117,7 @@ def dequantize_params(params: Any) -> Any:
       The tree, its leaves in their logical shapes and dtypes.
     """
 
-    def dense(leaf: Any) -> Any:
+    def dense(leaf: PyTree) -> PyTree:
         if isinstance(leaf, QuantizedArray) and isinstance(leaf.codes, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         return leaf.dequantize() if _is_any_quantized(leaf) else leaf
@@ -110,9 +126,9 @@ def dequantize_params(params: Any) -> Any:
 
 
 def value_and_grad(
-    fun: Callable[..., Any], has_aux: bool = False
-) -> Callable[..., tuple[Any, Any]]:
-    """``jax.value_and_grad`` with respect to the values that quantized leaves stand for.
+    fun: Callable[..., PyTree], has_aux: bool = False
+) -> Callable[..., tuple[PyTree, Updates]]:
+    """Acts as ``jax.value_and_grad`` with respect to the values that quantized leaves stand for.
 
     ``fun`` gets the parameters with quantized leaves still in codes, and dequantizes them where
     it uses them: with ``.dequantize()``, with :func:`dequantize_params` on any part of the tree,
@@ -122,7 +138,7 @@ def value_and_grad(
     ``jax.grad`` itself refuses integers, ``codes`` among them, without saying which leaf.
 
     Args:
-      fun: a function of the parameters and whatever else, to a scalar.
+      fun: a function of the parameters and whatever else, which returns a scalar.
       has_aux: whether it returns a pair of that and auxiliary data.
 
     Returns:
@@ -139,10 +155,10 @@ def value_and_grad(
     """
 
     @functools.wraps(fun)
-    def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def wrapped(params: Params, *args: object, **kwargs: object) -> tuple[PyTree, Updates]:
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
 
-        def of_carriers(carriers: list[Any]) -> Any:
+        def of_carriers(carriers: list[PyTree]) -> PyTree:
             attached = map(attach, leaves, carriers)
             return fun(treedef.unflatten(attached), *args, **kwargs)
 
@@ -153,18 +169,18 @@ def value_and_grad(
     return wrapped
 
 
-def carrier(leaf: Any) -> Any:
-    """What a gradient is taken with respect to: the leaf, or for a quantized one unread zeros."""
+def carrier(leaf: PyTree) -> PyTree:
+    """Returns what to differentiate with respect to: the leaf, or unread zeros if quantized."""
     return jnp.zeros(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf
 
 
-def attach(leaf: Any, carrier: Any) -> Any:
-    """What a function is given for a leaf, so that its gradient goes to the carrier."""
+def attach(leaf: PyTree, carrier: PyTree) -> PyTree:
+    """Returns what a function is given for a leaf, so that its gradient goes to the carrier."""
     return _Attached(leaf, carrier) if is_quantized(leaf) else carrier
 
 
-def check_gradients(gradients: Any) -> None:
-    """Raises for a leaf that is in codes, as those that ``jax.grad`` takes are."""
+def check_gradients(gradients: Updates) -> None:
+    """Raises an error for a gradient that is in codes, as those that ``jax.grad`` takes are."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients, is_leaf=is_quantized):
         if is_quantized(leaf):
             raise TypeError(
@@ -175,17 +191,18 @@ def check_gradients(gradients: Any) -> None:
 
 
 def apply_updates(
-    params: Any, updates: Any, key: jax.Array | None, *, round_bfloat16: bool = False
-) -> Any:
-    """``optax.apply_updates`` for trees with quantized leaves, which it rounds at random.
+    params: Params, updates: Updates, key: PRNGKeyArray | None, *, round_bfloat16: bool = False
+) -> Params:
+    """Does what ``optax.apply_updates`` does, and rounds quantized leaves at random.
 
     The mean of what is added is the update however small it is, where rounding to the nearest
     would lose whatever is less than half a step. Sums are in float32.
 
     Args:
-      params: the parameters; quantized leaves in integer codes.
-      updates: of the same structure, in logical shapes; a None leaves its parameter as it is.
-      key: of JAX, another one for every step; None rounds to the nearest.
+      params: the parameters; quantized leaves must be in integer codes.
+      updates: the updates, of the same structure, in logical shapes; a None leaves its parameter
+        as it is.
+      key: a key of JAX, another one for every step; None rounds to the nearest.
       round_bfloat16: whether to round bfloat16 leaves at random too.
 
     Returns:
@@ -209,7 +226,7 @@ def apply_updates(
     if round_bfloat16 and key is None:
         raise ValueError("round_bfloat16=True needs a key of JAX, another one for every step")
 
-    def is_leaf(x: Any) -> bool:
+    def is_leaf(x: object) -> bool:
         return x is None or is_quantized(x)
 
     found, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
@@ -232,13 +249,13 @@ def apply_updates(
         dtype = jnp.result_type(param)
         if round_bfloat16 and leaf_key is not None and dtype == jnp.bfloat16:
             total = jnp.asarray(param).astype(jnp.float32) + update
-            new.append(_codes.round_to_bfloat16(total, leaf_key))
+            new.append(Storage("bfloat16").keep(total, key=leaf_key))
         else:
             new.append(jnp.asarray(param + update).astype(dtype))
     return treedef.unflatten(new)
 
 
-def _check_update(name: str, param: Any, update: Any) -> None:
+def _check_update(name: str, param: PyTree, update: PyTree) -> None:
     is_array = jax.tree_util.all_leaves([update])
     if not is_array or jnp.shape(update) != jnp.shape(param):
         found = jnp.shape(update) if is_array else type(update).__name__
@@ -248,10 +265,10 @@ def _check_update(name: str, param: Any, update: Any) -> None:
             "galore_optax.value_and_grad, and an optimizer that knows them: galore, low_bit or "
             "one of the presets."
         )
-    if is_quantized(param) and param.scheme not in _INTEGERS:
+    if is_quantized(param) and not CODECS[param.scheme].rounds_at_random:
         raise ValueError(
             f"{name or 'the parameter'} is in {param.scheme} codes, which cannot be rounded "
-            "without bias. Quantize parameters with scheme 'int8' or 'int4'."
+            f"without bias. Quantize parameters with scheme {either(schemes(at_random=True))}."
         )
 
 
@@ -261,7 +278,7 @@ class _Attached:
     """A quantized leaf, and the array that receives the gradient of what it stands for."""
 
     quantized: QuantizedArray
-    carrier: Any
+    carrier: PyTree
 
     def dequantize(self) -> jax.Array:
         return _with_gradient_of(self.quantized.dequantize(), self.carrier)
@@ -269,20 +286,21 @@ class _Attached:
     def __jax_array__(self) -> jax.Array:
         return self.dequantize()
 
-    def __getattr__(self, name: str) -> Any:
-        # Whatever else a model asks of its weight: shape, dtype, ndim, size, nbytes.
+    def __getattr__(self, name: str) -> object:
+        # The quantized leaf answers whatever else a model asks of its weight: shape, dtype, ndim,
+        # size, nbytes.
         if name.startswith("_") or name in ("quantized", "carrier"):
             raise AttributeError(name)
         return getattr(self.quantized, name)
 
 
-def _is_any_quantized(x: Any) -> bool:
+def _is_any_quantized(x: object) -> bool:
     return isinstance(x, QuantizedArray | _Attached)
 
 
 @jax.custom_vjp
 def _with_gradient_of(value: jax.Array, carrier: jax.Array) -> jax.Array:
-    """The value, whose gradient goes to the carrier, which is not read."""
+    """Returns the value, whose gradient goes to the carrier, which is not read."""
     del carrier
     return value
 

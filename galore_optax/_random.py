@@ -1,34 +1,39 @@
-"""Random entries of bases, by a hash that is a handful of instructions in the program.
+"""Draws the random entries of bases, by a hash that is a handful of instructions in the program.
 
 ``jax.random`` is a cipher, Threefry: some hundred instructions wherever it is called. Each leaf
 has a part of the program to itself, so that these would be most of what compiling an update takes;
 and bases that are made again on every step need their numbers soon.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from galore_optax._types import DType
 
 
-def fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
-    """A key for each number, (), int, like ``jax.random.fold_in``, by an addition.
+def fold_in(key: Key[Array, ""], data: Int[Array, ""]) -> Key[Array, ""]:
+    """Makes another key of a key and a number, as ``jax.random.fold_in`` does, by an addition.
 
-    The hash below scatters keys, so that they may be neighbours.
+    The new keys of neighbouring numbers are neighbours, which the hash below scatters.
+
+    Args:
+      key: the key of a matrix.
+      data: the number, (), int.
     """
     words = jax.random.key_data(key)
     return jax.random.wrap_key_data(words + data.astype(words.dtype), impl=jax.random.key_impl(key))
 
 
-def uniform(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """Independent entries, uniform in the open interval (-1, 1), never zero.
+def uniform(key: Key[Array, ""], shape: tuple[int, int], dtype: DType) -> Float[Array, "m n"]:
+    """Returns independent entries, uniform in the open interval (-1, 1), never zero.
 
     Each is a hash of its place and the words of the key.
 
     Args:
-      key: of any implementation.
-      shape: (m, n), fewer than 2^32 entries.
-      dtype: float32 or float64, both to 23 bits.
+      key: a key of any implementation.
+      shape: the shape of the entries, (m, n), fewer than 2^32 of them.
+      dtype: the dtype of the entries, float32 or float64, both to 23 bits.
 
     References:
       Wellons, `hash-prospector <https://github.com/skeeto/hash-prospector>`_, 2018: the

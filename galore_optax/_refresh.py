@@ -1,22 +1,76 @@
-"""When the subspace is chosen again, and that nothing else is paid for on other steps."""
+"""Says when a subspace is chosen again.
+
+A rule is a small frozen object like `Periodic`. It sees the counters of one matrix, and says after
+a refresh when the next one is due. The table `REFRESHES` names the rules.
+"""
 
 import dataclasses
-import functools
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Int, PyTree
 
-from galore_optax._matrix import moment_dtype
-from galore_optax._part import Turn
-from galore_optax._state import GaloreState
-from galore_optax._subspace import ABSENT, Sides, Subspace, is_absent
-from galore_optax.projectors import Projector
+from galore_optax._state import is_galore_state
+from galore_optax._subspace import Subspace
+from galore_optax._types import State, Step
 
 _NEVER = 2**31 - 1  # the last step that an int32 can count
+
+ONLY: Final = "only"
+"""What `refresh` gives ``update`` for its argument of the same name: no step follows."""
+
+Gap: TypeAlias = int | Array | Callable[[Step], PyTree]
+
+
+class Clock(NamedTuple):
+    """The time as one matrix sees it."""
+
+    step: Step  # the number of updates done.
+    gap: Int[Array, ""]  # T in steps, at least 1.
+    phase: Int[Array, ""]  # by how many steps, fewer than T, staggering delays the matrix.
+
+
+@runtime_checkable
+class Refresh(Protocol):
+    """What every rule of refresh can do; `Periodic` says what each member means."""
+
+    @property
+    def watches(self) -> bool: ...
+    def initial(self) -> Subspace: ...
+    def next(self, subspace: Subspace, clock: Clock, similarity: Float[Array, ""]) -> Subspace: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Periodic:
+    """Refreshes a matrix every T steps."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether the rule goes by how subspaces turn, which must be able to stand still then."""
+        return False
+
+    def initial(self) -> Subspace:
+        """Returns the counters of a matrix that is due at step 0; all else in it is absent."""
+        # One array must not serve twice: a state is donated, and no buffer can be given away twice.
+        return Subspace(refreshes=jnp.zeros([], jnp.int32), due=jnp.zeros([], jnp.int32))
+
+    def next(self, subspace: Subspace, clock: Clock, similarity: Float[Array, ""]) -> Subspace:
+        """Returns the counters of a matrix after a refresh, with the next one due.
+
+        Args:
+          subspace: the counters of the matrix, with this refresh counted.
+          clock: the time of this refresh.
+          similarity: how similar the new and the old subspace are: 1 where it stood still, 0 on
+            average for two random ones.
+        """
+        del similarity
+        anchor = jnp.where(subspace.refreshes == 1, clock.phase, subspace.due)
+        return subspace._replace(due=_next_on_grid(anchor, clock.gap, clock.step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +84,12 @@ class Lazy:
     Random projectors cannot be combined with it: their subspaces never stand still.
 
     Attributes:
-      threshold: of the mean similarity. The paper's 0.4 is of the cosine of one singular vector,
-        which is another measure. Of this one, the demo's LLaMA has medians of 0.38 at T = 10, 0.32
-        at T = 50 and 0.18 at T = 100; noise alone leaves 0.43 between two batches of 1,024 tokens
-        at the same weights, 0.53 of 65,536. At T = 10 a threshold of 0.6 saves no refresh, 0.4 a
-        third, 0.3 58 % and 0.2 70 %, none at a loss higher than without (benchmarks/lazy.py).
+      threshold: the mean similarity from which on the gap doubles. The paper's 0.4 is a threshold
+        of the cosine of one singular vector, which is another measure. Of this one, the demo's
+        LLaMA has medians of 0.38 at T = 10, 0.32 at T = 50 and 0.18 at T = 100; noise alone leaves
+        0.43 between two batches of 1,024 tokens at the same weights, 0.53 of 65,536. At T = 10 a
+        threshold of 0.6 saves no refresh, 0.4 a third, 0.3 58 % and 0.2 70 %, none at a loss higher
+        than without (benchmarks/lazy.py).
       queue: how many similarities are averaged.
 
     References:
@@ -52,168 +107,101 @@ class Lazy:
         if not whole or self.queue < 1:
             raise ValueError(f"queue must be a positive int; got {self.queue!r}")
 
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """When matrices fall due. Attributes are the arguments of `galore_optax.galore`."""
-
-    update_proj_gap: int | jax.Array | optax.Schedule
-    refresh: str | Lazy
-    stagger: bool
-
-    def __post_init__(self):
-        _check_gap(self.update_proj_gap)
-        if self.refresh not in ("periodic", "lazy") and not isinstance(self.refresh, Lazy):
-            raise ValueError(
-                f'refresh must be "periodic", "lazy" or a galore_optax.Lazy; got {self.refresh!r}'
-            )
-        if not isinstance(self.stagger, bool | np.bool):
-            raise TypeError(f"stagger must be a bool; got {self.stagger!r}")
-
-    def check(self, projector: Projector) -> None:
-        """Raises for a projector that cannot be combined with this."""
-        if self.lazy is not None and not projector.stored:
-            raise ValueError(
-                'refresh="lazy" is for subspaces that can stand still; those of the projectors '
-                'gaussian and orthonormal are random ones. Use refresh="periodic" with these.'
-            )
-
     @property
-    def lazy(self) -> Lazy | None:
-        """The rule by which gaps grow, or None where they do not."""
-        if isinstance(self.refresh, Lazy):
-            return self.refresh
-        return Lazy() if self.refresh == "lazy" else None
+    def watches(self) -> bool:
+        """Whether the rule goes by how subspaces turn."""
+        return True
 
-    def gap(self, step: jax.Array) -> jax.Array:
-        """T at a step, (), int32, at least 1."""
-        gap = self.update_proj_gap
-        gap = gap(step) if callable(gap) else gap
-        gap = min(gap, _NEVER) if isinstance(gap, numbers.Integral) else gap
-        return jnp.maximum(jnp.asarray(gap).astype(jnp.int32), 1)
+    def initial(self) -> Subspace:
+        """Returns the counters of a matrix that is due at step 0; see `Periodic`."""
+        counters = Periodic().initial()
+        similarities = jnp.full(self.queue, -jnp.inf, jnp.float32)
+        return counters._replace(gaps=jnp.ones([], jnp.int32), similarities=similarities)
+
+    def next(self, subspace: Subspace, clock: Clock, similarity: Float[Array, ""]) -> Subspace:
+        """Returns the counters of a matrix after a refresh; see `Periodic`."""
+        shifted = jnp.append(subspace.similarities[1:], similarity)
+        first = subspace.refreshes == 1
+        similarities = jnp.where(first, subspace.similarities, shifted)
+        grows = jnp.mean(similarities) >= self.threshold
+        grows &= subspace.gaps <= (_NEVER // 2) // clock.gap
+        gaps = jnp.where(grows, 2, 1) * subspace.gaps
+        due = _next_on_grid(clock.phase, clock.gap * gaps, clock.step)
+        return subspace._replace(similarities=similarities, gaps=gaps, due=due)
 
 
-def refresh_leaf(
-    matrices: jax.Array,
-    subspace: Subspace,
-    *,
-    sides: Sides,
-    turn: Turn,
-    step: jax.Array,
-    gap: jax.Array,
-    timing: Timing,
-    force: bool,
-    allowed: jax.Array | bool,
-) -> tuple[Subspace, jax.Array]:
-    """Chooses again the subspaces that are due, and returns the others as they are.
+REFRESHES: dict[str, Refresh] = {"periodic": Periodic(), "lazy": Lazy()}
 
-    All work is inside ``lax.cond`` with a scalar predicate. Matrices of a stack are done one
-    after the other, so that the workspace is that of one. A gradient that is zero or not finite
-    cannot choose a subspace: the old one stays, and stays due until a later gradient can.
 
-    The step is handed from leaf to leaf, which puts the leaves in a row: XLA works through them one
-    after the other, with the temporaries of a few, where it would otherwise do each operation for
-    all leaves before the next one, through memory instead of caches.
-
-    Args:
-      matrices: (*batch, m, n), the gradient.
-      subspace: of the leaf.
-      sides: of the leaf: how bases are chosen, stored and loaded.
-      turn: of the leaf.
-      step: (), int32, the number of updates before this one; what the leaf before returned.
-      gap: (), int32, positive: steps from one refresh to the next. What is late does not shift
-        the later ones: with a constant gap T they are due at multiples of T, or, staggered, at a
-        step of each matrix' own and every T steps from there.
-      timing: whether matrices are staggered, and whether their gaps grow.
-      force: whether to take all matrices as due.
-      allowed: whether matrices may be refreshed now.
-
-    Returns:
-      The subspace to use from this step on, and the step for the leaf that comes next.
+def resolve(refresh: str | Refresh) -> Refresh:
+    """Returns the rule of that name, or the one that is given.
 
     Raises:
-      ValueError: the projector returns bases of another shape than (m, r).
+      ValueError: there is no rule of that name, or it is none.
     """
-    view, batch = sides.view, sides.view.batch
+    if isinstance(refresh, str) and refresh in REFRESHES:
+        return REFRESHES[refresh]
+    if not isinstance(refresh, Refresh):
+        names = ", ".join(f'"{name}"' for name in REFRESHES)
+        raise ValueError(f"refresh must be {names} or a galore_optax.Lazy; got {refresh!r}")
+    return refresh
 
-    def one(matrix: jax.Array, old: Subspace, key: jax.Array, place: jax.Array) -> Subspace:
-        # In one pass over the matrix; jnp.max alone loses a nan on the CPU.
-        peak = jnp.max(jnp.where(jnp.isnan(matrix), jnp.inf, jnp.abs(matrix)))
-        usable = (peak > 0) & (peak < jnp.inf)
-        due = usable if force else usable & (step >= old.due)
-        choose_again = functools.partial(choose, matrix, peak, old, key, place)
-        return jax.lax.cond(due, choose_again, lambda: old)
 
-    def choose(
-        matrix: jax.Array, peak: jax.Array, old: Subspace, key: jax.Array, place: jax.Array
-    ) -> Subspace:
-        dtype = moment_dtype(matrix.dtype)
-        # Products of entries could over- or underflow. To divide by a power of two is exact.
-        limits = jnp.finfo(dtype)
-        power = jax.lax.reduce_precision(peak.astype(dtype) / 2, limits.nexp, 0)
-        matrix = matrix.astype(dtype) / jnp.maximum(power, limits.tiny)
-        first = old.refreshes == 0
-        stored, overlaps, chances = [], [], []
-        for side, was, g in zip(
-            sides.of_matrix(key), (old.left, old.right), (matrix, matrix.T), strict=True
-        ):
-            if side is None:
-                stored.append(ABSENT)
-                continue
-            now, overlap = side.choose(g, was, old.refreshes)
-            stored.append(now)
-            overlaps.append(overlap)
-            chances.append(side.rank / side.size)
-        overlap = jnp.where(first, 0.0, sum(overlaps) / len(overlaps)).astype(jnp.float32)
-        chance = sum(chances) / len(chances)
-        new = old._replace(left=stored[0], right=stored[1], refreshes=old.refreshes + 1)
-        new = next_due(new, (overlap - chance) / (1 - chance), place)
-        if not is_absent(old.overlap):
-            new = new._replace(overlap=overlap)
-        return _if_sound(new, old)
+def phase(order: Int[Array, "*batch"], total: int, gap: Int[Array, ""]) -> Int[Array, "*batch"]:
+    """Returns by how many steps staggering delays the refreshes of each matrix.
 
-    def next_due(subspace: Subspace, similarity: jax.Array, place: jax.Array) -> Subspace:
-        first = subspace.refreshes == 1
-        # floor(gap * place / total), without the overflow.
-        phase = (gap // turn.total) * place + ((gap % turn.total) * place) // turn.total
-        phase = phase if timing.stagger else jnp.zeros_like(place)
-        anchor = jnp.where(first, phase, subspace.due)
-        own_gap = gap
-        if timing.lazy is not None:
-            shifted = jnp.append(subspace.similarities[1:], similarity)
-            similarities = jnp.where(first, subspace.similarities, shifted)
-            grows = jnp.mean(similarities) >= timing.lazy.threshold
-            grows &= subspace.gaps <= (_NEVER // 2) // gap
-            gaps = jnp.where(grows, 2, 1) * subspace.gaps
-            subspace = subspace._replace(similarities=similarities, gaps=gaps)
-            own_gap, anchor = gap * gaps, phase
-        due = anchor + own_gap * (jnp.floor_divide(step - anchor, own_gap) + 1)
-        due = jnp.where(own_gap > _NEVER - step, _NEVER, due)  # instead of an overflow
-        return subspace._replace(due=due)
+    Args:
+      order: the numbers of the matrices among all matrices.
+      total: how many matrices there are.
+      gap: the gap T, in steps.
 
-    def all_of_leaf(matrices: jax.Array, old: Subspace) -> Subspace:
-        keys = sides.keys
-        if not batch:
-            return one(matrices, old, keys[0], jnp.asarray(turn.first, jnp.int32))
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), (matrices, old))
-        places = turn.first + jnp.arange(view.count, dtype=jnp.int32)
-        new = jax.lax.map(lambda arguments: one(*arguments), (*flat, keys, places))
-        return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), new)
+    Returns:
+      floor(T order / total), computed without overflow.
+    """
+    return (gap // total) * order + ((gap % total) * order) // total
 
-    due = allowed if force else jnp.any(step >= subspace.due) & allowed
-    # JAX would take what both branches pass through out of the conditional, hence the addition.
-    return jax.lax.cond(
-        due, lambda: (all_of_leaf(matrices, subspace), step + 0), lambda: (subspace, step)
-    )
+
+def check_gap(gap: object) -> None:
+    """Raises an error where ``update_proj_gap`` cannot be right.
+
+    Raises:
+      TypeError: it is neither a number, nor a schedule, nor an array.
+      ValueError: it is below 1.
+    """
+    if callable(gap):
+        return
+    if isinstance(gap, jax.Array | np.ndarray):
+        try:
+            value = float(gap)
+        except jax.errors.ConcretizationTypeError:  # traced: counts as at least 1 at run time
+            return
+    elif isinstance(gap, bool) or not isinstance(gap, numbers.Integral):
+        raise TypeError(
+            f"update_proj_gap must be a positive int, a schedule or an array; got {gap!r}"
+        )
+    else:
+        value = int(gap)
+    if value < 1:
+        raise ValueError(f"update_proj_gap must be at least 1 step; got {value}")
+
+
+def gap_at(gap: Gap, step: Step) -> Int[Array, ""]:
+    """Returns the gap T at a step, at least 1."""
+    value = gap(step) if callable(gap) else gap
+    value = min(value, _NEVER) if isinstance(value, numbers.Integral) else value
+    return jnp.maximum(jnp.asarray(value).astype(jnp.int32), 1)
 
 
 def refresh(
-    tx: optax.GradientTransformation, grads: optax.Updates, state: Any, params: Any | None = None
-) -> Any:
+    tx: optax.GradientTransformation,
+    grads: optax.Updates,
+    state: State,
+    params: optax.Params | None = None,
+) -> State:
     """Chooses the subspaces of all matrices anew, and does nothing else.
 
-    For users who decide themselves when to refresh, such as under a ``jax.vmap`` over seeds, where
-    ``lax.cond`` runs both of its branches. Ordinary steps are then
+    It is for users who decide themselves when to refresh, such as under a ``jax.vmap`` over seeds,
+    where ``lax.cond`` runs both of its branches. Ordinary steps are then
     ``tx.update(grads, state, params, refresh=False)``, whose program has no factorization.
 
     In the middle of a step of several gradients (``accumulation_steps``) it does nothing, since
@@ -221,12 +209,13 @@ def refresh(
 
     Args:
       tx: a galore, in any wrappers that pass on extra arguments, such as ``optax.chain``.
-      grads: gradients.
-      state: of ``tx``.
+      grads: the gradients that choose the subspaces.
+      state: the state of ``tx``.
       params: the parameters, where ``tx`` needs them.
 
     Returns:
-      The state with new subspaces; all else in it is as it was.
+      The state with new subspaces, and moments as the transport leaves them; all else in it is as
+      it was.
 
     Examples:
       >>> import galore_optax, jax.numpy as jnp
@@ -236,31 +225,15 @@ def refresh(
       >>> state = galore_optax.refresh(tx, params, state, params)
       >>> updates, state = tx.update(params, state, params, refresh=False)
     """
-    _, updated = optax.with_extra_args_support(tx).update(grads, state, params, refresh=True)
+    _, updated = optax.with_extra_args_support(tx).update(grads, state, params, refresh=ONLY)
 
-    def take(old, new):
-        return old._replace(subspace=new.subspace) if isinstance(old, GaloreState) else old
+    def take(old: State, new: State) -> State:
+        return new if is_galore_state(old) else old
 
-    return jax.tree.map(take, state, updated, is_leaf=lambda x: isinstance(x, GaloreState))
-
-
-def _if_sound(new: Subspace, old: Subspace) -> Subspace:
-    floats = [x for x in jax.tree.leaves((new.left, new.right)) if jnp.issubdtype(x, jnp.floating)]
-    sound = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats], bool))
-    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
+    return jax.tree.map(take, state, updated, is_leaf=is_galore_state)
 
 
-def _check_gap(gap: Any) -> None:
-    if callable(gap):
-        return
-    if isinstance(gap, jax.Array | np.ndarray):
-        try:
-            gap = float(gap)
-        except jax.errors.ConcretizationTypeError:  # traced: counts as at least 1 at run time
-            return
-    elif isinstance(gap, bool) or not isinstance(gap, numbers.Integral):
-        raise TypeError(
-            f"update_proj_gap must be a positive int, a schedule or an array; got {gap!r}"
-        )
-    if gap < 1:
-        raise ValueError(f"update_proj_gap must be at least 1 step; got {gap}")
+def _next_on_grid(anchor: Int[Array, ""], gap: Int[Array, ""], step: Step) -> Int[Array, ""]:
+    """Returns the first step after this one that is a whole number of gaps away from the anchor."""
+    due = anchor + gap * (jnp.floor_divide(step - anchor, gap) + 1)
+    return jnp.where(gap > _NEVER - step, _NEVER, due)  # instead of an overflow

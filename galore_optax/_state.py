@@ -1,45 +1,53 @@
-"""The state of galore(): what it holds, whether it fits, and what can be read from it."""
+"""Defines the state of galore(), checks whether one fits, and reads from it what users ask for."""
 
 import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree, PyTreeDef
 
-from galore_optax._matrix import LeafView
 from galore_optax._quantized import is_quantized
 from galore_optax._subspace import ABSENT, Subspace, is_absent
+from galore_optax._trees import path_name
+from galore_optax._types import State
+from galore_optax._view import LeafView
+
+VERSION = 2
+"""The version of the layout of `GaloreState`; see `galore_optax.migrate`."""
 
 
 class GaloreState(NamedTuple):
     """State of :func:`galore_optax.galore`."""
 
-    step: Any  # (), int32: the number of updates done.
-    subspace: Subspace  # of trees with the structure of the parameters.
-    inner: Any  # the inner state; the moments of projected leaves have the shape of R.
-    accumulator: Any = ABSENT  # an Accumulator where several gradients make a step.
+    step: PyTree  # (), int32: the number of updates done.
+    subspace: Subspace  # the subspaces, trees with the structure of the parameters.
+    inner: PyTree  # the inner state; the moments of projected leaves have the shape of R.
+    accumulator: PyTree = ABSENT  # an Accumulator where several gradients make a step.
+    version: PyTree = ABSENT  # (), int32: the layout's version, so that checkpoints say what it is.
 
 
-def metrics(state: Any) -> dict[str, jax.Array]:
-    """What a training log wants to know of the subspaces, as scalars.
+def metrics(state: State) -> dict[str, Array]:
+    """Returns what a training log wants to know of the subspaces, as scalars.
 
     Args:
       state: any optimizer state, with galore anywhere in it.
 
     Returns:
-      ``"refreshes"``: how often a matrix was refreshed, all matrices and steps counted. With
-      ``galore(..., diagnostics=True)`` also ``"captured_energy"`` and ``"captured_energy_min"``,
-      the mean and the least over matrices of |P^T G|^2 / |G|^2 at the last step; and
-      ``"overlap"``, the mean over matrices of |P_new^T P_old|^2 / r at their last refresh, 0
-      before the second: 1 where the subspace stood still, r / m on average where it was replaced
-      by a random one. The figures of each matrix are in ``state.subspace``. Empty without galore.
+      A dict with ``"refreshes"``: how often a matrix was refreshed, all matrices and steps counted.
+      With ``galore(..., diagnostics=True)`` it also has ``"captured_energy"`` and
+      ``"captured_energy_min"``, the mean and the least over matrices of |P^T G|^2 / |G|^2 at the
+      last step; and ``"overlap"``, the mean over matrices of |P_new^T P_old|^2 / r at their last
+      refresh, 0 before the second: 1 where the subspace stood still, r / m on average where it was
+      replaced by a random one. The figures of each matrix are in ``state.subspace``. The dict is
+      empty without galore.
     """
     subspaces = [node.subspace for node in _galore_states(state)]
 
-    def gather(field: str) -> jax.Array | None:
+    def gather(field: str) -> Array | None:
         found = [x.ravel() for s in subspaces for x in jax.tree.leaves(getattr(s, field))]
         return jnp.concatenate(found) if found else None
 
@@ -54,15 +62,15 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     return result
 
 
-def accumulates(state: Any) -> bool:
+def accumulates(state: State) -> bool:
     """Whether a galore anywhere in a state averages gradients at rank r."""
     return any(not is_absent(node.accumulator) for node in _galore_states(state))
 
 
-def at_a_step(state: Any) -> Any:
-    """The state without the micro-batches of a step that was begun and not finished."""
+def at_a_step(state: State) -> State:
+    """Returns the state without the micro-batches of a step that was begun and not finished."""
 
-    def empty(node: Any) -> Any:
+    def empty(node: PyTree) -> PyTree:
         if not is_galore_state(node) or is_absent(node.accumulator):
             return node
         kept = jax.lax.cond(
@@ -76,8 +84,8 @@ def at_a_step(state: Any) -> Any:
     return jax.tree.map(empty, state, is_leaf=is_galore_state)
 
 
-def is_due(state: Any) -> jax.Array:
-    """Whether any matrix is to be refreshed on the next step, (), bool."""
+def is_due(state: State) -> Bool[Array, ""]:
+    """Whether any matrix is to be refreshed on the next step."""
     due = [
         jnp.any(node.step >= x)
         for node in _galore_states(state)
@@ -86,42 +94,84 @@ def is_due(state: Any) -> jax.Array:
     return jnp.any(jnp.array(due, bool))
 
 
-def tree_of_subspaces(treedef: Any, subspaces: Sequence[Subspace]) -> Subspace:
-    """One Subspace of trees, from one for each leaf."""
+def tree_of_subspaces(treedef: PyTreeDef, subspaces: Sequence[Subspace]) -> Subspace:
+    """Returns one `Subspace` of trees, made of the subspaces of all leaves, one each."""
     return Subspace(
         *(treedef.unflatten([s[k] for s in subspaces]) for k in range(len(Subspace._fields)))
     )
 
 
 def subspaces_of_tree(
-    treedef: Any,
+    treedef: PyTreeDef,
     views: Sequence[LeafView],
-    state: GaloreState,
-    init_subspace: Callable[[LeafView], Subspace],
+    state: State,
+    expected: Callable[[LeafView], Subspace],
 ) -> list[Subspace]:
-    """The subspace of each leaf, checked against what the leaf needs."""
+    """Returns the subspace of each leaf, after a check that the leaf can use it.
+
+    Args:
+      treedef: the structure of the parameters, out of Flax's boxes.
+      views: how each leaf is seen.
+      state: what ``update`` was given for a state.
+      expected: returns the shapes of the subspace that a view needs.
+
+    Raises:
+      TypeError: the state is not one of galore.
+      ValueError: it is one of another configuration, or of another version.
+    """
     if not isinstance(state, GaloreState):
         raise TypeError(
             f"galore's update needs the GaloreState that its init made; got a "
             f"{type(state).__name__}. Was it made by another transformation, or by another chain?"
         )
+    _check_version(state.version)
     fields = [leaves_like(treedef, tree, "the state's parameters") for tree in state.subspace]
     subspaces = [Subspace(*leaf) for leaf in zip(*fields, strict=True)]
     for view, subspace in zip(views, subspaces, strict=True):
-        expected = _described(jax.eval_shape(lambda v=view: init_subspace(v)))
-        found = _described(subspace)
-        if found != expected:
+        needed = expected(view)
+        if not _alike(subspace, needed):
             raise ValueError(
                 f"the state belongs to another configuration: the subspace of {view.path!r}, of "
-                f"shape {view.shape}, needs {expected}, the state has {found}. "
-                "Use the rank, projector, projector_dtype, side, exclude, numbers of axes, refresh "
-                "and diagnostics that the state was made with, or make a new state with init."
+                f"shape {view.shape}, needs {_described(needed)}, the state has "
+                f"{_described(subspace)}. Use the rank, projector, projector_dtype, side, exclude, "
+                "numbers of axes, refresh, residual and diagnostics that it was made with, or make "
+                "a new state with init."
             )
     return subspaces
 
 
-def leaves_like(treedef: Any, tree: Any, name: str) -> list[Any]:
-    """The leaves of a tree that must have the structure of the gradients."""
+def _check_version(version: PyTree) -> None:
+    """Raises an error for a state of another version's layout, as far as that can be known."""
+    try:
+        found = 1 if is_absent(version) else int(version)
+    except jax.errors.ConcretizationTypeError:  # traced, so that only its presence is known
+        return
+    if found != VERSION:
+        raise ValueError(
+            f"the state has version {found}, and this galore_optax needs version {VERSION}: "
+            + (
+                "galore_optax.migrate(state) makes it one of that"
+                if found < VERSION
+                else "install the galore_optax that made it, or a later one"
+            )
+        )
+
+
+def _alike(found: Subspace, expected: Subspace) -> bool:
+    leaves, treedef = jax.tree.flatten(found)
+    needed, needed_treedef = jax.tree.flatten(expected)
+    return treedef == needed_treedef and all(
+        jnp.shape(a) == b.shape and jnp.result_type(a) == b.dtype
+        for a, b in zip(leaves, needed, strict=True)
+    )
+
+
+def leaves_like(treedef: PyTreeDef, tree: PyTree, name: str) -> list[PyTree]:
+    """Returns the leaves of a tree, which must have the structure of the gradients.
+
+    Raises:
+      ValueError: it has another structure.
+    """
     try:
         return treedef.flatten_up_to(tree)
     except ValueError as error:
@@ -136,8 +186,8 @@ class Inspection:
     """A look into every galore ``init`` that runs under :func:`inspecting`.
 
     Attributes:
-      trees: how the leaves were seen, by each galore; filled by ``init``.
-      without_galore: set to make the inner state as if there were no galore around it.
+      trees: for each galore how its leaves were seen; ``init`` fills it.
+      without_galore: whether to make the inner state as if there were no galore around it.
     """
 
     trees: list[Sequence[LeafView]] = dataclasses.field(default_factory=list)
@@ -159,25 +209,27 @@ def inspecting(inspection: Inspection) -> Iterator[None]:
 
 
 def inspection_in_progress() -> Inspection | None:
-    """What :func:`inspecting` was given, where it is running."""
+    """Returns what :func:`inspecting` was given while it is running, else None."""
     return _INSPECTION.get()
 
 
-def _galore_states(state: Any) -> list[GaloreState]:
+def _galore_states(state: State) -> list[GaloreState]:
     nodes = jax.tree.leaves(state, is_leaf=is_galore_state)
     return [node for node in nodes if is_galore_state(node)]
 
 
-def is_galore_state(x: Any) -> bool:
+def is_galore_state(x: object) -> TypeGuard[GaloreState]:
     """Whether this is a state of galore; a predicate for ``is_leaf``."""
     return isinstance(x, GaloreState)
 
 
 def _described(subspace: Subspace) -> dict[str, str]:
-    return {name: _array(x) for name, x in subspace._asdict().items() if not is_absent(x)}
+    """Returns what each array of a subspace is, by the name of its field."""
+    found = jax.tree_util.tree_leaves_with_path(subspace, is_leaf=is_quantized)
+    return {path_name(path): _array(x) for path, x in found}
 
 
-def _array(x: Any) -> str:
+def _array(x: PyTree) -> str:
     if is_quantized(x):
         return f"{x.scheme}{list(x.shape)} in blocks of {x.block_size}"
     return f"{jnp.result_type(x)}{list(jnp.shape(x))}"

@@ -1,4 +1,4 @@
-"""Names for what signatures speak of, beside those of jaxtyping.
+"""Names what signatures speak of, beside the names of jaxtyping.
 
 Arrays are annotated with jaxtyping: ``Float[Array, "m n"]`` is a floating-point array with two
 axes. Within one signature the same letter is the same size: m and n are the rows and columns of a
@@ -9,6 +9,7 @@ checked while the tests run, and only then.
 from typing import TypeAlias
 
 import jax
+import optax
 from jaxtyping import Array, Int, PyTree
 
 DType: TypeAlias = jax.typing.DTypeLike
@@ -19,8 +20,14 @@ Scalar: TypeAlias = float | Array
 Step: TypeAlias = Int[Array, ""]
 """A number of updates."""
 
+Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
+"""Whatever has the ``init`` and the ``update`` of Optax."""
+
 Params: TypeAlias = PyTree
 Updates: TypeAlias = PyTree
 State: TypeAlias = PyTree
 """Trees of arrays; ``optax.MaskedNode()`` stands where there is nothing, and parameters and moments
 may be a `QuantizedArray`."""
+
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
+"""The axes of a mesh that one axis of an array is sharded over."""

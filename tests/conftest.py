@@ -7,7 +7,29 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
+
+# Arrays are of the dtypes and shapes that signatures say, checked at every call in the tests. Not
+# in modules whose functions themselves check what a user gives them, and say better what is wrong;
+# nor in the one that goes through every equation of a program.
+OPEN = {
+    *("__init__", "_chain", "_galore", "_inner", "_low_bit", "_memory", "_optimizers"),
+    *("_optimizers_low_bit", "_options", "_quantized", "_quantized_params", "_refresh", "_select"),
+    *(
+        "_jaxpr",
+        "_update",
+        "projectors",
+        "_layerwise.__init__",
+        "_layerwise.api",
+        "_layerwise.settings",
+    ),
+}
+PACKAGE = Path(__file__).parents[1] / "galore_optax"
+MODULES = [".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py")]
+jaxtyping.install_import_hook(
+    [f"galore_optax.{name}" for name in sorted({*MODULES} - OPEN)], "beartype.beartype"
+)
 
 # Programs of tests run once or twice, so that compiling them is what takes time.
 QUICK = {

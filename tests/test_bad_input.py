@@ -162,7 +162,13 @@ def test_more_columns_than_rows(name):
     [
         ({"refresh": "always"}, ValueError, 'refresh must be "periodic", "lazy" or a'),
         ({"refresh": True}, ValueError, "got True"),
-        ({"projector_dtype": "int2"}, ValueError, "one of float32, bfloat16, int8, int4, or None"),
+        (
+            {"projector_dtype": "int3"},
+            ValueError,
+            "projector_dtype must be one of float32, bfloat16, int8, int4, float8_e4m3, "
+            "float8_e5m2, signed, or None; got 'int3'",
+        ),
+        ({"projector_dtype": "unsigned"}, ValueError, "or None; got 'unsigned'"),
         ({"stagger": 1}, TypeError, "stagger must be a bool; got 1"),
         ({"seed": 0.5}, TypeError, "seed must be an int; got 0.5"),
         ({"seed": True}, TypeError, "seed must be an int; got True"),
@@ -392,6 +398,7 @@ def state_of(**arguments):
         ({"projector_dtype": "bfloat16"}, "'left': 'bfloat16[8, 4]'"),
         ({"projector_dtype": "int8"}, "'left': 'int8[8, 4] in blocks of 32'"),
         ({"projector_dtype": "int4"}, "'left': 'int4[8, 4] in blocks of 32'"),
+        ({"projector_dtype": "float8_e5m2"}, "'left': 'float8_e5m2[8, 4] in blocks of 32'"),
         ({"refresh": "lazy"}, "'similarities': 'float32[5]'"),
         ({"diagnostics": True}, "'energy': 'float32[]'"),
     ],
@@ -405,6 +412,7 @@ def state_of(**arguments):
         "bfloat16_projector",
         "int8_projector",
         "int4_projector",
+        "float8_projector",
         "refresh",
         "diagnostics",
     ],

@@ -23,6 +23,7 @@ from benchmarks import (
     runs,
     shapes,
     step_time,
+    trace_time,
     train_step,
 )
 from examples.flax_llama import data, demo
@@ -319,3 +320,20 @@ def test_compile_time_of_stacked_and_unstacked_layers(monkeypatch, tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert [row["model"] for row in rows] == ["tiny, 2 stacked layers", "tiny unstacked"]
     assert rows[1]["hlo_characters"] > rows[0]["hlo_characters"] > 0
+
+
+def test_tracing_is_measured_beside_optax(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "trace.json"
+    run_main(monkeypatch, trace_time, "--leaves", 6, "--runs", 1, "--out", path)
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == ["galore", "optax.contrib.galore", "optax.adamw"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:]] == list(rows)
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_a_further_leaf_of_a_known_shape_adds_few_lines():
+    """To the StableHLO of an update; without a function for all leaves of a shape it was 136."""
+    tx = trace_time.MAKERS["galore"]()
+    few, many = (trace_time.trace(tx, leaves)[1] for leaves in (4, 8))
+    assert (many - few) / 4 <= 60

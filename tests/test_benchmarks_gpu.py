@@ -8,11 +8,25 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import galore_optax
+from benchmarks import memory_table
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import record, report, runner, stage, step, timing, train
+from benchmarks.gpu import (
+    correct,
+    readme,
+    record,
+    refresh,
+    report,
+    runner,
+    stage,
+    step,
+    timing,
+    train,
+)
 from benchmarks.gpu.stage import GIB, STAGES, Item, Size
 
 TINY = Size(rehearsal=True, data="austen", device_memory=32 * GIB)
@@ -150,6 +164,29 @@ def test_every_stage_has_items_of_both_sizes_with_names_and_time():
     assert [item.memory for item in step.items(FULL)].count(40 * GIB) == 10
 
 
+@pytest.mark.parametrize("wrong_for", ["square", "wide"])
+def test_an_svd_that_is_wrong_for_some_matrices_is_found(monkeypatch, wrong_for):
+    right = galore_optax.projectors.svd
+
+    def wrong(matrix, rank):
+        m, n = matrix.shape
+        return jnp.eye(m)[:, :rank] if (m == n) == (wrong_for == "square") else right(matrix, rank)
+
+    assert correct.svd(*correct.TINY_SVD)["passed"]
+    monkeypatch.setattr(galore_optax.projectors, "svd", wrong)
+    found = correct.svd(*correct.TINY_SVD)
+    assert not found["passed"]
+    energy = min(row["galore_optax"]["energy_over_the_most"] for row in found["matrices"].values())
+    assert energy < 0.9
+    assert f"galore_optax {energy:.7f}" in found["says"]
+
+
+def test_a_model_is_not_trained_for_its_gradients_where_time_is_too_short():
+    items = {item.name: item for item in refresh.items(FULL)}
+    with pytest.raises(stage.Unavailable, match=r"(29|30) seconds are too few"):
+        items["gradients of a trained model"].measure(time.time() + 30)
+
+
 def test_a_report_has_a_line_for_each_item_and_names_what_failed():
     passed = {"passed": True, "says": "as the reference"}
     entries = {
@@ -166,6 +203,27 @@ def test_a_report_has_a_line_for_each_item_and_names_what_failed():
     assert "| cuDNN attention against XLA's | not reached |" in text
     names = ("codes as on the CPU", "one compilation", "svd against float64")
     assert failed == [f"correct: {name}" for name in names]
+
+
+def test_a_report_says_which_version_of_the_library_an_item_is_of():
+    older, newer = (MACHINE | {"commit": "abc-dirty", "library_sha256": x} for x in ("b1", "a2"))
+    entries = {
+        "reference trajectories": {"result": {"passed": True, "says": "as it is"}, **older},
+        "one compilation": {"skipped": "no time", **newer},
+    }
+    lines = report.report({"correct": entries}, FULL)[0].splitlines()
+    assert "1. H100, driver 580.1, jax 0.11.2, Python 3.12, abc-dirty, library b1" in lines
+    assert "2. H100, driver 580.1, jax 0.11.2, Python 3.12, abc-dirty, library a2" in lines
+    assert "| reference trajectories | passed: as it is | 0 | 1 |" in lines
+    assert "| one compilation | skipped: no time | 0 | 2 |" in lines
+    assert "| codes as on the CPU | not reached |  |  |" in lines
+
+
+def test_the_readme_and_the_report_have_the_tables_of_the_figures():
+    text, shown = readme.current()
+    assert readme.REPORT.read_text() == text
+    written = readme.README.read_text()
+    assert memory_table.replaced(written, shown, readme.COMMENTS) == written
 
 
 def test_times_of_steps_are_means_over_runs_that_are_not_waited_for(monkeypatch):

@@ -17,11 +17,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from galore_optax import QuantizedArray, _codes, apply_updates, low_bit, quantize
+from galore_optax import QuantizedArray, apply_updates, low_bit, quantize
+from galore_optax._codecs import CODECS
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "adam_8bit.npz")
 DYNAMIC = ("signed", "unsigned")
-SCHEMES = (*DYNAMIC, "int8", "int4")
+SCHEMES = (*DYNAMIC, "int8", "int4", "float8_e4m3", "float8_e5m2")
 LAST = {"int8": 255, "int4": 15}
 
 
@@ -39,7 +40,7 @@ def values_of_all_codes(scheme):
 @pytest.mark.parametrize("scheme", DYNAMIC)
 def test_codes_are_the_reference_tables(scheme):
     table = REFERENCE[f"map_{scheme}"]
-    np.testing.assert_allclose(_codes.dynamic_map(scheme == "signed"), table, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(CODECS[scheme].values, table, rtol=0, atol=1e-7)
     np.testing.assert_allclose(values_of_all_codes(scheme), table, rtol=0, atol=1e-7)
 
 
@@ -141,7 +142,7 @@ def test_stochastic_rounding_has_the_right_mean(scheme, group):
 def test_stochastic_rounding_to_bfloat16_has_the_right_mean():
     x = np.array([1.001, -1.001, 3e-39, 0.0, 1.0, -255.7, 1e30], np.float32)
     keys = jax.random.split(jax.random.key(0), 10_000)
-    draw = jax.jit(jax.vmap(lambda key: _codes.round_to_bfloat16(jnp.asarray(x), key)))
+    draw = jax.jit(jax.vmap(lambda key: CODECS["bfloat16"].encode(jnp.asarray(x), key).codes))
     drawn = np.asarray(draw(keys), np.float64)
     deviation = drawn.std(0) / np.sqrt(len(keys))
     assert np.all(np.abs(drawn.mean(0) - np.asarray(x)) <= 4 * deviation)
@@ -152,7 +153,7 @@ def test_stochastic_rounding_to_bfloat16_has_the_right_mean():
 
 def test_rounding_to_bfloat16_keeps_what_is_not_finite():
     odd = np.array([np.inf, -np.inf, np.nan, np.frombuffer(b"\xff\xff\xff\x7f", np.float32)[0]])
-    rounded = jax.jit(_codes.round_to_bfloat16)(odd.astype(np.float32), jax.random.key(0))
+    rounded = jax.jit(CODECS["bfloat16"].encode)(odd.astype(np.float32), jax.random.key(0)).codes
     np.testing.assert_array_equal(np.asarray(rounded, np.float32), odd)
 
 
@@ -180,10 +181,14 @@ SHAPES = [
 ]
 
 
-# Of 8 bits with and without zeros, and of 4 bits, which are packed.
+# Of 8 bits with and without zeros, of 4 bits, which are packed, and of bits of floats.
 SCHEMES_AND_SHAPES = [
     *((scheme, shape) for scheme in ("signed", "int4") for shape in SHAPES),
-    *((scheme, shape) for scheme in ("unsigned", "int8") for shape in (SHAPES[4], SHAPES[6])),
+    *(
+        (scheme, shape)
+        for scheme in ("unsigned", "int8", "float8_e4m3")
+        for shape in (SHAPES[4], SHAPES[6])
+    ),
 ]
 
 
@@ -211,7 +216,7 @@ def test_any_shape_comes_back(scheme, case):
     assert (quantized.ndim, quantized.size) == (x.ndim, x.size)
     assert quantized.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
     chex.assert_trees_all_equal_shapes_and_dtypes(y, x)
-    half_an_interval = {"signed": 0.01, "unsigned": 0.01, "int8": 0.01, "int4": 0.05}[scheme]
+    half_an_interval = {"int4": 0.05, "float8_e4m3": 0.04}.get(scheme, 0.01)
     x, y = x.astype(np.float32), np.asarray(y, np.float32)
     peak = np.max(np.abs(x), initial=0)
     np.testing.assert_allclose(y, x, rtol=0, atol=half_an_interval * peak)
@@ -220,7 +225,8 @@ def test_any_shape_comes_back(scheme, case):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "bound"), [("signed", 1.02), ("unsigned", 1.02), ("int8", 1.04), ("int4", 0.54)]
+    ("scheme", "bound"),
+    [("signed", 1.02), ("unsigned", 1.02), ("int8", 1.04), ("int4", 0.54), ("float8_e5m2", 1.02)],
 )
 def test_bytes_of_an_element(scheme, bound):
     x = np.ones((64, 5461), np.float32)  # columns that blocks do not divide
@@ -392,14 +398,29 @@ def test_codes_follow_the_sharding_of_what_they_stand_for():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"scheme": "int2"}, ValueError, "scheme must be one of .*'int2'"),
+        ({"scheme": "int3"}, ValueError, "one of int8, int4, .*, signed, unsigned; got 'int3'"),
+        ({"scheme": "bfloat16"}, ValueError, "one of int8, int4, .*; got 'bfloat16'"),
         ({"block_size": 0}, ValueError, "positive multiple of 2; got 0"),
         ({"block_size": 255}, ValueError, "positive multiple of 2; got 255"),
         ({"block_size": 256.0}, ValueError, r"positive multiple of 2; got 256\.0"),
         ({"batch_axes": 2}, ValueError, "between 0 and the 1 axes.*got 2"),
         ({"array": np.ones(4, np.int32)}, TypeError, "floating-point dtype; got int32"),
-        ({"scheme": "signed", "key": 0}, ValueError, "needs scheme 'int8' or 'int4'"),
+        (
+            {"scheme": "signed", "key": jax.random.key(0)},
+            ValueError,
+            "needs scheme 'int8' or 'int4'; got 'signed'.*key=None",
+        ),
+        (
+            {"scheme": "float8_e4m3", "key": jax.random.key(0)},
+            ValueError,
+            "needs scheme 'int8' or 'int4'; got 'float8_e4m3'",
+        ),
         ({"keep_positive": True}, ValueError, "is for scheme 'unsigned'; got 'int8'"),
+        (
+            {"scheme": "signed", "keep_positive": True},
+            ValueError,
+            "is for scheme 'unsigned'; got 'signed'",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_right(arguments, error, message):

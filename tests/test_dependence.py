@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax._dependence import dependence
+from galore_optax._jaxpr import dependence
 
 
 def branch(x, y, z):

@@ -143,7 +143,11 @@ RANDOM = galore(MOMENTUM, projector="gaussian", stagger=True, seed=3)
 BOTH_SIDES = galore(MOMENTUM, projector="power_iteration", side="both")
 
 
-@pytest.mark.parametrize("tx", [RANDOM, BOTH_SIDES], ids=["random, in turns", "both sides"])
+@pytest.mark.parametrize(
+    "tx",
+    [RANDOM, BOTH_SIDES, optax.MultiSteps(RANDOM, 2)],
+    ids=["random, in turns", "both sides", "of several gradients"],
+)
 def test_subspaces_are_those_of_the_ordinary_step(tx):
     assert_all_close(*both(tx))
 
@@ -305,6 +309,46 @@ def test_parameters_may_be_any_mapping(clipped_by_layer):
     params, new = clipped_by_layer
     assert isinstance(new, collections.OrderedDict)
     assert list(new) == list(params) != sorted(params)
+
+
+def in_codes(inner, **arguments):
+    return galore_optax.low_bit(inner, block_size=4, **arguments)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        # Of a kernel's 768 or 1152 elements one layer has 256 or 384.
+        in_codes(optax.adamw(0.01), min_size=700),
+        # Its low-rank gradients have 192 or 288, and one layer of them 64 or 96.
+        galore(in_codes(optax.adam(0.01), min_size=150)),
+        # The 16 elements of a norm are few enough by themselves.
+        in_codes(optax.adamw(0.01), min_size=40, stacked=lambda path, _: int("blocks" in path)),
+        in_codes(optax.lion(0.01), min_size=16, stacked=lambda path, _: int("blocks" in path)),
+    ],
+    ids=["one layer is small", "in galore", "norms are small", "norms are in codes"],
+)
+def test_a_stack_in_codes_is_updated_a_layer_at_a_time(tx):
+    params, tokens = model.init(jnp.float32), model.batches(2)
+    state = jax.jit(tx.init)(params)
+    assert any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
+    found, expected = (
+        train(step, params, state, tokens) for step in (layerwise_step(tx), ordinary_step(tx))
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(found[1], expected[1])
+    assert_close(found[0], expected[0], tolerance=1e-4)
+
+
+def test_a_stack_in_bfloat16_is_rounded_at_random_a_layer_at_a_time():
+    tx = galore_optax.low_bit(optax.sgd(0.1, 0.9), bits=16, min_size=700)
+    params, tokens = model.init(jnp.float32), model.batches(8)
+    state = jax.jit(tx.init)(params)
+    (_, after, found), (_, _, expected) = (
+        train(step, params, state, tokens) for step in (layerwise_step(tx), ordinary_step(tx))
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    assert after.inner[0].trace["blocks"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-2)
 
 
 def test_large_leaves_are_updated_in_slices_of_their_rows():

@@ -112,7 +112,7 @@ def test_error_of_a_loss_that_is_no_scalar():
 
 def test_error_of_a_stack_of_vectors_in_codes():
     tx = galore_optax.adamw_8bit(0.1, min_size=8)
-    with pytest.raises(ValueError, match="raise its min_size above"):
+    with pytest.raises(ValueError, match="name the layers by its stacked, raise its min_size"):
         model.layerwise(tx).init(model.init())
 
 

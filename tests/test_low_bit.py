@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 import chex
 import jax
@@ -158,6 +159,46 @@ def test_blocks_do_not_straddle_layers():
     chex.assert_trees_all_equal(sliced, first(layers[1]))
 
 
+KERNELS = {"heads": (64, 8, 16), "taps": (1024, 3, 5), "norms": (8, 600), "many": (3, 5000)}
+
+
+@pytest.mark.parametrize(
+    ("stacked", "items"),
+    [
+        # All of a leaf counts. What is behind its leading axes is an item, if it is not tiny.
+        (
+            None,
+            {"heads": (8, 16), "taps": (1024, 3, 5), "norms": (8, 600), "many": (3, 5000)},
+        ),
+        # One layer counts, and is an item.
+        (lambda path, shape: 1, {"many": (5000,)}),
+        (lambda path, shape: int(path == "norms"), KERNELS | {"norms": None}),
+    ],
+    ids=["presumed", "all stacked", "norms stacked"],
+)
+def test_min_size_is_of_the_whole_leaf_or_of_a_layer_of_what_is_said_to_be_stacked(stacked, items):
+    params = normal(shapes=KERNELS)
+    tx = low_bit(optax.trace(0.9), stacked=stacked)
+    state = jax.eval_shape(tx.init, params)
+    found = by_path(state.inner.trace)
+    coded = {path: leaf.item_shape for path, leaf in found.items() if is_quantized(leaf)}
+    assert coded == {path: item for path, item in items.items() if item is not None}
+    assert {path: leaf.shape for path, leaf in found.items()} == KERNELS
+    _, after = jax.eval_shape(tx.update, params, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+@pytest.mark.parametrize("name", ["w", "v"])
+def test_layers_that_are_said_to_be_stacked_are_as_layers_by_themselves(name):
+    layers = np.stack([10.0**i * normal()[name] for i in range(2)])
+    tx = low_bit(optax.trace(0.9), stacked=lambda path, shape: 1)
+    alone = low_bit(optax.trace(0.9), stacked=lambda path, shape: 0)
+    moment = jax.jit(lambda x: tx.update(x, tx.init(x))[1].inner.trace)(layers)
+    for i, layer in enumerate(layers):
+        one = jax.jit(lambda x: alone.update(x, alone.init(x))[1].inner.trace)(layer)
+        chex.assert_trees_all_equal(jax.tree.map(lambda x, i=i: x[i], moment), one)
+
+
 def test_a_second_moment_that_is_small_in_its_block_does_not_explode():
     """A row of an embedding whose token is seen once, beside frequent ones."""
     tx = low_bit(optax.scale_by_adam())
@@ -229,6 +270,12 @@ def test_states_are_stable_and_updates_those_of_full_precision(name, dtype, bits
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
         for update, wanted in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
             assert rms(update - wanted) <= 0.15 * rms(wanted)
+
+
+def test_moments_that_the_optimizer_itself_rounds_are_stable():
+    tx = galore_optax.adamw_8bit(1e-3, mu_dtype=jnp.bfloat16)
+    *_, (_, _, state) = run(tx, normal(1), [normal(2), normal(3)])
+    assert optax.tree.get(state, "mu")["w"].dtype == jnp.float32
 
 
 def test_second_moments_of_bfloat16_parameters_move():
@@ -334,6 +381,28 @@ def test_inject_hyperparams_and_map_params_work_around(bits):
     assert mapped.inner[0].count == 0
 
 
+@pytest.mark.parametrize("inside", ["alone", "in_galore"])
+def test_a_compiled_init_does_not_compute_codes_of_constants_while_it_compiles(inside):
+    """XLA folds what it can, for minutes on a GPU where moments are large stacks of zeros.
+
+    So nothing but an optimization barrier may see the zeros; behind it they are no constants.
+    """
+    tx = low_bit(optax.scale_by_adam())
+    if inside == "in_galore":
+        tx = galore(tx, rank=128, weight_dimension_numbers=galore_optax.DimensionNumbers(1, 2))
+    params = {"kernel": jax.ShapeDtypeStruct((24, 512, 1376), jnp.bfloat16)}
+    text = jax.jit(tx.init).lower(params).as_text().split("func.func private")[0]
+    rows = 512 if inside == "alone" else 128
+    moment = rf"tensor<24x{rows}x1376x(?:f32|bf16)>"
+    zeros = re.findall(rf"(%\w+) = stablehlo.broadcast_in_dim .*-> {moment}", text)
+    uses = [
+        re.search(r"= (\S+)", line)[1]
+        for line in text.splitlines()
+        if any(re.search(rf"= .*{zero}\b", line) for zero in zeros)
+    ]
+    assert uses == ["stablehlo.optimization_barrier"] * 2
+
+
 def test_shapes_are_enough_for_init():
     shapes = jax.eval_shape(normal)
     tx = low_bit(optax.adamw(0.1))
@@ -397,7 +466,14 @@ STATES = {
     "block_size": (low_bit(optax.adamw(0.1), block_size=128), "0/mu/v is signed 8-bit codes in"),
     "bits": (low_bit(optax.adamw(0.1), 16), "0/mu/v is bfloat16, and should be signed 8-bit"),
     "names": (low_bit(optax.adamw(0.1), names={"nu": "signed"}), "0/nu/v is signed 8-bit"),
-    "min_size": (low_bit(optax.adamw(0.1), min_size=256), "0/mu/bias is signed .* not be in codes"),
+    "min_size": (
+        low_bit(optax.adamw(0.1), min_size=2**15),
+        "0/mu/v is float32, and should be signed 8-bit",
+    ),
+    "stacked": (
+        low_bit(optax.adamw(0.1), stacked=lambda path, shape: 0),
+        r"0/mu/v is .* items \(3, 64, 96\), and should .* items \(64, 96\)",
+    ),
 }
 
 
@@ -408,9 +484,22 @@ def test_a_state_of_another_configuration_names_the_leaf(name):
         updated(low_bit(optax.adamw(0.1)), jax.eval_shape(other.init, normal()))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_moment_in_few_bits_stays_there_however_small_it_is(bits):
+    """As in an update of one layer of a stack, of which the whole was large."""
+    params, gradients = normal(), normal(1)
+    before = low_bit(optax.adamw(0.1), bits, min_size=256)
+    state = jax.jit(before.init)(params)
+    found, expected = (
+        jax.jit(tx.update)(gradients, state, params)
+        for tx in (low_bit(optax.adamw(0.1), bits, min_size=2**20), before)
+    )
+    chex.assert_trees_all_equal(found, expected)
+
+
 def test_a_state_of_another_configuration_inside_galore_names_the_leaf():
     other = low_bit(optax.adamw(0.1), block_size=128)
-    with pytest.raises(ValueError, match=r"another configuration.*inner/0/mu/w is signed .* 128"):
+    with pytest.raises(ValueError, match=r"another configuration.*0/mu/v is signed .* 128"):
         updated(
             galore(low_bit(optax.adamw(0.1)), **ARGUMENTS),
             jax.eval_shape(galore(other, **ARGUMENTS).init, normal()),
@@ -433,6 +522,7 @@ def test_a_state_of_another_transformation_is_an_error():
         ({"min_size": -1}, ValueError, "min_size must be an int of at least 0; got -1"),
         ({"names": {"z": 8}}, ValueError, r"names\['z'\] must be 'signed', .*got 8"),
         ({"seed": 0.5}, TypeError, r"seed must be an int; got 0\.5"),
+        ({"stacked": 1}, TypeError, "stacked must be a function of a path and a shape.*got 1"),
     ],
 )
 def test_arguments_that_cannot_be_right(arguments, error, message):

@@ -91,8 +91,9 @@ def expected_state(side, dtype):
     absent = dict.fromkeys(left, ABSENT)  # what only lazy refresh and diagnostics keep
     return galore_optax.GaloreState(
         step=like((), jnp.int32),
-        subspace=galore_optax.Subspace(left, right, counters, counters, *[absent] * 4),
+        subspace=galore_optax.Subspace(left, right, counters, counters, *[absent] * 5),
         inner=jax.eval_shape(optax.adamw(0.1).init, low_rank),
+        version=like((), jnp.int32),
     )
 
 
@@ -608,3 +609,14 @@ def test_warnings_point_at_the_line_that_calls_init():
     with pytest.warns(UserWarning, match="projects nothing") as caught:
         tx.init({"bias": jnp.ones(8)})
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_new_state_can_be_donated(bits):
+    """No array is there twice: XLA refuses to be given a buffer two times."""
+    preset = galore_optax.galore_adamw_8bit if bits == 8 else galore_optax.galore_adamw
+    options = {"min_size": 0, "projector_dtype": "int4"} if bits == 8 else {}
+    tx = preset(0.1, rank=2, side="both", refresh="lazy", diagnostics=True, **options)
+    state = tx.init({"kernel": jnp.ones((8, 12)), "bias": jnp.ones(12)})
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
+    assert len(set(buffers)) == len(buffers)

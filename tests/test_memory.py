@@ -83,7 +83,8 @@ def elements(llama):
 
 def state_bytes(llama, element_bytes):
     projectors, moments, matrices = elements(llama)
-    counters = 2 * 4 + matrices * 2 * 4  # galore's and Adam's steps; refreshes and due of each
+    # The steps of galore and of Adam, and the version; refreshes and due of each matrix.
+    counters = 3 * 4 + matrices * 2 * 4
     return element_bytes * (projectors + moments) + counters
 
 
@@ -276,6 +277,54 @@ def test_positions_in_a_list_are_not_taken_for_positions_in_the_state(name):
     of_tree, of_list = (memory_report(tx, p) for p in (leaves, list(leaves.values())))
     assert [group.moments for group in of_list.groups] == [g.moments for g in of_tree.groups]
     assert of_list.counters == of_tree.counters
+
+
+def bytes_of_state(tx, params):
+    state = jax.eval_shape(lambda params: tx.init(params), params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def named_like_fields():
+    """Names of fields, of labels, of hyperparameters and of positions in a chain; other sizes."""
+    return {
+        "0": {"mu": jnp.ones((13, 8)), "count": jnp.ones((9, 14))},
+        "learning_rate": jnp.ones(3),
+        "mu": {"nu": jnp.ones((10, 7))},
+        "nu": {"mu": jnp.ones((11, 6)), "0": {"mu": jnp.ones((12, 5))}},
+        "trace": jnp.ones((7, 21)),
+    }
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optax.chain(optax.trace(0.9), optax.adamw(1e-3)),
+        lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1e-3),
+        lambda: galore_optax.galore(optax.adam(1e-3), rank=4),
+        lambda: galore_optax.galore_adamw_8bit(1e-3, rank=4, min_size=16, block_size=4),
+        lambda: optax.partition(
+            {"mu": galore_optax.galore_adamw(1e-3, rank=4), "nu": optax.sgd(0.1, 0.9)},
+            {"0": "nu", "learning_rate": "nu", "mu": "mu", "nu": "mu", "trace": "nu"},
+        ),
+    ],
+    ids=["chain", "inject", "galore", "8 bits", "partition"],
+)
+def test_parameters_called_like_fields_have_the_bytes_of_their_own_state(make):
+    """A parameter has what the state loses when the parameter has no elements."""
+    tx, params = make(), named_like_fields()
+    groups = {group.path: group for group in memory_report(tx, params).groups}
+    leaves, treedef = jax.tree.flatten(params)
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    whole = bytes_of_state(tx, params)
+    for i, name in enumerate(names):
+        without = treedef.unflatten([None if j == i else leaf for j, leaf in enumerate(leaves)])
+        group = groups[name.replace("0", "*")]
+        of_matrix = 0 if group.rank is None else 2 * 4  # when it was refreshed, and is to be
+        kept = whole - bytes_of_state(tx, without)
+        assert group.moments + group.projectors == kept - of_matrix, name
 
 
 def test_groups_have_the_bytes_of_their_leaves():

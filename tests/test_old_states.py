@@ -8,11 +8,21 @@ import pytest
 import galore_optax
 from tests import old_states
 
+LAYOUTS = {"0.1": 1}
 VERSIONS = sorted(path.name for path in old_states.DIRECTORY.iterdir())
 # The one that has codes, projectors in codes, and lazy refreshes is for every run of the tests.
 QUICK = "Q-GaLore"
 # Of codes, one may be its neighbour where another version of JAX rounds the last bit otherwise.
 TOLERANCE = {"8-bit": 1e-3, "Q-GaLore": 2e-2}
+
+
+def restored(directory, case):
+    """What an earlier version saved, as a run of this one."""
+    target = jax.eval_shape(lambda: old_states.start(case))
+    target["state"] = galore_optax.as_version(target["state"], LAYOUTS[directory.parent.name])
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.restore((directory / "checkpoint").absolute(), target)
+    return saved | {"state": galore_optax.migrate(saved["state"])}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -25,9 +35,7 @@ TOLERANCE = {"8-bit": 1e-3, "Q-GaLore": 2e-2}
 )
 def test_training_goes_on_from_a_state_that_was_saved_by_an_earlier_version(version, case):
     directory = old_states.DIRECTORY / version / case
-    with ocp.StandardCheckpointer() as checkpointer:
-        target = jax.eval_shape(lambda: old_states.start(case))
-        saved = checkpointer.restore((directory / "checkpoint").absolute(), target)
+    saved = restored(directory, case)
     _, after = old_states.steps(case, saved, old_states.saved_at(case), old_states.STEPS)
     expected = np.load(directory / "after.npz")
     assert sorted(expected) == sorted(after)
@@ -43,10 +51,7 @@ def test_training_goes_on_from_a_state_that_was_saved_by_an_earlier_version(vers
 def test_a_state_that_starts_anew_does_not_go_on_likewise():
     """What the test above compares would be far off without the state."""
     directory = old_states.DIRECTORY / VERSIONS[0] / QUICK
-    start = old_states.start(QUICK)
-    with ocp.StandardCheckpointer() as checkpointer:
-        target = jax.eval_shape(lambda: old_states.start(QUICK))
-        saved = checkpointer.restore((directory / "checkpoint").absolute(), target)
+    start, saved = old_states.start(QUICK), restored(directory, QUICK)
     lost = {"params": saved["params"], "state": start["state"]}
     _, after = old_states.steps(QUICK, lost, old_states.SAVED_AT, old_states.STEPS)
     expected = np.load(directory / "after.npz")["kernel"]

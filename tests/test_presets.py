@@ -13,6 +13,8 @@ from programs import programs
 import galore_optax
 from galore_optax import DimensionNumbers, galore
 from galore_optax._options import GaloreOptions
+from galore_optax._residual import Discard
+from galore_optax._transport import Keep
 
 INNERS = {
     "galore_adamw": lambda: optax.adamw(0.1),
@@ -34,6 +36,8 @@ OPTIONS = {
     "projector_dtype": "bfloat16",
     "refresh": galore_optax.Lazy(queue=1),
     "stagger": True,
+    "transport": Keep(moves=("first",)),
+    "residual": Discard(),
     "side": "long",
     "exclude": "out",
     "weight_dimension_numbers": DimensionNumbers(-2, -1),

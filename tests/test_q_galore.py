@@ -33,7 +33,8 @@ def make(inner=None, **arguments):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most"), [("float32", 4.0), ("bfloat16", 2.0), ("int8", 1.04), ("int4", 0.54)]
+    ("dtype", "most"),
+    [("float32", 4.0), ("bfloat16", 2.0), ("int8", 1.04), ("int4", 0.54), ("float8_e4m3", 1.02)],
 )
 def test_bytes_of_a_projector(dtype, most):
     params = tree()
@@ -56,7 +57,14 @@ def state_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "off"), [("bfloat16", 2**-8), ("int8", 1 / 254), ("int4", 1 / 14)]
+    ("dtype", "off"),
+    [
+        ("bfloat16", 2**-8),
+        ("int8", 1 / 254),
+        ("int4", 1 / 14),
+        ("float8_e4m3", 1 / 16),
+        ("float8_e5m2", 1 / 8),
+    ],
 )
 def test_update_goes_through_the_basis_as_it_is_kept(dtype, off):
     params, grads = tree(0), tree(1)
@@ -65,7 +73,7 @@ def test_update_goes_through_the_basis_as_it_is_kept(dtype, off):
     updates, state = first(grads, params)
     kept = state.subspace.right["w"]
     ideal = np.asarray(state_in_float32().subspace.right["w"])
-    p = np.asarray(kept.dequantize() if dtype.startswith("int") else kept, np.float64)
+    p = np.asarray(kept if dtype == "bfloat16" else kept.dequantize(), np.float64)
     assert 0 < np.abs(p - ideal).max() <= off * (ideal.max() - ideal.min())
     expected = np.asarray(grads["w"], np.float64) @ p @ p.T
     np.testing.assert_allclose(updates["w"], expected, atol=1e-5)

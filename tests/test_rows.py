@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import galore_optax
-from galore_optax._rows import Use, use_of_rows
+from galore_optax._jaxpr import Use, use_of_rows
 
 SAME, ROWS, ALL = Use.SAME, Use.ROWS, Use.ALL
 N, A, B = 4, 3, 6

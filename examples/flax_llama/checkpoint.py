@@ -174,13 +174,16 @@ class Checkpoints:
         Raises:
           UsageError: the checkpoint cannot be read, or holds other arrays than these.
         """
+        optimizer = like.optimizer
+        if not has_version(self.path / str(step) / "optimizer"):
+            optimizer = galore_optax.as_version(optimizer, 1)
         items = self._restore(
             step,
             params=ocp.args.StandardRestore(like.params),
-            optimizer=ocp.args.StandardRestore(like.optimizer),
+            optimizer=ocp.args.StandardRestore(optimizer),
             data=grain.checkpoint.CheckpointRestore(batches),
         )
-        return State(items["params"], items["optimizer"])
+        return State(items["params"], galore_optax.migrate(items["optimizer"]))
 
     def restore_params(self, step: int, like: Any) -> Any:
         """The parameters alone; otherwise as `restore`."""
@@ -216,6 +219,28 @@ class Checkpoints:
         )
 
 
+def arrays(tree: Any) -> dict[str, str]:
+    """The dtype and shape of each array of a tree, by path."""
+    return {
+        jax.tree_util.keystr(key, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}"
+        for key, x in jax.tree.leaves_with_path(tree)
+    }
+
+
+def stored_arrays(path: Path) -> dict[str, str]:
+    """The dtype and shape of each array of a saved tree, by path."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return arrays(checkpointer.metadata(path).item_metadata.tree)
+
+
+def has_version(path: Path) -> bool:
+    """Whether a saved optimizer state says of which version it is, which those of 0.1 do not."""
+    try:
+        return any(name.split("/")[-1] == "version" for name in stored_arrays(path))
+    except Exception:  # whatever is wrong with it, reading it says so
+        return True
+
+
 def check_arrays(path: Path, like: Any) -> None:
     """Refuses a saved tree with other arrays than `like`, before any of them is read.
 
@@ -225,21 +250,13 @@ def check_arrays(path: Path, like: Any) -> None:
       UsageError: an array has another shape or dtype, is missing, or should not be there.
     """
 
-    def arrays(tree: Any) -> dict[str, str]:
-        return {
-            jax.tree_util.keystr(key, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}"
-            for key, x in jax.tree.leaves_with_path(tree)
-        }
-
     def at(name: str, tree: dict[str, str]) -> str:
         parts = [
             f"{key[len(name) + 1 :]} {x}" for key, x in tree.items() if key.startswith(f"{name}/")
         ]
         return tree.get(name) or ", ".join(parts) or "absent"
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = arrays(checkpointer.metadata(path).item_metadata.tree)
-    wanted = arrays(like)
+    stored, wanted = stored_arrays(path), arrays(like)
     for name in sorted(stored.keys() | wanted.keys()):
         if stored.get(name) != wanted.get(name):
             raise UsageError(

@@ -218,8 +218,8 @@ class Config:
     # as well and faster; rows or dct, out of given vectors, of which it keeps the numbers alone;
     # gaussian or orthonormal, at random.
     projector: str = "svd"
-    # What GaLore keeps its subspaces in: float32, bfloat16, int8 or int4; the default is int4 with
-    # q_galore_adamw, float32 otherwise.
+    # What GaLore keeps its subspaces in: float32, bfloat16, int8, int4, float8_e4m3 or
+    # float8_e5m2; the default is int4 with q_galore_adamw, float32 otherwise.
     projector_dtype: str | None = None
     # When it does: periodic, or lazy, which is less and less often where a subspace stands still;
     # lazy by default with q_galore_adamw alone.

@@ -111,9 +111,15 @@ def sgd(config: Config, schedule: optax.Schedule) -> optax.GradientTransformatio
 
 
 def adamw_8bit(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    # Larger than the layers' norms together, which are no matrix though they are stacked like one.
-    norms = config.layers * config.hidden
-    return galore_optax.low_bit(adamw(config, schedule), min_size=max(4096, norms + 1))
+    # The scale of a norm stays in float32, also where the model is so wide that it is large.
+    return galore_optax.low_bit(
+        adamw(config, schedule), min_size=max(4096, config.hidden + 1), stacked=stacked_layers
+    )
+
+
+def stacked_layers(path: str, shape: tuple[int, ...]) -> int:
+    """How many leading axes of a parameter are stacks of layers."""
+    return 1 if path.startswith("blocks/") else 0
 
 
 def in_galore(inner: Optimizer) -> Optimizer:

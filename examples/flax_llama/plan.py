@@ -82,8 +82,8 @@ class Plan:
     rank: int | None = None
     # How GaLore chooses a subspace; a factorization's workspace is not in the figures.
     projector: str = "svd"
-    # What GaLore keeps its subspaces in: float32, bfloat16, int8 or int4; the default is int4 with
-    # q_galore_adamw, float32 otherwise.
+    # What GaLore keeps its subspaces in: float32, bfloat16, int8, int4, float8_e4m3 or
+    # float8_e5m2; the default is int4 with q_galore_adamw, float32 otherwise.
     projector_dtype: str | None = None
     # When GaLore chooses: periodic or lazy.
     refresh: str | None = None

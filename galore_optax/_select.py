@@ -1,4 +1,4 @@
-"""The view of a leaf as a batch of matrices: axes, side, rank, and which leaves are projected."""
+"""Decides which leaves are projected, along which axes, on which side, and to which rank."""
 
 import dataclasses
 import math
@@ -7,143 +7,34 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from galore_optax._quantized import is_quantized
+from galore_optax._trees import leaves_with_paths, logical
+from galore_optax._types import Params, Shape
+from galore_optax._view import DimensionNumbers, LeafView, MatrixView, Unprojected
 
 DEFAULT_EXCLUDE = (
     r"(?i)(^|/)(([^/]*embed[^/]*|wte|wpe|(lm_|output_|mlm_)?head|logits[^/]*)(/|$)|(scale|bias)$)"
 )
 """The leaves that are left at full size by default, as a regular expression on their path.
 
-Embeddings and output heads: a path component that contains ``embed``, is ``wte`` or ``wpe``, is
-``head``, ``lm_head``, ``output_head`` or ``mlm_head``, or starts with ``logits``. A last component
-``scale`` or ``bias`` too: stacked over layers these vectors look like matrices.
+They are embeddings and output heads: a path component contains ``embed``, is ``wte`` or ``wpe``, is
+``head``, ``lm_head``, ``output_head`` or ``mlm_head``, or starts with ``logits``. Leaves whose last
+component is ``scale`` or ``bias`` are left too: stacked over layers these vectors look like
+matrices.
 """
 
 SIDES = ("short", "long", "left", "right", "both")
 
-RankSpec = int | float | Callable[[str, tuple[int, ...]], int | float]
-# A regular expression, a callable of path and shape, a tree of bools, or None.
-ExcludeSpec = Any
-
-
-class DimensionNumbers(NamedTuple):
-    """Which axes of a leaf form its matrix; all other axes are batch axes.
-
-    The counterpart of ``optax.contrib.MuonDimensionNumbers``, which is accepted as well.
-
-    Attributes:
-      reduction_axis: the axis or axes contracted with the layer's input; merged in the order
-        given they are the rows m of the matrix.
-      output_axis: the axis or axes of the layer's output: the columns n.
-    """
-
-    reduction_axis: int | Sequence[int] = 0
-    output_axis: int | Sequence[int] = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Unprojected:
-    """A leaf that goes through the inner transformation at full size, and why."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class MatrixView:
-    """A projected leaf, seen as a batch of (m, n) matrices.
-
-    Attributes:
-      path: the leaf's path, components joined by "/".
-      shape: the leaf's shape.
-      dtype: the leaf's dtype.
-      batch_axes: axes over which the matrices are stacked, in the leaf's order.
-      reduction_axes: axes that are merged into the m rows.
-      output_axes: axes that are merged into the n columns.
-      rank: r, with 0 < r < min(m, n).
-      left: whether the rows are projected, by an (m, r) basis.
-      right: whether the columns are projected, by an (n, r) basis.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    batch_axes: tuple[int, ...]
-    reduction_axes: tuple[int, ...]
-    output_axes: tuple[int, ...]
-    rank: int
-    left: bool
-    right: bool
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """Sizes of the batch axes."""
-        return tuple(self.shape[axis] for axis in self.batch_axes)
-
-    @property
-    def count(self) -> int:
-        """How many matrices there are."""
-        return math.prod(self.batch)
-
-    @property
-    def m(self) -> int:
-        """Rows of a matrix."""
-        return math.prod(self.shape[axis] for axis in self.reduction_axes)
-
-    @property
-    def n(self) -> int:
-        """Columns of a matrix."""
-        return math.prod(self.shape[axis] for axis in self.output_axes)
-
-    @property
-    def low_rank_shape(self) -> tuple[int, ...]:
-        """Shape of the low-rank gradient R, and so of the moments: (*batch, r or m, r or n)."""
-        return (
-            *self.batch,
-            self.rank if self.left else self.m,
-            self.rank if self.right else self.n,
-        )
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return self.batch_axes + self.reduction_axes + self.output_axes
-
-    def to_matrices(self, leaf: jax.Array) -> jax.Array:
-        """The leaf as (*batch, m, n)."""
-        return leaf.transpose(self._order).reshape(*self.batch, self.m, self.n)
-
-    def from_matrices(self, matrices: jax.Array) -> jax.Array:
-        """The inverse of :meth:`to_matrices`."""
-        transposed = tuple(self.shape[axis] for axis in self._order)
-        inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
-        return matrices.reshape(transposed).transpose(inverse)
-
-
-LeafView = MatrixView | Unprojected
-
-
-def moment_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype of factorizations and moments: that of the leaf, but at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def ranging_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype, or float32 in place of one with fewer exponents, such as float16.
-
-    Squares of gradients, and updates after the learning rate, are smaller than those reach.
-    """
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.dtype(dtype)
-    few = jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp
-    return jnp.dtype(jnp.float32 if few else dtype)
+RankSpec: TypeAlias = int | float | Callable[[str, Shape], int | float]
+ExcludeSpec: TypeAlias = str | re.Pattern[str] | Callable[[str, Shape], bool] | PyTree | None
+DimensionNumbersSpec: TypeAlias = PyTree | Callable[[Params], PyTree]
+_NumbersOfLeaf: TypeAlias = tuple[DimensionNumbers | None, bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +48,7 @@ class Selection:
     rank: RankSpec
     side: str
     exclude: ExcludeSpec
-    weight_dimension_numbers: Any
+    weight_dimension_numbers: DimensionNumbersSpec
 
     def __post_init__(self):
         if not callable(self.rank):
@@ -172,10 +63,10 @@ class Selection:
                     f"exclude must be a valid regular expression; got {self.exclude!r}: {error}"
                 ) from error
 
-    def views(self, tree: Any) -> list[LeafView]:
-        """The view of each leaf, in the order of ``jax.tree.leaves(tree)``.
+    def views(self, tree: Params) -> list[LeafView]:
+        """Returns the view of each leaf, in the order of ``jax.tree.leaves(tree)``.
 
-        Depends on paths, shapes and dtypes only, so that it is the same for parameters,
+        A view depends on paths, shapes and dtypes only, so that it is the same for parameters,
         quantized or not, gradients and ``jax.ShapeDtypeStruct``.
 
         Raises:
@@ -228,7 +119,7 @@ class Selection:
                 stacklevel,
             )
 
-    def _excluded(self, tree: Any) -> list[bool]:
+    def _excluded(self, tree: Params) -> list[bool]:
         leaves = leaves_with_paths(tree)
         exclude = self.exclude
         if exclude is None:
@@ -246,8 +137,8 @@ class Selection:
             )
         return mask
 
-    def _dimension_numbers(self, tree: Any) -> list[tuple[Any, bool]]:
-        """Of each leaf its dimension numbers, and whether they were given for a whole subtree."""
+    def _dimension_numbers(self, tree: Params) -> list[_NumbersOfLeaf]:
+        """Returns each leaf's dimension numbers, and whether a whole subtree was given them."""
         given = self.weight_dimension_numbers
         if callable(given):
             given = given(tree)
@@ -262,7 +153,12 @@ class Selection:
         return pairs
 
     def _view(
-        self, path: str, leaf: Any, excluded: bool, dimension_numbers: Any, shared: bool
+        self,
+        path: str,
+        leaf: PyTree,
+        excluded: bool,
+        dimension_numbers: DimensionNumbers | None,
+        shared: bool,
     ) -> LeafView:
         shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
@@ -318,7 +214,7 @@ class Selection:
             path, shape, dtype, batch, reduction, output, rank, left[self.side], right[self.side]
         )
 
-    def _rank(self, path: str, shape: tuple[int, ...], short: int) -> int:
+    def _rank(self, path: str, shape: Shape, short: int) -> int:
         rank = self.rank
         if callable(rank):
             rank = rank(path, shape)
@@ -326,60 +222,17 @@ class Selection:
         return int(rank) if isinstance(rank, numbers.Integral) else max(1, round(rank * short))
 
 
-def logical(tree: Any) -> Any:
-    """The tree with a ``jax.ShapeDtypeStruct`` in the place of each quantized array."""
-
-    def stand_in(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf
-
-    return jax.tree.map(stand_in, tree, is_leaf=is_quantized)
-
-
-def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a tree and their paths, components joined by "/".
-
-    A path is the same whether or not the leaf is in a box of Flax: an NNX variable, or Linen's
-    ``Partitioned``. Leaves are boxed at init and unboxed at update.
-    """
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, boxed in found
-        for leaf in jax.tree.leaves(boxed)
-    ]
-
-
-def structure(tree: Any, unbox: Sequence[bool]) -> Any:
-    """The structure of ``tree`` with some of its leaves taken out of Flax's boxes.
-
-    A box carries the sharding of the parameter, which need not fit state of another shape.
-
-    Args:
-      tree: any tree.
-      unbox: for each leaf whether to take it out of its box, if it has one.
-    """
-    boxes, treedef = jax.tree.flatten(logical(tree), is_leaf=_is_box)
-    chosen = zip(boxes, unbox, strict=True)
-    return jax.tree.structure(treedef.unflatten([0 if out else box for box, out in chosen]))
-
-
-def _is_box(x: Any) -> bool:
-    """Whether this is an ``nnx.Variable`` or an ``AxisMetadata`` of Linen, around one array."""
-    is_flax = hasattr(x, "get_metadata") or hasattr(x, "replace_boxed")
-    return is_flax and len(jax.tree.leaves(x)) == 1
-
-
 _AMBIGUOUS = "more than two axes and no dimension numbers"
 
 
-def _is_dimension_numbers(x: Any) -> bool:
+def _is_dimension_numbers(x: object) -> TypeGuard[DimensionNumbers | None]:
     return x is None or (hasattr(x, "reduction_axis") and hasattr(x, "output_axis"))
 
 
 def _broadcast_prefix(
-    prefix: Any, tree: Any, argument: str, is_leaf: Callable[[Any], bool] | None = None
-) -> list[tuple[Any, bool]]:
-    """For each leaf of ``tree`` its leaf in ``prefix``, and whether other leaves may share that."""
+    prefix: PyTree, tree: PyTree, argument: str, is_leaf: Callable[[object], bool] | None = None
+) -> list[tuple[PyTree, bool]]:
+    """Returns for each leaf of ``tree`` its leaf in ``prefix``, and whether others may share it."""
     pairs = []
 
     def spread(leaf, subtree):
@@ -396,7 +249,7 @@ def _broadcast_prefix(
     return pairs
 
 
-def _axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+def _axes(axes: int | Sequence[int], ndim: int) -> Shape:
     axes = tuple(operator.index(a) for a in ((axes,) if isinstance(axes, int) else axes))
     for axis in axes:
         if not -ndim <= axis < ndim:
@@ -404,7 +257,7 @@ def _axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(axis % ndim for axis in axes)
 
 
-def _check_rank(rank: Any, name: str) -> None:
+def _check_rank(rank: object, name: str) -> None:
     if isinstance(rank, jax.Array):
         raise TypeError(
             f"{name} must be a Python number, since it sets shapes; got the array {rank}. Under "

@@ -1,0 +1,169 @@
+"""Goes forward through the model and back: the loss, and the gradients of one layer at a time."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from galore_optax._layerwise.division import Division, select
+from galore_optax._layerwise.row_major import row_major
+from galore_optax._layerwise.settings import Activations, Batch, Leaf, Settings
+from galore_optax._quantized_params import attach, carrier
+from galore_optax._types import Params
+from galore_optax._view import moment_dtype
+
+Carry = TypeVar("Carry")
+Gradients = list[Array | None]
+"""A gradient for each leaf of the parameters, None for those that have no part in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """The parts of a forward and a backward pass, over some micro-batches at a time.
+
+    Gradients are the mean of those of the micro-batches. With more than one of these, what depends
+    on the batch has a leading axis for them.
+
+    Attributes:
+      settings: the arguments of `galore_optax.layerwise`.
+      division: how the parameters divide.
+      count: how many micro-batches there are.
+    """
+
+    settings: Settings
+    division: Division
+    count: int
+
+    def forward(self, leaves: list[Leaf], batch: Batch) -> tuple[Activations, Activations]:
+        """Returns what the last layer returns, and the inputs of all layers, stacked."""
+        rest, stacked = self.division.divide(leaves)
+        block = self.settings.block
+
+        def one(batch: Batch) -> tuple[Activations, Activations]:
+            x = self.settings.embed(rest, batch)
+            return jax.lax.scan(lambda x, layer: (block(layer, x), x), x, stacked)
+
+        return one(batch) if self.count == 1 else jax.lax.map(one, batch)
+
+    def head(
+        self, leaves: list[Leaf], chosen: Sequence[bool], x: Activations, batch: Batch
+    ) -> tuple[tuple[Float[Array, ""], Gradients], Activations]:
+        """Returns the loss, its gradient with respect to the chosen leaves, and that to x."""
+        own = select(chosen, leaves)
+
+        def one(inputs: tuple[Activations, Batch]) -> tuple[tuple[Array, Gradients], Activations]:
+            x, batch = inputs
+
+            def loss_of(carriers: list[Array | None], x: Activations) -> Float[Array, ""]:
+                rest, _ = self.division.divide(_attached(leaves, carriers))
+                return self.settings.head_loss(rest, x, batch)
+
+            loss, vjp = jax.vjp(loss_of, _carriers(own), x)
+            gradients, dx = vjp(jnp.ones_like(loss))
+            return (loss, gradients), dx
+
+        return self._mean(one, (x, batch))
+
+    def embed(
+        self, leaves: list[Leaf], chosen: Sequence[bool], dx: Activations, batch: Batch
+    ) -> Gradients:
+        """Returns the gradient of the chosen leaves by way of the embedding.
+
+        Args:
+          leaves: the parameters.
+          chosen: for each leaf whether to return its gradient.
+          dx: the gradient of what the embedding returns.
+          batch: the batch.
+        """
+        own = select(chosen, leaves)
+
+        def one(inputs: tuple[Activations, Batch]) -> tuple[Gradients, None]:
+            dx, batch = inputs
+
+            def embed(carriers: list[Array | None]) -> Activations:
+                rest, _ = self.division.divide(_attached(leaves, carriers))
+                return self.settings.embed(rest, batch)
+
+            return jax.vjp(embed, _carriers(own))[1](dx)[0], None
+
+        return self._mean(one, (dx, batch))[0]
+
+    def layers(
+        self,
+        inputs: Activations,
+        dx: Activations,
+        stacked: Callable[[Carry], list[Leaf]],
+        visit: Callable[[Int[Array, ""], list[Leaf], Gradients, Carry], Carry],
+        carry: Carry,
+    ) -> tuple[Activations, Carry]:
+        """Goes through the layers from the last to the first.
+
+        Args:
+          inputs: what each layer got in the forward pass.
+          dx: the gradient of what the last layer returns.
+          stacked: finds the parameters of the blocks in a carry.
+          visit: makes the next carry from a layer's index, parameters and gradients, and a carry.
+          carry: the first carry.
+
+        Returns:
+          The gradient of the first layer's input, and the last carry.
+        """
+        layers, axis = self.division.layers, 0 if self.count == 1 else 1
+
+        def body(i: Int[Array, ""], both: tuple[Activations, Carry]) -> tuple[Activations, Carry]:
+            dx, carry = both
+            layer = layers - 1 - i
+            params = _index(stacked(carry), layer)
+            x = _index(inputs, layer, axis)
+
+            def one(pair: tuple[Activations, Activations]) -> tuple[Gradients, Activations]:
+                x, dx = pair
+
+                def apply(carriers: list[Array | None], x: Activations) -> Activations:
+                    _, layer_params = self.division.divide(_attached(params, carriers))
+                    return self.settings.block(layer_params, x)
+
+                return jax.vjp(apply, _carriers(params), x)[1](dx)
+
+            gradients, dx = self._mean(one, (x, dx))
+            return dx, visit(layer, params, gradients, carry)
+
+        return jax.lax.fori_loop(0, layers, body, (dx, carry))
+
+    def _mean(
+        self, function: Callable[[PyTree], tuple[PyTree, PyTree]], xs: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Returns the mean of a function's first result over micro-batches, and all its second."""
+        if self.count == 1:
+            return function(xs)
+
+        def add(sums: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+            new, mapped = function(x)
+            return jax.tree.map(lambda s, n: s + n.astype(s.dtype) / self.count, sums, new), mapped
+
+        first, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, moment_dtype(x.dtype)), first)
+        return jax.lax.scan(add, zeros, xs)
+
+
+def _carriers(leaves: list[Leaf]) -> list[Array | None]:
+    """Returns for each leaf the array to differentiate with respect to, and None for None."""
+    return [None if leaf is None else carrier(leaf) for leaf in leaves]
+
+
+def _attached(leaves: list[Leaf], carriers: list[Array | None]) -> list[Leaf]:
+    """Returns the leaves, of which those with a carrier are differentiated with respect to it."""
+    pairs = zip(leaves, carriers, strict=True)
+    return [leaf if carrier is None else attach(leaf, carrier) for leaf, carrier in pairs]
+
+
+def _index(tree: Params, layer: Int[Array, ""], axis: int = 0) -> Params:
+    """Returns one layer of each array of a tree, without the axis of layers."""
+
+    def index(x: Array) -> Array:
+        return row_major(jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False))
+
+    return jax.tree.map(index, tree)

@@ -1,0 +1,67 @@
+"""Checks the arguments of layerwise, and names what its signatures speak of."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable
+from typing import TypeAlias
+
+from jaxtyping import Array, Float, PyTree
+
+from galore_optax._types import Params, Transformation
+
+Batch: TypeAlias = PyTree
+Activations: TypeAlias = PyTree
+"""What one layer returns and the next one takes: a floating-point array, or a tree of such."""
+
+Leaf: TypeAlias = PyTree
+"""An array, a `QuantizedArray`, or None for a leaf that has no part in what is done."""
+
+Embed: TypeAlias = Callable[[Params, Batch], Activations]
+Block: TypeAlias = Callable[[Params, Activations], Activations]
+HeadLoss: TypeAlias = Callable[[Params, Activations, Batch], Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of `galore_optax.layerwise`, which says what they mean."""
+
+    tx: Transformation
+    embed: Embed
+    block: Block
+    head_loss: HeadLoss
+    blocks: str
+    micro_batches: int
+    clip_norm: float | None
+    clip_by: str
+    slice_size: int | None
+    round_bfloat16: bool
+
+    def __post_init__(self):
+        tx = self.tx
+        if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+            raise TypeError(f"tx must be an Optax transformation; got {tx!r}")
+        for name in ("embed", "block", "head_loss"):
+            if not callable(function := getattr(self, name)):
+                raise TypeError(f"{name} must be a function; got {function!r}")
+        _check_positive_int("micro_batches", self.micro_batches)
+        if self.clip_norm is not None and not isinstance(self.clip_norm, numbers.Real):
+            raise TypeError(f"clip_norm must be a number, or None; got {self.clip_norm!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, or None; got {self.clip_norm!r}")
+        if self.slice_size is not None:
+            _check_positive_int("slice_size", self.slice_size, ", or None")
+        if self.clip_by not in ("global", "layer"):
+            raise ValueError(f'clip_by must be "global" or "layer"; got {self.clip_by!r}')
+        if self.clip_norm is None and self.clip_by != "global":
+            raise ValueError(f"clip_by={self.clip_by!r} needs clip_norm, the norm to clip to")
+
+    def clips_by(self, what: str) -> bool:
+        """Whether gradients are clipped, and by the norm of ``what``."""
+        return self.clip_norm is not None and self.clip_by == what
+
+
+def _check_positive_int(name: str, value: object, or_else: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a positive int{or_else}; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1{or_else}; got {value}")

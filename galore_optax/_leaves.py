@@ -1,0 +1,109 @@
+"""Gathers the leaves of what init or update was given: how each is seen, and where it lies."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree, PyTreeDef
+
+from galore_optax._quantized import is_quantized
+from galore_optax._quantized_params import dequantize_params
+from galore_optax._select import Selection
+from galore_optax._sharding import Placement, placement
+from galore_optax._state import leaves_like
+from galore_optax._trees import structure
+from galore_optax._types import Params, Updates
+from galore_optax._view import LeafView, MatrixView, moment_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """The leaves of parameters, or of gradients and parameters; each list has one entry per leaf.
+
+    Attributes:
+      views: how each leaf is seen.
+      gradients: the gradients; at ``init`` the parameters.
+      weights: the parameters, or None where there are none.
+      placements: where each projected leaf lies on a mesh with Explicit axes; None elsewhere.
+      structure: the structure of the tree of gradients.
+      bare: that structure with all leaves out of Flax's boxes, which the trees of subspaces have.
+      seen: that structure as the inner transformation sees it, with only the projected leaves out
+        of boxes.
+    """
+
+    views: list[LeafView]
+    gradients: list[PyTree]
+    weights: list[PyTree] | None
+    placements: list[Placement | None]
+    structure: PyTreeDef
+    bare: PyTreeDef
+    seen: PyTreeDef
+
+    @classmethod
+    def of_params(cls, selection: Selection, params: Params) -> "Leaves":
+        """Returns the leaves that ``init`` is given."""
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
+        return cls._of(selection, params, leaves, None, treedef)
+
+    @classmethod
+    def of_update(cls, selection: Selection, updates: Updates, params: Params | None) -> "Leaves":
+        """Returns the leaves that ``update`` is given.
+
+        Raises:
+          ValueError: gradients and parameters have other structures or shapes.
+        """
+        gradients, treedef = jax.tree.flatten(updates)
+        weights = None if params is None else leaves_like(treedef, params, "params")
+        leaves = cls._of(selection, updates, [jnp.asarray(g) for g in gradients], weights, treedef)
+        for view, weight in zip(leaves.views, weights or (), strict=False):
+            if jnp.shape(weight) != view.shape:
+                raise ValueError(
+                    f"params and gradients must have the same shapes; {view.path!r} has shape "
+                    f"{jnp.shape(weight)} in params and {view.shape} in the gradients"
+                )
+        return leaves
+
+    @classmethod
+    def _of(
+        cls,
+        selection: Selection,
+        tree: PyTree,
+        gradients: list[PyTree],
+        weights: list[PyTree] | None,
+        treedef: PyTreeDef,
+    ) -> "Leaves":
+        views = selection.views(tree)
+        placements = [placement(v, x) for v, x in zip(views, weights or gradients, strict=True)]
+        is_matrix = [isinstance(view, MatrixView) for view in views]
+        bare, seen = structure(tree, [True] * len(views)), structure(tree, is_matrix)
+        return cls(views, gradients, weights, placements, treedef, bare, seen)
+
+    @property
+    def projected(self) -> list[tuple[int, MatrixView]]:
+        """The positions of the leaves that are projected, and their views."""
+        return [(i, v) for i, v in enumerate(self.views) if isinstance(v, MatrixView)]
+
+    @property
+    def likes(self) -> list[PyTree]:
+        """The leaves whose dtype and sharding updates have: parameters, or else gradients."""
+        return self.gradients if self.weights is None else self.weights
+
+
+def stand_in(view: LeafView, leaf: PyTree) -> PyTree:
+    """Returns what the inner ``init`` sees of a leaf.
+
+    It sees zeros of the shape of R, or the leaf at full size in the dtype of the moments.
+    """
+    dtype = moment_dtype(view.dtype)
+    if isinstance(view, MatrixView):
+        return jnp.zeros(view.low_rank_shape, dtype)
+    leaf = dequantize_params(leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    return wide(leaf)
+
+
+def wide(array: jax.typing.ArrayLike) -> Float[Array, "..."]:
+    """Returns an array in the dtype that its moments have: its own, but at least float32."""
+    array = jnp.asarray(array)
+    return array.astype(moment_dtype(array.dtype))

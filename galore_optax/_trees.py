@@ -1,0 +1,64 @@
+"""Finds the leaves of trees of parameters and their paths, whatever boxes or codes they are in."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree, PyTreeDef
+
+from galore_optax._quantized import is_quantized
+
+
+def logical(tree: PyTree) -> PyTree:
+    """Returns the tree with a ``jax.ShapeDtypeStruct`` in the place of each quantized array."""
+
+    def stand_in(leaf: PyTree) -> PyTree:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf
+
+    return jax.tree.map(stand_in, tree, is_leaf=is_quantized)
+
+
+def leaves_with_paths(tree: PyTree) -> list[tuple[str, PyTree]]:
+    """Returns the leaves of a tree and their paths, components joined by "/"."""
+    return [(path_name(keys), leaf) for keys, leaf in leaves_with_keys(tree)]
+
+
+def leaves_with_keys(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
+    """Returns the leaves of a tree and the keys that lead to them.
+
+    The keys are the same whether or not the leaf is in a box of Flax: an NNX variable, or Linen's
+    ``Partitioned``. They must be, since leaves are boxed at init and unboxed at update.
+    """
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
+    return [(path, leaf) for path, boxed in found for leaf in jax.tree.leaves(boxed)]
+
+
+def path_name(keys: KeyPath) -> str:
+    """Returns the components of a path, joined by "/"."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def structure(tree: PyTree, unbox: Sequence[bool]) -> PyTreeDef:
+    """Returns the structure of ``tree`` with some of its leaves taken out of Flax's boxes.
+
+    A box carries the sharding of the parameter, which need not fit state of another shape.
+
+    Args:
+      tree: any tree.
+      unbox: for each leaf, whether to take it out of its box, if it has one.
+    """
+    boxes, treedef = jax.tree.flatten(logical(tree), is_leaf=_is_box)
+    chosen = zip(boxes, unbox, strict=True)
+    return jax.tree.structure(treedef.unflatten([0 if out else box for box, out in chosen]))
+
+
+def boxed(tree: PyTree) -> list[bool]:
+    """Says for each leaf of a tree whether it is in a box of Flax."""
+    nodes = jax.tree.leaves(tree, is_leaf=_is_box)
+    return [_is_box(node) for node in nodes for _ in jax.tree.leaves(node)]
+
+
+def _is_box(x: PyTree) -> bool:
+    """Whether this is an ``nnx.Variable`` or an ``AxisMetadata`` of Linen, around one array."""
+    is_flax = hasattr(x, "get_metadata") or hasattr(x, "replace_boxed")
+    return is_flax and len(jax.tree.leaves(x)) == 1

@@ -1,0 +1,263 @@
+"""Runs init and update over all leaves: down into the subspaces, one step there, and up again."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from galore_optax._accumulate import accumulate, init_accumulator, is_first
+from galore_optax._core import Bases, Method
+from galore_optax._excerpt import Excerpt, ordinals
+from galore_optax._inner import Call, Inner
+from galore_optax._leaf import Lift
+from galore_optax._leaves import Leaves, stand_in, wide
+from galore_optax._moments import InnerMoments
+from galore_optax._quantized_params import check_gradients, dequantize_params
+from galore_optax._refresh import ONLY, Gap, gap_at
+from galore_optax._residual import Projected
+from galore_optax._select import Selection
+from galore_optax._sharding import check_mesh, reshard
+from galore_optax._state import (
+    VERSION,
+    GaloreState,
+    inspection_in_progress,
+    subspaces_of_tree,
+    tree_of_subspaces,
+)
+from galore_optax._subspace import ABSENT, Subspace
+from galore_optax._types import Scalar, State, Step, Updates
+from galore_optax._view import LeafView, MatrixView
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of `galore_optax.galore`, checked."""
+
+    selection: Selection
+    method: Method
+    update_proj_gap: Gap
+    stagger: bool
+    scale: Scalar
+    accumulation_steps: int
+    seed: int | Array
+
+
+class Below(NamedTuple):
+    """What there is once all gradients are down in their subspaces; lists have entries by leaf."""
+
+    subspaces: list[Subspace]  # the subspaces, refreshed where they were due.
+    inner: State  # the inner state, with its moments in these subspaces.
+    step: Step  # the step of the state, which depends on the refreshes of all leaves.
+    bases: list[Bases]  # the bases; both are None for a leaf that is not projected.
+    low_rank: list[Array]  # R, or the gradient of a leaf that is not projected.
+
+
+def transformation(
+    inner: optax.GradientTransformation, settings: Settings, caution: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation that `galore_optax.galore` returns.
+
+    Args:
+      inner: any Optax transformation.
+      settings: the arguments of galore.
+      caution: the text of a warning that the first ``init`` gives, or None for no warning.
+    """
+    galore = _Galore(Inner(inner), settings, caution)
+    return optax.GradientTransformationExtraArgs(galore.init, galore.update)
+
+
+class _Galore:
+    """Has the ``init`` and the ``update`` of what `transformation` returns."""
+
+    def __init__(self, inner: Inner, settings: Settings, caution: str | None):
+        self._inner, self._settings, self._caution = inner, settings, caution
+        self._lift = Lift(settings.method, settings.stagger)
+        self._shapes = functools.cache(lambda view: jax.eval_shape(lambda: self._subspace(view)))
+        self._warned = False
+
+    def init(self, params: optax.Params) -> GaloreState:
+        """Returns the state before the first step."""
+        check_mesh(params)
+        leaves = Leaves.of_params(self._settings.selection, params)
+        inspection = inspection_in_progress()
+        if inspection is not None:
+            inspection.trees.append(leaves.views)
+            if inspection.without_galore:
+                # A GaloreState all the same, so that the inner state is found where it always is.
+                return GaloreState(ABSENT, Subspace(), self._inner.init(dequantize_params(params)))
+        subspaces = [self._subspace(view) for view in leaves.views]
+        values = [stand_in(v, x) for v, x in zip(leaves.views, leaves.gradients, strict=True)]
+        for i, place in enumerate(leaves.placements):
+            if place is not None:
+                values[i] = reshard(values[i], place.low_rank)
+                subspaces[i] = reshard(subspaces[i], place.subspace(subspaces[i]))
+        low_rank = leaves.seen.unflatten(values)
+        state = GaloreState(
+            step=jnp.zeros([], jnp.int32),
+            subspace=tree_of_subspaces(leaves.bare, subspaces),
+            inner=self._inner.init(low_rank, [isinstance(v, MatrixView) for v in leaves.views]),
+            accumulator=init_accumulator(low_rank, self._settings.accumulation_steps),
+            version=jnp.asarray(VERSION, jnp.int32),
+        )
+        if inspection is None and not self._warned and leaves.views:
+            self._warned = True
+            self._settings.selection.warn(leaves.views, stacklevel=2)
+            self._inner.warn(low_rank, state.inner, leaves.views, stacklevel=2)
+            if self._caution is not None:
+                warnings.warn(self._caution, UserWarning, stacklevel=2)
+        return state
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: State,
+        params: optax.Params | None = None,
+        *,
+        refresh: object = None,
+        excerpt: Excerpt | None = None,
+        **extra_args: PyTree,
+    ) -> tuple[Updates, GaloreState]:
+        """Returns the updates and the next state; see `galore_optax.galore`."""
+        check_gradients(updates)
+        check_mesh((updates, state, params))
+        leaves = Leaves.of_update(self._settings.selection, updates, params)
+        subspaces = subspaces_of_tree(leaves.bare, leaves.views, state, self._shapes)
+        below = self._down(leaves, subspaces, state, _checked(refresh), excerpt)
+        if isinstance(refresh, str):
+            subspace = tree_of_subspaces(leaves.bare, below.subspaces)
+            zeros = leaves.structure.unflatten(map(_zeros, leaves.likes))
+            return zeros, state._replace(subspace=subspace, inner=below.inner)
+        extra_args |= {} if excerpt is None else {"excerpt": excerpt}
+
+        def finish(low_rank: list[Array]) -> tuple[list[Array], list[PyTree], State, Step]:
+            updates, residuals, inner = self._step(leaves, below, low_rank, extra_args)
+            return updates, residuals, inner, jnp.asarray(optax.safe_increment(below.step))
+
+        def wait() -> tuple[list[Array], list[PyTree], State, Step]:
+            zeros = list(map(_zeros, leaves.likes))
+            return zeros, [s.residual for s in below.subspaces], below.inner, below.step
+
+        (new, residuals, inner, step), accumulator = accumulate(
+            state.accumulator,
+            below.low_rank,
+            leaves.seen,
+            self._settings.accumulation_steps,
+            excerpt,
+            finish,
+            wait,
+        )
+        subspaces = [
+            s._replace(residual=r) for s, r in zip(below.subspaces, residuals, strict=True)
+        ]
+        subspace = tree_of_subspaces(leaves.bare, subspaces)
+        new_state = GaloreState(step, subspace, inner, accumulator, state.version)
+        return leaves.structure.unflatten(new), new_state
+
+    def _down(
+        self,
+        leaves: Leaves,
+        subspaces: list[Subspace],
+        state: GaloreState,
+        refresh: bool | None,
+        excerpt: Excerpt | None,
+    ) -> Below:
+        """Takes all gradients down into their subspaces, one leaf after the other."""
+        settings, lift = self._settings, self._lift
+        gap = gap_at(settings.update_proj_gap, jnp.asarray(state.step))
+        order = dict(ordinals(leaves.views))
+        complete = excerpt is not None and excerpt.complete
+        allowed = complete or is_first(state.accumulator)
+        step = jnp.asarray(state.step)
+        step = step if excerpt is None else excerpt.acknowledge(step)
+        moments = InnerMoments.of(state.inner, leaves, settings.method.sees)
+        subspaces, bases = list(subspaces), [Bases(None, None)] * len(subspaces)
+        low_rank = [
+            g if isinstance(view, MatrixView) else wide(g)
+            for g, view in zip(leaves.gradients, leaves.views, strict=True)
+        ]
+        for i, view in leaves.projected:
+            ordinal = (
+                order[view.path] if excerpt is None else excerpt.ordinal(view.path, view.count)
+            )
+            went = lift.down(
+                view,
+                leaves.placements[i],
+                leaves.gradients[i],
+                subspaces[i],
+                moments.of_leaf(i),
+                (step, gap),
+                lift.identity(view, ordinal, settings.seed, excerpt),
+                total=ordinal.total,
+                refresh=refresh,
+                allowed=allowed,
+            )
+            subspaces[i], of_leaf, step, bases[i], low_rank[i] = went
+            moments.replace(i, of_leaf)
+        return Below(subspaces, moments.state, step, bases, low_rank)
+
+    def _step(
+        self,
+        leaves: Leaves,
+        below: Below,
+        low_rank: list[Array],
+        extra_args: Mapping[str, PyTree],
+    ) -> tuple[list[Array], list[PyTree], State]:
+        """Takes a step in the subspaces, and takes all updates up again.
+
+        Returns:
+          The updates, the states of the residuals, and the state of the inner transformation.
+        """
+        lift, weights, method = self._lift, leaves.weights, self._settings.method
+
+        def projected_weights(i: int, view: MatrixView) -> Array:
+            return lift.project(view, leaves.placements[i], leaves.likes[i], below.bases[i])
+
+        call = Call(low_rank, below.inner, weights, leaves.seen, leaves.views, extra_args)
+        inner = self._inner.update(call, projected_weights)
+        updates, residuals = list(inner.updates), [s.residual for s in below.subspaces]
+        for i, like in enumerate(leaves.likes):
+            view, dtype = leaves.views[i], jnp.result_type(like)
+            if not isinstance(view, MatrixView):
+                updates[i] = updates[i].astype(dtype)
+                continue
+            decay, gradient, uses = (
+                inner.decay[i],
+                leaves.gradients[i],
+                method.residual.uses_gradient,
+            )
+            updates[i], residuals[i] = lift.up(
+                view,
+                leaves.placements[i],
+                Projected(updates[i], *((low_rank[i], gradient) if uses else (None, None))),
+                below.bases[i],
+                residuals[i],
+                self._settings.scale,
+                None if decay is None or weights is None else (decay, weights[i]),
+                dtypes=(gradient.dtype, dtype),
+            )
+        return updates, residuals, inner.state
+
+    def _subspace(self, view: LeafView) -> Subspace:
+        """Returns the subspace of a leaf before the first step."""
+        return self._lift.initial(view) if isinstance(view, MatrixView) else Subspace()
+
+
+def _zeros(like: PyTree) -> Array:
+    return jnp.zeros_like(jnp.asarray(like))
+
+
+def _checked(refresh: object) -> bool | None:
+    """Returns ``refresh`` as it is, and raises where it is neither None nor a Python bool."""
+    if refresh is None or isinstance(refresh, bool):
+        return refresh
+    if isinstance(refresh, str) and refresh == ONLY:
+        return True
+    raise TypeError(
+        f"refresh must be None or a Python bool, since it decides what is compiled; got {refresh!r}"
+    )

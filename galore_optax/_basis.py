@@ -201,9 +201,29 @@ class Regenerated(Dense):
         return optax.MaskedNode()
 
 
+class _Numbered:
+    """What types of bases share of which the state holds the numbers of directions, (r,), int32."""
+
+    numbers: PyTree
+
+    def keep(self, storage: Storage) -> Stored:
+        """Returns the numbers of the directions."""
+        del storage
+        return self.numbers
+
+    def choice(self, side: Side) -> Int[Array, " r"]:
+        """Returns the numbers of the directions."""
+        del side
+        return self.numbers
+
+    def turned(self, old: Basis, side: Side) -> Float[Array, "r r"]:
+        """Returns C, which only says which direction was which before."""
+        return (self.numbers[:, None] == old.choice(side)).astype(side.dtype)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cosines(Dense):
+class Cosines(_Numbered, Dense):
     """Columns of the cosine transform, of which the state holds the numbers.
 
     Attributes:
@@ -238,20 +258,6 @@ class Cosines(Dense):
     def _of(cls, numbers: Int[Array, " r"], side: Side) -> Cosines:
         return cls(cosines(numbers, side.size, side.dtype), numbers)
 
-    def keep(self, storage: Storage) -> Stored:
-        """Returns the numbers of the columns."""
-        del storage
-        return self.numbers
-
-    def choice(self, side: Side) -> Int[Array, " r"]:
-        """Returns the numbers of the columns."""
-        del side
-        return self.numbers
-
-    def turned(self, old: Basis, side: Side) -> Float[Array, "r r"]:
-        """Returns C, which only says which column was which before."""
-        return (self.numbers[:, None] == old.choice(side)).astype(side.dtype)
-
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:
         """Returns a basis of specs; see :meth:`Dense.placed`."""
@@ -260,7 +266,7 @@ class Cosines(Dense):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(_Numbered):
     """A basis of unit vectors, with which nothing is multiplied: products with it only move rows.
 
     Attributes:
@@ -293,16 +299,6 @@ class Rows:
         del side, storage, again
         return cls(stored)
 
-    def keep(self, storage: Storage) -> Stored:
-        """Returns the numbers of the rows."""
-        del storage
-        return self.numbers
-
-    def choice(self, side: Side) -> Int[Array, " r"]:
-        """Returns the numbers of the rows."""
-        del side
-        return self.numbers
-
     def down(self, matrix: Float[Array, "a b"], side: Side, dtype: DType) -> Float[Array, "c d"]:
         """Returns the rows of a matrix that are selected, or its columns."""
         del dtype
@@ -322,10 +318,6 @@ class Rows:
         columns = columns.at[self.numbers].set(jnp.arange(side.rank, dtype=self.numbers.dtype))
         columns = jnp.expand_dims(columns, 1 - side.axis)
         return jnp.take_along_axis(low_rank, columns, side.axis, mode="fill", fill_value=0)
-
-    def turned(self, old: Basis, side: Side) -> Float[Array, "r r"]:
-        """Returns C, which only says which row was which before."""
-        return (self.numbers[:, None] == old.choice(side)).astype(side.dtype)
 
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:

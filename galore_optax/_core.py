@@ -23,7 +23,7 @@ from galore_optax._storage import Storage, Stored
 from galore_optax._subspace import ABSENT, Subspace, is_absent
 from galore_optax._transport import Held, Moments, Transport, Turned
 from galore_optax._types import DType, Scalar
-from galore_optax._view import MatrixView, moment_dtype, ranging_dtype
+from galore_optax._view import MatrixView, moment_dtype, ranging_dtype, wide
 from galore_optax.projectors import Projector
 
 # With which power of the gradients the moments of each role grow. It says by what to divide them
@@ -342,8 +342,7 @@ def _if_sound(new: tuple[Subspace, Held], old: tuple[Subspace, Held]) -> tuple[S
 
 def _moment(stored: Stored) -> Float[Array, "a b"]:
     """Returns a moment as transport sees it, in at least float32."""
-    moment = Storage.of(stored).load(stored)
-    return moment.astype(moment_dtype(moment.dtype))
+    return wide(Storage.of(stored).load(stored))
 
 
 def _held_like(stored: Stored, moment: Float[Array, "a b"]) -> Stored:

@@ -16,8 +16,7 @@ from galore_optax._accumulate import check_accumulation_steps
 from galore_optax._core import Method
 from galore_optax._refresh import Gap, Refresh, check_gap
 from galore_optax._refresh import resolve as resolve_refresh
-from galore_optax._residual import Residual
-from galore_optax._residual import resolve as resolve_residual
+from galore_optax._residual import RESIDUALS, Residual
 from galore_optax._select import (
     DEFAULT_EXCLUDE,
     DimensionNumbersSpec,
@@ -26,8 +25,8 @@ from galore_optax._select import (
     Selection,
 )
 from galore_optax._storage import resolve_storage
-from galore_optax._transport import Transport
-from galore_optax._transport import resolve as resolve_transport
+from galore_optax._tables import resolve
+from galore_optax._transport import TRANSPORTS, Transport
 from galore_optax._types import Scalar
 from galore_optax._update import Settings, transformation
 
@@ -196,8 +195,8 @@ def galore(
     method = Method(
         projectors.resolve(projector, projector_options or {}),
         resolve_refresh(refresh),
-        resolve_transport(transport),
-        resolve_residual(residual),
+        resolve("transport", transport, TRANSPORTS, Transport),
+        resolve("residual", residual, RESIDUALS, Residual),
         resolve_storage("projector_dtype", projector_dtype),
         bool(diagnostics),
     )

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, PyTreeDef
+from jaxtyping import PyTree, PyTreeDef
 
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import dequantize_params
@@ -13,7 +13,7 @@ from galore_optax._sharding import Placement, placement
 from galore_optax._state import leaves_like
 from galore_optax._trees import structure
 from galore_optax._types import Params, Updates
-from galore_optax._view import LeafView, MatrixView, moment_dtype
+from galore_optax._view import LeafView, MatrixView, moment_dtype, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +101,3 @@ def stand_in(view: LeafView, leaf: PyTree) -> PyTree:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
     return wide(leaf)
-
-
-def wide(array: jax.typing.ArrayLike) -> Float[Array, "..."]:
-    """Returns an array in the dtype that its moments have: its own, but at least float32."""
-    array = jnp.asarray(array)
-    return array.astype(moment_dtype(array.dtype))

@@ -23,7 +23,7 @@ from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._storage import Storage, Stored
 from galore_optax._trees import boxed, logical, structure
 from galore_optax._types import Params, Shape, State, Updates
-from galore_optax._view import ranging_dtype
+from galore_optax._view import ranging_dtype, wide
 
 SCHEMES: Mapping[Role, str] = {"first": "signed", "second": "unsigned", "curvature": "signed"}
 """The codec of the moments of each role, which says whether they have a sign."""
@@ -215,12 +215,12 @@ class _Rules:
     ) -> Stored:
         """Returns a moment as it is kept between steps, to be read again in at least float32."""
         return self.storage(kind).keep(
-            _wide(array), batch_axes=batch_axes, key=key, keep_positive=kind == "unsigned"
+            wide(array), batch_axes=batch_axes, key=key, keep_positive=kind == "unsigned"
         )
 
     def restore(self, stored: Stored, kind: str) -> Float[Array, "..."]:
         """Returns a moment as the inner transformation sees it, in at least float32."""
-        return _wide(self.storage(kind).load(stored))
+        return wide(self.storage(kind).load(stored))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +243,7 @@ class _LowBit:
         # XLA would compute the codes of constants, zeros mostly, while it compiles: for minutes.
         hide = jax.lax.optimization_barrier
         stored = [
-            self.rules.store(_wide(hide(leaf)), kind, own.batch_axes)
+            self.rules.store(wide(hide(leaf)), kind, own.batch_axes)
             if kind and self.rules.is_large(own)
             else leaf
             for leaf, own, kind in zip(leaves, owned, self.rules.kinds(leaves, owned), strict=True)
@@ -337,11 +337,6 @@ def _dtype(leaf: _Leaf) -> jnp.dtype:
 def _unboxed(tree: PyTree, unbox: Sequence[bool]) -> PyTree:
     """Returns a tree with some leaves out of Flax's boxes, which take codes for a whole tree."""
     return structure(tree, unbox).unflatten(jax.tree.leaves(tree))
-
-
-def _wide(array: jax.Array) -> jax.Array:
-    """Returns a moment in at least float32: in narrower dtypes a slow average does not move."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _like(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -75,23 +75,3 @@ class Discard:
 
 
 RESIDUALS: dict[str, Residual] = {"discard": Discard()}
-
-
-def resolve(residual: object) -> Residual:
-    """Returns the residual of that name, or the one that is given.
-
-    Raises:
-      ValueError: there is no residual of that name.
-      TypeError: it is neither a name nor a residual.
-    """
-    if isinstance(residual, str):
-        if residual not in RESIDUALS:
-            names = ", ".join(RESIDUALS)
-            raise ValueError(f"residual must be one of {names}; got {residual!r}")
-        return RESIDUALS[residual]
-    if not isinstance(residual, Residual):
-        raise TypeError(
-            f"residual must be a name ({', '.join(RESIDUALS)}), or an object with the members of "
-            f"Discard; got {residual!r}"
-        )
-    return residual

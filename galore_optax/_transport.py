@@ -65,23 +65,3 @@ class Keep:
 
 
 TRANSPORTS: dict[str, Transport] = {"keep": Keep()}
-
-
-def resolve(transport: object) -> Transport:
-    """Returns the rule of that name, or the one that is given.
-
-    Raises:
-      ValueError: there is no rule of that name.
-      TypeError: it is neither a name nor a rule.
-    """
-    if isinstance(transport, str):
-        if transport not in TRANSPORTS:
-            names = ", ".join(TRANSPORTS)
-            raise ValueError(f"transport must be one of {names}; got {transport!r}")
-        return TRANSPORTS[transport]
-    if not isinstance(transport, Transport):
-        raise TypeError(
-            f"transport must be a name ({', '.join(TRANSPORTS)}), or an object with the members of "
-            f"Keep; got {transport!r}"
-        )
-    return transport

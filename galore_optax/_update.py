@@ -16,7 +16,7 @@ from galore_optax._core import Bases, Method
 from galore_optax._excerpt import Excerpt, ordinals
 from galore_optax._inner import Call, Inner
 from galore_optax._leaf import Lift
-from galore_optax._leaves import Leaves, stand_in, wide
+from galore_optax._leaves import Leaves, stand_in
 from galore_optax._moments import InnerMoments
 from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._refresh import ONLY, Gap, gap_at
@@ -32,7 +32,7 @@ from galore_optax._state import (
 )
 from galore_optax._subspace import ABSENT, Subspace
 from galore_optax._types import Scalar, State, Step, Updates
-from galore_optax._view import LeafView, MatrixView
+from galore_optax._view import LeafView, MatrixView, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,6 @@ class _Galore:
         """Takes all gradients down into their subspaces, one leaf after the other."""
         settings, lift = self._settings, self._lift
         gap = gap_at(settings.update_proj_gap, jnp.asarray(state.step))
-        order = dict(ordinals(leaves.views))
         complete = excerpt is not None and excerpt.complete
         allowed = complete or is_first(state.accumulator)
         step = jnp.asarray(state.step)
@@ -181,10 +180,9 @@ class _Galore:
             g if isinstance(view, MatrixView) else wide(g)
             for g, view in zip(leaves.gradients, leaves.views, strict=True)
         ]
+        own = dict(ordinals(leaves.views)) if excerpt is None else {}
         for i, view in leaves.projected:
-            ordinal = (
-                order[view.path] if excerpt is None else excerpt.ordinal(view.path, view.count)
-            )
+            ordinal = own[view.path] if excerpt is None else excerpt.ordinal(view.path, view.count)
             went = lift.down(
                 view,
                 leaves.placements[i],

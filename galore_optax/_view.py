@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
 
 from galore_optax._types import DType, Shape
 
@@ -134,3 +135,9 @@ def ranging_dtype(dtype: DType) -> jnp.dtype:
         return jnp.dtype(dtype)
     few = jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp
     return jnp.dtype(jnp.float32 if few else dtype)
+
+
+def wide(array: ArrayLike) -> Float[Array, "..."]:
+    """Returns an array in the dtype that its moments have: its own, but at least float32."""
+    array = jnp.asarray(array)
+    return array.astype(moment_dtype(array.dtype))

@@ -201,6 +201,7 @@ class Regenerated(Dense):
         return optax.MaskedNode()
 
 
+@dataclasses.dataclass(frozen=True)
 class _Numbered:
     """What types of bases share of which the state holds the numbers of directions, (r,), int32."""
 
@@ -230,8 +231,6 @@ class Cosines(_Numbered, Dense):
       matrix: P, (m, r).
       numbers: which columns they are, (r,), int32, all different.
     """
-
-    numbers: PyTree
 
     @classmethod
     def initial(cls, side: Side) -> Cosines:
@@ -272,8 +271,6 @@ class Rows(_Numbered):
     Attributes:
       numbers: for each column the row in which its one stands, (r,), int32, all different.
     """
-
-    numbers: PyTree
 
     @classmethod
     def stands_still(cls) -> bool:

@@ -4,11 +4,31 @@ from galore_optax import projectors
 from galore_optax._chain import chain
 from galore_optax._galore import galore
 from galore_optax._layerwise import Layerwise, layerwise
+from galore_optax._limiter import LimitNormGrowthState, limit_norm_growth
 from galore_optax._low_bit import LowBitState, low_bit
 from galore_optax._memory import LeafGroup, MemoryReport, compare_memory, memory_report
 from galore_optax._migrate import as_version, migrate
-from galore_optax._optimizers import galore_adafactor, galore_adamw, galore_lion, galore_sgd
-from galore_optax._optimizers_low_bit import adamw_8bit, galore_adamw_8bit, q_galore_adamw
+from galore_optax._optimizers import flora, galore_adafactor, galore_lion, galore_muon, galore_sgd
+from galore_optax._presets import (
+    adamw_8bit,
+    apollo_adamw,
+    apollo_adamw_8bit,
+    apollo_mini_adamw,
+    apollo_mini_adamw_8bit,
+    dct_adamw,
+    dct_adamw_8bit,
+    fira_adamw,
+    fira_adamw_8bit,
+    frugal_adamw,
+    frugal_adamw_8bit,
+    galore_adamw,
+    galore_adamw_8bit,
+    grass_adamw,
+    grass_adamw_8bit,
+    ldadamw,
+    ldadamw_8bit,
+    q_galore_adamw,
+)
 from galore_optax._quantized import QuantizedArray, quantize
 from galore_optax._quantized_params import (
     apply_updates,
@@ -16,36 +36,68 @@ from galore_optax._quantized_params import (
     quantize_params,
     value_and_grad,
 )
+from galore_optax._ranks import MOARA, RankByRole
 from galore_optax._refresh import Lazy, refresh
+from galore_optax._residuals import Discard, ErrorFeedback, NormScaled, ScaleGradient, Sign
 from galore_optax._select import DEFAULT_EXCLUDE
 from galore_optax._state import GaloreState, metrics
 from galore_optax._subspace import Subspace
+from galore_optax._transports import Keep, Project, Reset, Rotate
 from galore_optax._view import DimensionNumbers
 
 __all__ = [
     "DEFAULT_EXCLUDE",
+    "MOARA",
     "DimensionNumbers",
+    "Discard",
+    "ErrorFeedback",
     "GaloreState",
+    "Keep",
     "Layerwise",
     "Lazy",
     "LeafGroup",
+    "LimitNormGrowthState",
     "LowBitState",
     "MemoryReport",
+    "NormScaled",
+    "Project",
     "QuantizedArray",
+    "RankByRole",
+    "Reset",
+    "Rotate",
+    "ScaleGradient",
+    "Sign",
     "Subspace",
     "adamw_8bit",
+    "apollo_adamw",
+    "apollo_adamw_8bit",
+    "apollo_mini_adamw",
+    "apollo_mini_adamw_8bit",
     "apply_updates",
     "as_version",
     "chain",
     "compare_memory",
+    "dct_adamw",
+    "dct_adamw_8bit",
     "dequantize_params",
+    "fira_adamw",
+    "fira_adamw_8bit",
+    "flora",
+    "frugal_adamw",
+    "frugal_adamw_8bit",
     "galore",
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw_8bit",
     "galore_lion",
+    "galore_muon",
     "galore_sgd",
+    "grass_adamw",
+    "grass_adamw_8bit",
     "layerwise",
+    "ldadamw",
+    "ldadamw_8bit",
+    "limit_norm_growth",
     "low_bit",
     "memory_report",
     "metrics",

@@ -3,7 +3,8 @@
 A type of basis is a class like `Dense`, which the table of projectors names. It says what the state
 holds of a basis (:meth:`Dense.keep`), how the basis comes of that again (:meth:`Dense.load`), and
 what its products are (:meth:`Dense.down`, :meth:`Dense.up`, :meth:`Dense.turned`). All of it is
-about one matrix; stacks of matrices are mapped over elsewhere.
+about one matrix; stacks of matrices are mapped over elsewhere. Bases of which the numbers of
+directions are kept are in `_numbered.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from galore_optax._directions import cosines
 from galore_optax._storage import Storage, Stored
 from galore_optax._types import DType, MeshAxes
 from galore_optax._view import moment_dtype
@@ -46,19 +46,18 @@ class Basis(Protocol):
     """What every type of basis can do; `Dense` says what each member means."""
 
     @classmethod
-    def stands_still(cls) -> bool: ...
-    @classmethod
     def initial(cls, side: Side) -> Basis: ...
     @classmethod
-    def chosen(cls, choice: Array, old: Basis, side: Side, first: Bool[Array, ""]) -> Basis: ...
+    def chosen(cls, choice: PyTree, old: Basis, side: Side, first: Bool[Array, ""]) -> Basis: ...
     @classmethod
     def load(
-        cls, stored: Stored, side: Side, storage: Storage, again: Callable[[], Array]
+        cls, stored: Stored, side: Side, storage: Storage, again: Callable[[], PyTree]
     ) -> Basis: ...
     def keep(self, storage: Storage) -> Stored: ...
-    def choice(self, side: Side) -> Array: ...
+    def choice(self, side: Side) -> PyTree: ...
     def down(self, matrix: Array, side: Side, dtype: DType) -> Array: ...
     def up(self, low_rank: Array, side: Side, dtype: DType) -> Array: ...
+    def squares(self, low_rank: Array, side: Side) -> Array: ...
     def turned(self, old: Basis, side: Side) -> Array: ...
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree: ...
@@ -74,11 +73,6 @@ class Dense:
     """
 
     matrix: PyTree
-
-    @classmethod
-    def stands_still(cls) -> bool:
-        """Says whether two bases are alike where gradients are."""
-        return True
 
     @classmethod
     def initial(cls, side: Side) -> Dense:
@@ -109,7 +103,7 @@ class Dense:
 
     @classmethod
     def load(
-        cls, stored: Stored, side: Side, storage: Storage, again: Callable[[], Array]
+        cls, stored: Stored, side: Side, storage: Storage, again: Callable[[], PyTree]
     ) -> Dense:
         """Returns the basis of which the state holds ``stored``.
 
@@ -149,6 +143,20 @@ class Dense:
             return _product("mr,rn->mn", self.matrix, low_rank, dtype)
         return _product("mr,nr->mn", low_rank, self.matrix, dtype)
 
+    def squares(self, low_rank: Float[Array, "a b"], side: Side) -> Float[Array, " k"]:
+        """Returns the squared norms of the vectors of P R, or R P^T, along the side.
+
+        Args:
+          low_rank: R, with r rows or columns.
+          side: the side that is projected.
+        """
+        # The matrix need not be orthonormal: codes are rounded, and random entries only nearly so.
+        basis = self.matrix.astype(side.dtype)
+        gram = jnp.matmul(basis.T, basis, precision=jax.lax.Precision.HIGHEST)
+        vectors = low_rank if side.axis == 0 else low_rank.T
+        product = jnp.matmul(gram, vectors, precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(vectors * product, axis=0)
+
     def turned(self, old: Basis, side: Side) -> Float[Array, "r r"]:
         """Returns C = P_new^T P_old, which takes coordinates in the old basis to the new one."""
         # Lazy refresh decides by it; without the precision GPUs would round the operands to TF32.
@@ -175,11 +183,6 @@ class Regenerated(Dense):
     """A random basis, of which the state holds nothing: it is made again from the matrix' key."""
 
     @classmethod
-    def stands_still(cls) -> bool:
-        """Says that two bases are never alike, since they are random."""
-        return False
-
-    @classmethod
     def chosen(
         cls, choice: Float[Array, "m r"], old: Basis, side: Side, first: Bool[Array, ""]
     ) -> Regenerated:
@@ -189,7 +192,7 @@ class Regenerated(Dense):
 
     @classmethod
     def load(
-        cls, stored: Stored, side: Side, storage: Storage, again: Callable[[], Array]
+        cls, stored: Stored, side: Side, storage: Storage, again: Callable[[], PyTree]
     ) -> Regenerated:
         """Returns the basis that the projector chooses again; see :meth:`Dense.load`."""
         del stored, storage
@@ -199,128 +202,6 @@ class Regenerated(Dense):
         """Returns nothing."""
         del storage
         return optax.MaskedNode()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Numbered:
-    """What types of bases share of which the state holds the numbers of directions, (r,), int32."""
-
-    numbers: PyTree
-
-    def keep(self, storage: Storage) -> Stored:
-        """Returns the numbers of the directions."""
-        del storage
-        return self.numbers
-
-    def choice(self, side: Side) -> Int[Array, " r"]:
-        """Returns the numbers of the directions."""
-        del side
-        return self.numbers
-
-    def turned(self, old: Basis, side: Side) -> Float[Array, "r r"]:
-        """Returns C, which only says which direction was which before."""
-        return (self.numbers[:, None] == old.choice(side)).astype(side.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cosines(_Numbered, Dense):
-    """Columns of the cosine transform, of which the state holds the numbers.
-
-    Attributes:
-      matrix: P, (m, r).
-      numbers: which columns they are, (r,), int32, all different.
-    """
-
-    @classmethod
-    def initial(cls, side: Side) -> Cosines:
-        """Returns the first columns."""
-        return cls._of(jnp.arange(side.rank, dtype=jnp.int32), side)
-
-    @classmethod
-    def chosen(
-        cls, choice: Int[Array, " r"], old: Basis, side: Side, first: Bool[Array, ""]
-    ) -> Cosines:
-        """Returns the columns of which the projector chose the numbers."""
-        del old, first
-        return cls._of(choice, side)
-
-    @classmethod
-    def load(
-        cls, stored: Stored, side: Side, storage: Storage, again: Callable[[], Array]
-    ) -> Cosines:
-        """Returns the columns of which the state holds the numbers; see :meth:`Dense.load`."""
-        del storage, again
-        return cls._of(stored, side)
-
-    @classmethod
-    def _of(cls, numbers: Int[Array, " r"], side: Side) -> Cosines:
-        return cls(cosines(numbers, side.size, side.dtype), numbers)
-
-    @classmethod
-    def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:
-        """Returns a basis of specs; see :meth:`Dense.placed`."""
-        return cls(PartitionSpec(*batch, axis, None), PartitionSpec(*batch, None))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows(_Numbered):
-    """A basis of unit vectors, with which nothing is multiplied: products with it only move rows.
-
-    Attributes:
-      numbers: for each column the row in which its one stands, (r,), int32, all different.
-    """
-
-    @classmethod
-    def stands_still(cls) -> bool:
-        """Says whether two bases are alike where gradients are."""
-        return True
-
-    @classmethod
-    def initial(cls, side: Side) -> Rows:
-        """Returns the first rows."""
-        return cls(jnp.arange(side.rank, dtype=jnp.int32))
-
-    @classmethod
-    def chosen(
-        cls, choice: Int[Array, " r"], old: Basis, side: Side, first: Bool[Array, ""]
-    ) -> Rows:
-        """Returns the rows of which the projector chose the numbers."""
-        del old, side, first
-        return cls(choice)
-
-    @classmethod
-    def load(cls, stored: Stored, side: Side, storage: Storage, again: Callable[[], Array]) -> Rows:
-        """Returns the rows of which the state holds the numbers; see :meth:`Dense.load`."""
-        del side, storage, again
-        return cls(stored)
-
-    def down(self, matrix: Float[Array, "a b"], side: Side, dtype: DType) -> Float[Array, "c d"]:
-        """Returns the rows of a matrix that are selected, or its columns."""
-        del dtype
-        numbers = jnp.expand_dims(self.numbers, 1 - side.axis)
-        matrix = matrix.astype(moment_dtype(matrix.dtype))
-        return jnp.take_along_axis(matrix, numbers, side.axis, mode="promise_in_bounds")
-
-    def up(self, low_rank: Float[Array, "a b"], side: Side, dtype: DType) -> Float[Array, "c d"]:
-        """Returns a matrix whose selected rows, or columns, are given, and whose others are zero.
-
-        This is the adjoint of :meth:`down`.
-        """
-        del dtype
-        # This is for each of the m rows the column that selects it, or r where none does. To look
-        # up what is read, rather than what is written, fuses with what the update is added to.
-        columns = jnp.full(side.size, side.rank, self.numbers.dtype)
-        columns = columns.at[self.numbers].set(jnp.arange(side.rank, dtype=self.numbers.dtype))
-        columns = jnp.expand_dims(columns, 1 - side.axis)
-        return jnp.take_along_axis(low_rank, columns, side.axis, mode="fill", fill_value=0)
-
-    @classmethod
-    def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:
-        """Returns a basis of specs; see :meth:`Dense.placed`."""
-        del axis
-        return cls(PartitionSpec(*batch, None))
 
 
 def orient(

@@ -2,33 +2,30 @@
 
 Here the five nouns meet: the projector chooses a basis when the refresh is due, the storage holds
 it, the transport moves the moments along, and the residual makes the update of what the inner
-transformation returns. All arrays are those of one (m, n) matrix. Stacks of matrices, trees,
-layers and meshes are the business of `_leaf.py` and `_update.py`, which call what is here.
+transformation returns. What runs when a refresh is due is in `_choose.py`. All arrays are those of
+one (m, n) matrix. Stacks of matrices, trees, layers and meshes are the business of `_leaf.py` and
+`_update.py`, which call what is here.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from galore_optax._adam import Betas
 from galore_optax._basis import Basis, Side
+from galore_optax._projector import Projector
 from galore_optax._random import fold_in
-from galore_optax._refresh import Clock, Refresh
-from galore_optax._residual import Projected, Residual
+from galore_optax._refresh import Refresh
+from galore_optax._residual import Projected, Residual, Way
 from galore_optax._storage import Storage, Stored
-from galore_optax._subspace import ABSENT, Subspace, is_absent
-from galore_optax._transport import Held, Moments, Transport, Turned
-from galore_optax._types import DType, Scalar
-from galore_optax._view import MatrixView, moment_dtype, ranging_dtype, wide
-from galore_optax.projectors import Projector
-
-# With which power of the gradients the moments of each role grow. It says by what to divide them
-# where the gradient is divided by its unit.
-_DEGREES: Mapping[str, int] = {"first": 1, "second": 2, "curvature": 1}
+from galore_optax._subspace import ABSENT, Subspace
+from galore_optax._transport import Transport
+from galore_optax._types import DType, Scalar, Step
+from galore_optax._view import MatrixView, moment_dtype, ranging_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,17 +49,30 @@ class Method:
     diagnostics: bool
 
     def __post_init__(self):
-        if self.refresh.watches and not self.projector.basis.stands_still():
+        if self.refresh.watches and not self.projector.stands_still:
             raise ValueError(
                 'refresh="lazy" is for subspaces that can stand still; those of the projector '
                 f'{self.projector.name} are random ones. Use refresh="periodic" with it.'
             )
+        if self.transport.needs_orthonormal and not self.projector.orthonormal:
+            raise ValueError(
+                f"transport={type(self.transport).__name__} is for bases of orthonormal vectors; "
+                f"those of the projector {self.projector.name} are not. Use "
+                'transport="project" or another projector.'
+            )
+
+    def with_betas(self, betas: Betas | None) -> "Method":
+        """Returns the method for an inner transformation with these decay rates of moments."""
+        if betas is None:
+            return self
+        return dataclasses.replace(self, residual=self.residual.with_betas(betas))
 
     @property
     def sees(self) -> tuple[str, ...]:
         """The roles of the moments that the projector or the transport wants to see."""
         of_projector = ("first", "second") if "moments" in self.projector.needs else ()
-        return tuple(dict.fromkeys((*of_projector, *self.transport.moves)))
+        of_residual = ("first",) if self.residual.absorbs else ()
+        return tuple(dict.fromkeys((*of_projector, *of_residual, *self.transport.moves)))
 
 
 class Bases(NamedTuple):
@@ -99,51 +109,14 @@ def initial(matrix: Matrix, method: Method) -> Subspace:
     energy, overlap = (
         jnp.zeros([], jnp.float32) if method.diagnostics else ABSENT for _ in range(2)
     )
-    residual = method.residual.initial(matrix.m, matrix.n, matrix.dtype)
-    counters = method.refresh.initial()
-    return counters._replace(
-        left=left, right=right, energy=energy, overlap=overlap, residual=residual
+    return method.refresh.initial()._replace(
+        left=left,
+        right=right,
+        energy=energy,
+        overlap=overlap,
+        residual=method.residual.initial(matrix.m, matrix.n, matrix.dtype),
+        transport=method.transport.initial(),
     )
-
-
-def refresh(
-    gradient: Float[Array, "m n"],
-    subspace: Subspace,
-    moments: Held,
-    clock: Clock,
-    keys: Key[Array, "2"] | None,
-    *,
-    matrix: Matrix,
-    method: Method,
-    force: bool,
-) -> tuple[Subspace, Held]:
-    """Chooses a subspace again if that is due, and moves the moments to it.
-
-    A gradient that is zero or not finite chooses none: the old subspace stays, and stays due.
-
-    Args:
-      gradient: the gradient G of the matrix.
-      subspace: the subspace as the state holds it.
-      moments: the moments that the method wants to see, by role, as the state holds them; mostly
-        there are none.
-      clock: the step, the gap T and the phase of the matrix.
-      keys: one key for each side, or None where the projector draws no random numbers.
-      matrix: what is static about the matrix.
-      method: the answers to the five questions.
-      force: whether to take the subspace as due in any case.
-
-    Returns:
-      The subspace and the moments, in the form in which they were given.
-    """
-    # This takes one pass over the matrix. jnp.max alone loses a nan on the CPU.
-    peak = jnp.max(jnp.where(jnp.isnan(gradient), jnp.inf, jnp.abs(gradient)))
-    usable = (peak > 0) & (peak < jnp.inf)
-    due = usable if force else usable & (clock.step >= subspace.due)
-
-    def again() -> tuple[Subspace, Held]:
-        return _choose(gradient, peak, subspace, moments, clock, keys, matrix, method)
-
-    return jax.lax.cond(due, again, lambda: (subspace, moments))
 
 
 def load(
@@ -153,7 +126,7 @@ def load(
     pairs = zip(matrix.sides, (subspace.left, subspace.right), strict=True)
     return Bases(
         *(
-            None if side is None else _load(stored, subspace.refreshes, keys, side, method)
+            None if side is None else load_side(stored, subspace.refreshes, keys, side, method)
             for side, stored in pairs
         )
     )
@@ -181,8 +154,9 @@ def down(gradient: Float[Array, "m n"], bases: Bases, *, matrix: Matrix) -> Floa
 def up(
     projected: Projected,
     bases: Bases,
-    state: PyTree,
+    kept: Subspace,
     scale: Scalar,
+    step: Step,
     *,
     matrix: Matrix,
     method: Method,
@@ -193,14 +167,24 @@ def up(
     Args:
       projected: the gradient in the subspace, and what the inner transformation makes of it.
       bases: the bases of the matrix, from :func:`load`.
-      state: the state that the residual keeps of the matrix.
+      kept: what the residual and the transport keep of the matrix, all else being absent.
       scale: alpha, the factor of the whole update.
+      step: the number of updates done before this one.
       matrix: what is static about the matrix.
       method: the answers to the five questions.
       dtype: the dtype of the operands of products; float16 is replaced by float32.
     """
+    psi = method.transport.correct(projected.psi, kept.transport, step)
     back = functools.partial(project_back, bases=bases, matrix=matrix, dtype=dtype)
-    return method.residual.update(projected, back, scale, state)
+
+    def squares(low_rank: Float[Array, "a b"]) -> Float[Array, " k"]:
+        [(side, basis)] = [(s, b) for s, b in zip(matrix.sides, bases, strict=True) if s and b]
+        return basis.squares(low_rank, side)
+
+    axes = [side.axis for side in matrix.sides if side is not None]
+    count = method.transport.count(kept.transport, step)
+    way = Way(back, squares, axes[0] if len(axes) == 1 else None, scale, count)
+    return method.residual.update(projected._replace(psi=psi), way, kept.residual)
 
 
 def project_back(
@@ -225,97 +209,7 @@ def captured_energy(
     return (kept / jnp.where(all_of_it == 0, 1, all_of_it)).astype(jnp.float32)
 
 
-def _unit(gradient: Float[Array, "m n"], peak: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns a power of two about as large as the largest entry of a gradient.
-
-    The gradient is divided by it, since products of entries could over- or underflow. Division by
-    a power of two is exact.
-    """
-    dtype = moment_dtype(gradient.dtype)
-    limits = jnp.finfo(dtype)
-    power = jax.lax.reduce_precision(peak.astype(dtype) / 2, limits.nexp, 0)
-    return jnp.maximum(power, limits.tiny)
-
-
-def _choose(
-    gradient: Float[Array, "m n"],
-    peak: Float[Array, ""],
-    old: Subspace,
-    moments: Held,
-    clock: Clock,
-    keys: Key[Array, "2"] | None,
-    matrix: Matrix,
-    method: Method,
-) -> tuple[Subspace, Held]:
-    """Returns the subspace that a gradient chooses, and the moments as they are held in it."""
-    first = old.refreshes == 0
-    in_old = {role: [_moment(stored) for stored in held] for role, held in moments.items()}
-    unit = _unit(gradient, peak)
-    choose = functools.partial(
-        _choose_side,
-        gradient.astype(unit.dtype) / unit,
-        refreshes=old.refreshes,
-        moments={role: [_in_units(x, unit, role) for x in in_old[role]] for role in in_old},
-        keys=keys,
-        method=method,
-    )
-    left, right = (
-        None if side is None else choose(stored, side)
-        for side, stored in zip(matrix.sides, (old.left, old.right), strict=True)
-    )
-    sides = [side for side in matrix.sides if side is not None]
-    turned = [chosen[1] for chosen in (left, right) if chosen is not None]
-    overlaps = [jnp.sum(c**2) / side.rank for c, side in zip(turned, sides, strict=True)]
-    overlap = jnp.where(first, 0.0, sum(overlaps) / len(sides)).astype(jnp.float32)
-    chance = sum(side.rank / side.size for side in sides) / len(sides)
-    new = old._replace(
-        left=ABSENT if left is None else left[0],
-        right=ABSENT if right is None else right[0],
-        refreshes=old.refreshes + 1,
-    )
-    new = method.refresh.next(new, clock, (overlap - chance) / (1 - chance))
-    if not is_absent(old.overlap):
-        new = new._replace(overlap=overlap)
-    turns = Turned(left and left[1], right and right[1])
-    moved = {role: in_old[role] for role in method.transport.moves if role in in_old}
-    in_new = method.transport.move(moved, turns, clock, first) if moved else {}
-    if jax.tree.map(jnp.shape, in_new) != jax.tree.map(jnp.shape, moved):
-        raise ValueError(
-            "a transport must return as many moments as it gets, of the same roles and shapes, "
-            f"{jax.tree.map(jnp.shape, moved)}; got {jax.tree.map(jnp.shape, in_new)}"
-        )
-    held = moments | {role: list(map(_held_like, moments[role], in_new[role])) for role in moved}
-    return _if_sound((new, held), (old, moments))
-
-
-def _choose_side(
-    gradient: Float[Array, "m n"],
-    stored: Stored,
-    side: Side,
-    *,
-    refreshes: Int[Array, ""],
-    moments: Moments,
-    keys: Key[Array, "2"] | None,
-    method: Method,
-) -> tuple[Stored, Float[Array, "r r"]]:
-    """Returns the basis that a gradient chooses, as the state holds it, and C = P_new^T P_old."""
-    old = _load(stored, refreshes, keys, side, method)
-    first = refreshes == 0
-    if side.axis == 1:
-        gradient, moments = gradient.T, jax.tree.map(jnp.transpose, moments)
-    choice = method.projector(
-        gradient,
-        side.rank,
-        key=None if keys is None else fold_in(keys[side.axis], refreshes + 1),
-        old=old.choice(side),
-        first=first,
-        moments=moments,
-    )
-    new = method.projector.basis.chosen(choice, old, side, first)
-    return new.keep(method.storage), new.turned(old, side)
-
-
-def _load(
+def load_side(
     stored: Stored,
     refreshes: Int[Array, ""],
     keys: Key[Array, "2"] | None,
@@ -330,33 +224,3 @@ def _load(
         return method.projector(like, side.rank, key=key)
 
     return method.projector.basis.load(stored, side, method.storage, again)
-
-
-def _if_sound(new: tuple[Subspace, Held], old: tuple[Subspace, Held]) -> tuple[Subspace, Held]:
-    """Returns the old subspace and moments where the new bases are not finite."""
-    bases = jax.tree.leaves((new[0].left, new[0].right))
-    floats = [x for x in bases if jnp.issubdtype(x, jnp.floating)]
-    sound = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats], bool))
-    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
-
-
-def _moment(stored: Stored) -> Float[Array, "a b"]:
-    """Returns a moment as transport sees it, in at least float32."""
-    return wide(Storage.of(stored).load(stored))
-
-
-def _held_like(stored: Stored, moment: Float[Array, "a b"]) -> Stored:
-    """Returns a moment held in the same way as ``stored``, the moment that it replaces."""
-    storage = Storage.of(stored)
-    # A second moment that became 0 would divide by epsilon alone.
-    return storage.keep(moment.astype(stored.dtype), keep_positive=storage.codec == "unsigned")
-
-
-def _in_units(
-    moment: Float[Array, "a b"], unit: Float[Array, ""], role: str
-) -> Float[Array, "a b"]:
-    """Returns a moment as it would be of gradients that were divided by the unit."""
-    inverse = 1 / unit
-    for _ in range(_DEGREES[role]):  # the square of the unit could over- or underflow
-        moment = moment * inverse
-    return moment

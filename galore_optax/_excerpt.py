@@ -23,6 +23,10 @@ Ordinals: TypeAlias = tuple[tuple[str, Ordinal], ...]
 """The paths of all leaves that are projected, each with where its matrices stand."""
 
 
+Ranks: TypeAlias = tuple[tuple[str, int], ...]
+"""The paths of all leaves that are projected, each with its rank."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Excerpt:
@@ -40,6 +44,8 @@ class Excerpt:
       ordinals: where the matrices of all leaves stand, also of those that are not in the excerpt.
       micro_batches: how many gradients make one step; a galore that accumulates must agree.
       complete: whether the gradient is the mean of all of them already.
+      ranks: the ranks of all leaves, also of those that are not in the excerpt: where ranks go by
+        role they depend on all of these.
     """
 
     layer: Int[Array, ""] | None
@@ -48,6 +54,7 @@ class Excerpt:
     ordinals: Ordinals = dataclasses.field(metadata={"static": True})
     micro_batches: int = dataclasses.field(metadata={"static": True})
     complete: bool = dataclasses.field(metadata={"static": True})
+    ranks: Ranks = dataclasses.field(default=(), metadata={"static": True})
 
     def ordinal(self, path: str, count: int) -> Ordinal:
         """Returns where the matrices of a leaf of the excerpt stand, ``count`` of them here."""
@@ -72,3 +79,8 @@ def ordinals(views: Sequence[LeafView]) -> Ordinals:
     return tuple(
         (v.path, Ordinal(first, total)) for v, first in zip(projected, firsts, strict=False)
     )
+
+
+def ranks(views: Sequence[LeafView]) -> Ranks:
+    """Returns the rank of each projected leaf."""
+    return tuple((view.path, view.rank) for view in views if isinstance(view, MatrixView))

@@ -14,19 +14,20 @@ from jaxtyping import Array
 from galore_optax import projectors
 from galore_optax._accumulate import check_accumulation_steps
 from galore_optax._core import Method
+from galore_optax._ranks import RankSpec
 from galore_optax._refresh import Gap, Refresh, check_gap
 from galore_optax._refresh import resolve as resolve_refresh
-from galore_optax._residual import RESIDUALS, Residual
+from galore_optax._residual import Residual
+from galore_optax._residuals import resolve_residual
 from galore_optax._select import (
     DEFAULT_EXCLUDE,
     DimensionNumbersSpec,
     ExcludeSpec,
-    RankSpec,
     Selection,
 )
 from galore_optax._storage import resolve_storage
-from galore_optax._tables import resolve
-from galore_optax._transport import TRANSPORTS, Transport
+from galore_optax._transport import Transport
+from galore_optax._transports import resolve_transport
 from galore_optax._types import Scalar
 from galore_optax._update import Settings, transformation
 
@@ -75,8 +76,9 @@ def galore(
     respect to the parameters, acts on the whole matrix W, and is not scaled by alpha. Other
     leaves go through the same inner transformation at full size.
 
-    For one matrix the state holds r min(m, n) elements of projector (``rows`` and ``dct``: r;
-    random ones: none), and of each moment r max(m, n) instead of m n. They are float32 (float64
+    What lies outside of the subspace is left out, unless ``residual`` says otherwise. For one
+    matrix the state holds r min(m, n) elements of projector (``rows`` and ``dct``: r; random ones:
+    none), and of each moment r max(m, n) instead of m n. They are float32 (float64
     for float64 leaves) unless ``projector_dtype`` and `galore_optax.low_bit` around the inner
     transformation say otherwise.
     Parameters may be quantized, by `galore_optax.quantize_params`.
@@ -95,19 +97,22 @@ def galore(
         Masks and labels inside are best callables: R has another shape, and no Flax box.
       rank: the rank r: an int, a fraction of the matrix' short side in (0, 1), or a callable of
         path and shape that returns either. Matrices whose short side does not exceed it stay full
-        size.
+        size. Or `galore_optax.RankByRole` of one of these: attention's q and k get half of the
+        others' rank, the down projection twice the others', in as many bytes.
       update_proj_gap: the gap T in steps: an int, a schedule of the step, or an array (traced under
         ``optax.inject_hyperparams``). It is read when a matrix is refreshed, and says when
         that is due again. Values below 1 that are known only at run time count as 1.
-      scale: alpha, the factor of what the inner transformation makes of the gradient. Weight
-        decay and unprojected leaves are not scaled.
+      scale: alpha, the factor of the whole update of a projected matrix, what the residual adds
+        included. Weight decay and unprojected leaves are not scaled.
       projector: which directions. ``"svd"`` (exact, as published) or ``"eigh"`` (of the Gram
         matrix); ``"randomized_svd"`` or ``"power_iteration"`` (from the old basis), nearly as good
-        for a fraction of the time; ``"rows"``, the r rows of the gradient of largest norm, with
-        which nothing is multiplied, or ``"dct"``, cosines, and of both only the numbers are kept;
-        ``"gaussian"`` or ``"orthonormal"``, random ones, which cost no memory. Or a function
+        for a fraction of the time, or ``"momentum_iteration"`` (LDAdam's, for every step);
+        ``"rows"``, the r rows of the gradient of largest norm, ``"random_rows"`` or
+        ``"sampled_rows"``, with which nothing is multiplied, or ``"dct"``, cosines, and of these
+        only the numbers are kept; ``"gaussian"`` or ``"orthonormal"``, random ones, which cost no
+        memory. Or a function
         ``(matrix, rank) -> basis``, (m, n) to (m, r), that may also ask for ``key``, ``old``,
-        ``first`` and ``moments`` by name, as `galore_optax.projectors.power_iteration` does; or a
+        ``first``, ``moments`` and ``step`` by name, as `galore_optax.projectors` says; or a
         row of `galore_optax.projectors.PROJECTORS`.
       projector_options: keyword arguments of the projector, such as ``{"iterations": 2}``.
       projector_dtype: the form in which projectors are kept: ``"float32"``, ``"bfloat16"``, or
@@ -120,9 +125,17 @@ def galore(
       stagger: whether to spread the refreshes over the T steps by matrix, so that of N matrices at
         most ceil(N / T) are refreshed on one step. On the first step all are.
       transport: what happens to the moments when a subspace is chosen again: ``"keep"``, as
-        published, leaves them as they are.
+        published, takes their coordinates for new ones; ``"project"`` projects first moments on the
+        new subspace; ``"rotate"`` takes both of Adam's there (`Rotate`); ``"reset"`` forgets them
+        (`Reset`). ``"rotate"`` must know Adam's decay rates, and so must ``"reset"`` of what
+        corrects biases: presets tell them, else give ``Rotate(b1, b2)`` or ``Reset(b1, b2)``.
       residual: what happens to the part of the gradient outside of the subspace: ``"discard"``, as
-        published, leaves it out.
+        published, leaves it out; ``"norm_scaled"`` (`NormScaled`, Fira) scales it as what lies
+        inside is scaled; ``"scale_gradient"`` (`ScaleGradient`, APOLLO) scales the gradient itself
+        so; ``"sign"`` (`Sign`, FRUGAL) takes its signs; ``"error_feedback"`` (`ErrorFeedback`,
+        LDAdam) adds it to the next gradient, and keeps it until then. All but the first and the
+        last need an ``inner`` that only scales, such as ``optax.scale_by_adam()``: the learning
+        rate and decay come after galore, as in presets.
       side: the axis to project: ``"short"`` (the shorter, as published; the input axis of a
         square matrix), ``"long"``, ``"left"`` (the rows m, the reduction axis), ``"right"``
         (the columns n, the output axis), ``"both"`` (R = P^T G Q is (r, r)).
@@ -156,9 +169,10 @@ def galore(
 
     Raises:
       TypeError: arguments, or leaves of the parameters, of a wrong type.
-      ValueError: arguments out of range, dimension numbers that do not fit, a state of another
-        configuration, gradients of another structure, missing parameters, an inner
-        transformation that keeps parameters in its state (at ``init``).
+      ValueError: arguments out of range, or that cannot go together; an inner transformation that
+        cannot go with the transport or the residual (now, or at ``init`` where that depends on
+        names), or that keeps parameters in its state (at ``init``); dimension numbers that do not
+        fit, a state of another configuration, gradients of another structure, missing parameters.
 
     Notes:
       A gradient that is zero or not finite chooses no subspace: the old one stays and the
@@ -195,15 +209,27 @@ def galore(
     method = Method(
         projectors.resolve(projector, projector_options or {}),
         resolve_refresh(refresh),
-        resolve("transport", transport, TRANSPORTS, Transport),
-        resolve("residual", residual, RESIDUALS, Residual),
+        resolve_transport(transport),
+        resolve_residual(residual),
         resolve_storage("projector_dtype", projector_dtype),
         bool(diagnostics),
     )
     if method.residual.uses_gradient and (accumulation_steps or 1) > 1:
         raise ValueError(
             f"accumulation_steps must be 1 with residual={residual!r}, which needs each gradient "
-            f"at full size; got {accumulation_steps}"
+            f"at full size; got {accumulation_steps}. Put optax.MultiSteps around galore instead."
+        )
+    sides = 2 if side == "both" else 1
+    if sides > method.projector.sides:
+        raise ValueError(
+            f'side="both" cannot go with the projector {method.projector.name}, which is for one '
+            'side. Use side="short", or the projector power_iteration.'
+        )
+    if sides > method.residual.sides:
+        raise ValueError(
+            f'side="both" cannot go with residual={residual!r}, which scales the gradient by '
+            'columns or rows of the side that is not projected. Use side="short", or '
+            'galore_optax.ScaleGradient(per="tensor").'
         )
     settings = Settings(
         Selection(rank, side, exclude, weight_dimension_numbers),

@@ -17,7 +17,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree, PyTreeDef
 
+from galore_optax._core import Method
 from galore_optax._jaxpr import dependence
+from galore_optax._limiter import LimitNormGrowthState
+from galore_optax._suitability import Outcome, check, has
 from galore_optax._trees import logical, path_name
 from galore_optax._types import DType, Params, Shape, State
 from galore_optax._view import LeafView, MatrixView
@@ -109,6 +112,32 @@ class Inner:
         if any(map(_is_multi_steps_state, nodes)):
             raise ValueError(_MULTI_STEPS)
         return state
+
+    def check(
+        self,
+        method: Method,
+        low_rank: Params,
+        projected: list[bool],
+        tries: bool,
+        final: bool,
+    ) -> Outcome:
+        """Raises where the transformation cannot go with one of the answers; see `check`."""
+        return check(self._transformation, method, low_rank, projected, tries, final)
+
+    def limits(self, low_rank: Params) -> bool:
+        """Whether a limiter of the growth of norms is in the transformation."""
+        return has(LimitNormGrowthState, jax.eval_shape(self._transformation.init, low_rank))
+
+    def must_wait_for_init(self, low_rank: Params) -> bool:
+        """Whether nothing can be known of the transformation before it sees the parameters.
+
+        It may tell leaves apart by their names, or its ``init`` may not take another tree.
+        """
+        try:
+            state = jax.eval_shape(self._transformation.init, low_rank)
+        except Exception:  # whatever it wants of a tree
+            return True
+        return has(optax.MaskedState, state) or has(optax.PartitionState, state)
 
     def warn(
         self, low_rank_params: Params, state: State, views: Sequence[LeafView], stacklevel: int

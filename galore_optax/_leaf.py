@@ -6,6 +6,7 @@ their place in the order of all matrices.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from galore_optax import _core as core
+from galore_optax._choose import refresh as refresh_one
 from galore_optax._core import Bases, Method, matrix_of
 from galore_optax._excerpt import Excerpt, Ordinal
 from galore_optax._refresh import Clock, phase
@@ -144,8 +146,9 @@ class Lift:
         placement: Placement | None,
         projected: Projected,
         bases: Bases,
-        state: PyTree,
+        kept: Subspace,
         scale: Scalar,
+        step: Step,
         decay: tuple[Float[Array, "*batch a b"], PyTree] | None,
         *,
         dtypes: tuple[DType, DType],
@@ -158,8 +161,9 @@ class Lift:
           projected: psi, and where the residual uses them also R and the gradient, which has the
             shape of the leaf.
           bases: the bases that :meth:`down` returned.
-          state: the state that the residual keeps of the leaf.
+          kept: what the residual and the transport keep of the leaf, all else being absent.
           scale: alpha, the factor of the whole update.
+          step: the number of updates done before this one.
           decay: the coefficient c, in all entries of an array of the shape of R, and the leaf of
             the parameters; None without weight decay.
           dtypes: the dtype of the operands of products, and the dtype of the result.
@@ -168,7 +172,15 @@ class Lift:
           The update of the leaf, and the next state of the residual.
         """
         return self._up(
-            projected, bases, state, scale, decay, view=view, placement=placement, dtypes=dtypes
+            projected,
+            bases,
+            kept,
+            scale,
+            step,
+            decay,
+            view=view,
+            placement=placement,
+            dtypes=dtypes,
         )
 
     def project(
@@ -202,15 +214,23 @@ class Lift:
             allowed: Array,
         ) -> Down:
             matrices, step = view.to_matrices(gradient), clock[0]
+            absorbed = subspace.residual
+            if method.residual.absorbs:
+                matrices, absorbed = _over(view.batch, method.residual.absorb)(matrices, absorbed)
+                # In its place stands what the first moment loses, until the refreshes are done.
+                subspace = subspace._replace(residual=jnp.zeros_like(absorbed))
             if refresh is not False:
                 one = functools.partial(
-                    core.refresh, matrix=matrix, method=method, force=refresh is True
+                    refresh_one, matrix=matrix, method=method, force=refresh is True
                 )
                 due = allowed if refresh else jnp.any(step >= subspace.due) & allowed
                 subspace, moments, step = _refreshed(
                     one, due, matrices, subspace, moments, clock, identity, total, view.batch
                 )
             over = functools.partial(_over, view.batch)
+            if method.residual.absorbs:
+                kept = over(method.residual.turned)(absorbed, subspace.residual)
+                subspace = subspace._replace(residual=kept)
             load = functools.partial(core.load, matrix=matrix, method=method)
             bases = over(load)(subspace, identity.keys)
             low_rank = over(functools.partial(core.down, matrix=matrix))(matrices, bases)
@@ -229,8 +249,9 @@ class Lift:
         self,
         projected: Projected,
         bases: Bases,
-        state: PyTree,
+        kept: Subspace,
         scale: Scalar,
+        step: Step,
         decay: tuple[Array, PyTree] | None,
         *,
         view: MatrixView,
@@ -243,24 +264,25 @@ class Lift:
         def body(
             projected: Projected,
             bases: Bases,
-            state: PyTree,
+            kept: Subspace,
             scale: Array,
+            step: Array,
             decay: tuple[Array, PyTree] | None,
         ) -> tuple[Array, PyTree]:
             if projected.gradient is not None:
                 projected = projected._replace(gradient=view.to_matrices(projected.gradient))
 
-            def of_one(projected: Projected, bases: Bases, state: PyTree) -> tuple[Array, PyTree]:
-                return up(projected, bases, state, scale)
+            def of_one(projected: Projected, bases: Bases, kept: Subspace) -> tuple[Array, PyTree]:
+                return up(projected, bases, kept, scale, step)
 
-            update, state = _over(view.batch, of_one)(projected, bases, state)
+            update, state = _over(view.batch, of_one)(projected, bases, kept)
             if decay is not None:
                 coefficient, weights = decay
                 update += coefficient[..., :1, :1] * view.to_matrices(jnp.asarray(weights))
             return view.from_matrices(update).astype(result), state
 
-        places = placement and placement.of_up(state)
-        return in_auto(body, places, projected, bases, state, scale, decay)
+        places = placement and placement.of_up(kept.residual)
+        return in_auto(body, places, projected, bases, kept, scale, step, decay)
 
     def _project_traced(
         self,
@@ -299,7 +321,7 @@ def _refreshed(
     there. This makes XLA work through the leaves one after the other, with the temporaries of one.
 
     Args:
-      one: `core.refresh`, with what is static already given.
+      one: `_choose.refresh`, with what is static already given.
       due: whether any matrix of the leaf is due.
       matrices: the gradients of the matrices.
       subspace: the subspaces of the leaf.
@@ -324,8 +346,16 @@ def _refreshed(
 
         if not batch:
             return of_one(stacked)
+        if not math.prod(batch):
+            return subspace, moments
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), stacked)
-        new = jax.lax.map(of_one, flat)
+
+        def at(i: Int[Array, ""], held: tuple[Subspace, Held]) -> tuple[Subspace, Held]:
+            # Each takes the place of what it replaces, so that there is no second stack.
+            own = jax.tree.map(lambda x: x[i], (flat[0], *held, *flat[3:]))
+            return jax.tree.map(lambda x, new: x.at[i].set(new), held, of_one(own))
+
+        new = jax.lax.fori_loop(0, math.prod(batch), at, (flat[1], flat[2]))
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), new)
 
     # JAX would take what both branches pass through out of the conditional, hence the addition.

@@ -1,6 +1,7 @@
 """Gathers the leaves of what init or update was given: how each is seen, and where it lies."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,6 @@ from jaxtyping import PyTree, PyTreeDef
 
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import dequantize_params
-from galore_optax._select import Selection
 from galore_optax._sharding import Placement, placement
 from galore_optax._state import leaves_like
 from galore_optax._trees import structure
@@ -40,21 +40,23 @@ class Leaves:
     seen: PyTreeDef
 
     @classmethod
-    def of_params(cls, selection: Selection, params: Params) -> "Leaves":
-        """Returns the leaves that ``init`` is given."""
+    def of_params(cls, views: Sequence[LeafView], params: Params) -> "Leaves":
+        """Returns the leaves that ``init`` is given, and that are seen so."""
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
-        return cls._of(selection, params, leaves, None, treedef)
+        return cls._of(views, params, leaves, None, treedef)
 
     @classmethod
-    def of_update(cls, selection: Selection, updates: Updates, params: Params | None) -> "Leaves":
-        """Returns the leaves that ``update`` is given.
+    def of_update(
+        cls, views: Sequence[LeafView], updates: Updates, params: Params | None
+    ) -> "Leaves":
+        """Returns the leaves that ``update`` is given, and that are seen so.
 
         Raises:
           ValueError: gradients and parameters have other structures or shapes.
         """
         gradients, treedef = jax.tree.flatten(updates)
         weights = None if params is None else leaves_like(treedef, params, "params")
-        leaves = cls._of(selection, updates, [jnp.asarray(g) for g in gradients], weights, treedef)
+        leaves = cls._of(views, updates, [jnp.asarray(g) for g in gradients], weights, treedef)
         for view, weight in zip(leaves.views, weights or (), strict=False):
             if jnp.shape(weight) != view.shape:
                 raise ValueError(
@@ -66,17 +68,16 @@ class Leaves:
     @classmethod
     def _of(
         cls,
-        selection: Selection,
+        views: Sequence[LeafView],
         tree: PyTree,
         gradients: list[PyTree],
         weights: list[PyTree] | None,
         treedef: PyTreeDef,
     ) -> "Leaves":
-        views = selection.views(tree)
         placements = [placement(v, x) for v, x in zip(views, weights or gradients, strict=True)]
         is_matrix = [isinstance(view, MatrixView) for view in views]
         bare, seen = structure(tree, [True] * len(views)), structure(tree, is_matrix)
-        return cls(views, gradients, weights, placements, treedef, bare, seen)
+        return cls(list(views), gradients, weights, placements, treedef, bare, seen)
 
     @property
     def projected(self) -> list[tuple[int, MatrixView]]:

@@ -306,21 +306,27 @@ def _unsharded(params: Params) -> Params:
 
 
 def _listed(node: State) -> State:
-    """Returns a state of galore with a list of what its residual keeps of each parameter.
+    """Returns a state of galore with lists of what residual and transport keep of each parameter.
 
     Positions in a list are behind the parameter's own keys, by which its owner is found.
     """
     if not is_galore_state(node):
         return node
     old = node.subspace
-    residual = jax.tree.map(
-        lambda _, own: jax.tree.leaves(own), old.refreshes, old.residual, is_leaf=is_absent
+    residual, transport = (
+        jax.tree.map(lambda _, own: jax.tree.leaves(own), old.refreshes, kept, is_leaf=is_absent)
+        for kept in (old.residual, old.transport)
     )
-    return node._replace(subspace=old._replace(residual=residual))
+    return node._replace(subspace=old._replace(residual=residual, transport=transport))
 
 
 # What the fields of a subspace are counted for, where they are not counters.
-_KINDS = {"left": "projectors", "right": "projectors", "residual": "moments"}
+_KINDS = {
+    "left": "projectors",
+    "right": "projectors",
+    "residual": "moments",
+    "transport": "moments",
+}
 
 
 @dataclasses.dataclass(frozen=True)

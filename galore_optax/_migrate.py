@@ -43,7 +43,7 @@ def _from_1(state: State) -> GaloreState:
     # A NamedTuple that was pickled comes back as one of this version's, with defaults at its end.
     subspace = Subspace(*state.subspace)
     absent = jax.tree.map(lambda _: ABSENT, subspace.refreshes, is_leaf=is_absent)
-    subspace = subspace._replace(residual=absent)
+    subspace = subspace._replace(residual=absent, transport=absent)
     version = jnp.asarray(2, jnp.int32)
     return GaloreState(state.step, subspace, state.inner, state.accumulator, version)
 

@@ -1,78 +1,21 @@
-"""Presets put Optax's optimizers inside galore, with Optax's argument names and order."""
+"""Presets of other optimizers than AdamW in galore, with Optax's argument names and order."""
 
-from collections.abc import Callable
-from typing import TypeAlias, Unpack
+from collections.abc import Sequence
+from typing import Unpack
 
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
+from galore_optax._decoded import decoded
 from galore_optax._galore import galore
 from galore_optax._options import GaloreOptions, shows_galore_options
-from galore_optax._types import DType, Params
-
-Numeric: TypeAlias = jax.typing.ArrayLike
-Mask: TypeAlias = PyTree | Callable[[Params], PyTree]
-
-
-@shows_galore_options()
-def galore_adamw(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: Numeric = 0.9,
-    b2: Numeric = 0.999,
-    eps: Numeric = 1e-8,
-    eps_root: Numeric = 0.0,
-    mu_dtype: DType | None = None,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Mask | None = None,
-    *,
-    nesterov: bool = False,
-    **options: Unpack[GaloreOptions],
-) -> optax.GradientTransformationExtraArgs:
-    """Returns AdamW in the gradient's subspace: ``galore(optax.adamw(...), rank=rank, ...)``.
-
-    It is Optax's AdamW, not the reference's: decay acts on the weight before the step and epsilon
-    is added after bias correction, both second-order differences.
-
-    Args:
-      learning_rate: the learning rate; see ``optax.adamw``, as for all arguments up to
-        ``nesterov``.
-      b1: the decay rate of the first moment.
-      b2: the decay rate of the second moment.
-      eps: what is added to the denominator, after bias correction.
-      eps_root: what is added under the root of the denominator.
-      mu_dtype: the dtype of the first moment.
-      weight_decay: the decay of whole matrices, times the learning rate, not scaled by ``scale``.
-      mask: the leaves to decay.
-      nesterov: whether to use Nesterov momentum.
-      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
-        `galore_optax.galore`.
-
-    Returns:
-      The transformation.
-
-    Examples:
-      >>> import galore_optax, jax.numpy as jnp
-      >>> tx = galore_optax.galore_adamw(3e-4, weight_decay=0.1, rank=8)
-      >>> state = tx.init({"kernel": jnp.ones((64, 256))})
-
-    References:
-      Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024
-    """
-    return galore(
-        optax.adamw(
-            learning_rate,
-            b1,
-            b2,
-            eps,
-            eps_root,
-            mu_dtype,
-            weight_decay,
-            mask,
-            nesterov=nesterov,
-        ),
-        **options,
-    )
+from galore_optax._ownership import Stacked
+from galore_optax._select import Selection
+from galore_optax._trees import logical
+from galore_optax._types import DType, Mask, Numeric, Params, Updates
+from galore_optax._view import MatrixView
 
 
 @shows_galore_options()
@@ -205,3 +148,213 @@ def galore_sgd(
         optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
         **options,
     )
+
+
+_FLORA: GaloreOptions = {
+    "update_proj_gap": 1000,
+    "scale": 1.0,
+    "projector": "gaussian",
+    "transport": "project",
+}
+
+
+@shows_galore_options(_FLORA)
+def flora(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    min_dim_size_to_factor: int = 128,
+    decay_rate: Numeric = 0.8,
+    clipping_threshold: Numeric | None = 1.0,
+    eps: Numeric = 1e-30,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    *,
+    stacked: Stacked | None = None,
+    **options: Unpack[GaloreOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Flora: momentum kept in a random sketch, under Adafactor's second moment.
+
+    The momentum is decompressed before Adafactor sees it, whose factors are those of whole
+    matrices. When the random numbers are drawn anew, the momentum is projected on them.
+
+    Args:
+      learning_rate: the learning rate.
+      b1: the decay rate of the momentum.
+      min_dim_size_to_factor: the least size of both axes of a leaf at which its second moment is
+        factored; see ``optax.scale_by_factored_rms``. Axes that are stacks should be shorter.
+      decay_rate: the exponent of the second moment's decay schedule.
+      clipping_threshold: the threshold of the update's root mean square; None for no clipping.
+      eps: what is added to the squared momentum.
+      weight_decay: the weight decay, times the learning rate.
+      mask: the leaves to decay.
+      stacked: returns how many leading axes of a leaf that is not projected are stacks of layers,
+        from its path and shape. Updates of layers, as of matrices, are clipped by themselves.
+      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
+        `galore_optax.galore`, with the defaults that the signature shows.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import galore_optax
+      >>> tx = galore_optax.flora(1e-3, rank=8)
+
+    References:
+      Hao et al., `Flora <https://arxiv.org/abs/2402.03293>`_, 2024
+    """
+    given: GaloreOptions = _FLORA | options
+    _check_accumulation("flora", given)
+    selection, clip, scale = _selection(given), clipping_threshold, given.get("scale", 1.0)
+
+    def clipped(updates: Updates, params: Params | None = None) -> Updates:
+        """Clips the root mean square, of each item of a stack by itself, and scales matrices."""
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        new = []
+        for leaf, view in zip(leaves, selection.views(updates), strict=True):
+            batch: Sequence[int] = ()
+            if isinstance(view, MatrixView):
+                batch = view.batch_axes
+            elif stacked is not None:
+                batch = range(stacked(view.path, view.shape))
+            new.append(leaf if clip is None else _clip_rms(leaf, batch, clip))
+            if isinstance(view, MatrixView):
+                new[-1] *= jnp.asarray(scale, leaf.dtype)
+        return treedef.unflatten(new)
+
+    return optax.chain(
+        # What follows divides by the size of the momentum, and with it by any scale.
+        galore(optax.ema(b1, debias=False), **(given | {"scale": 1.0})),
+        decoded(
+            optax.scale_by_factored_rms(
+                decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor, epsilon=eps
+            )
+        ),
+        optax.stateless(clipped),
+        decoded(optax.add_decayed_weights(weight_decay, mask)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+_MUON: GaloreOptions = {"scale": 1.0, "transport": "project"}
+
+
+@shows_galore_options(_MUON)
+def galore_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    beta: Numeric = 0.95,
+    ns_steps: int = 5,
+    eps: Numeric = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    *,
+    nesterov: bool = True,
+    adam_b1: Numeric = 0.9,
+    adam_b2: Numeric = 0.999,
+    **options: Unpack[GaloreOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Muon in the gradient's subspace, and AdamW for the leaves that are not projected.
+
+    The momentum of the low-rank gradient is made orthogonal by Newton and Schulz' iteration, which
+    costs about (r / m)^2 of what it costs at full size. The momentum is projected on the new
+    subspace at a refresh.
+
+    Args:
+      learning_rate: the learning rate of all leaves.
+      beta: the decay rate of Muon's momentum.
+      ns_steps: the number of steps of the iteration; see ``optax.contrib.muon``.
+      eps: what is added to denominators, Muon's and Adam's.
+      weight_decay: the decay of whole matrices, times the learning rate, not scaled by ``scale``.
+      mask: the leaves to decay.
+      nesterov: whether to use Nesterov momentum.
+      adam_b1: the decay rate of AdamW's first moment.
+      adam_b2: the decay rate of AdamW's second moment.
+      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
+        `galore_optax.galore`, with the defaults that the signature shows.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import galore_optax
+      >>> tx = galore_optax.galore_muon(1e-2, rank=8)
+
+    References:
+      Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024
+    """
+    given: GaloreOptions = _MUON | options
+    _check_accumulation("galore_muon", given)
+
+    def numbers(low_rank: Params) -> PyTree:
+        # Behind the axes that matrices are stacked over.
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), low_rank)
+
+    muon = optax.contrib.scale_by_muon(
+        ns_steps=ns_steps,
+        beta=beta,
+        eps=eps,
+        nesterov=nesterov,
+        weight_dimension_numbers=numbers,
+    )
+    adam = optax.scale_by_adam(adam_b1, adam_b2, eps)
+    selection = _selection(given)
+
+    def labels(params: Params) -> PyTree:
+        names = ["muon" if isinstance(v, MatrixView) else "adam" for v in selection.views(params)]
+        return jax.tree.unflatten(jax.tree.structure(logical(params)), names)
+
+    def widened(updates: Updates, params: Params | None = None) -> Updates:
+        """Multiplies updates by sqrt(max(1, n / m)), as Muon does at full size."""
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        factors = [
+            max(1, view.n / view.m) ** 0.5 if isinstance(view, MatrixView) else 1.0
+            for view in selection.views(updates)
+        ]
+        return treedef.unflatten([x * f for x, f in zip(leaves, factors, strict=True)])
+
+    matrices = optax.chain(galore(muon, **given), optax.stateless(widened))
+    return optax.chain(
+        optax.partition({"muon": matrices, "adam": adam}, labels),
+        decoded(optax.add_decayed_weights(weight_decay, mask)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _check_accumulation(name: str, options: GaloreOptions) -> None:
+    """Raises an error where gradients would be averaged at rank r.
+
+    What comes after galore, such as a schedule, would take each of them for a step.
+    """
+    steps = options.get("accumulation_steps")
+    if steps is not None and steps != 1:
+        raise ValueError(
+            f"accumulation_steps of {name} must be 1, since what follows galore in it counts "
+            f"steps; got {steps!r}. Put optax.MultiSteps around it instead."
+        )
+
+
+def _selection(options: GaloreOptions) -> Selection:
+    """Returns what decides, for galore with these options, how leaves are seen."""
+    default = Selection()
+    return Selection(
+        options.get("rank", default.rank),
+        options.get("side", default.side),
+        options.get("exclude", default.exclude),
+        options.get("weight_dimension_numbers", default.weight_dimension_numbers),
+    )
+
+
+def _clip_rms(
+    update: Float[Array, "..."], batch: Sequence[int], threshold: Numeric
+) -> Float[Array, "..."]:
+    """Returns the update with a root mean square of at most the threshold over all axes but some.
+
+    Args:
+      update: the update.
+      batch: the axes of each of whose items the root mean square is another.
+      threshold: the most that it may be.
+    """
+    axes = tuple(axis for axis in range(update.ndim) if axis not in batch)
+    mean_square = jnp.mean(update**2, axes, keepdims=True)
+    return update / jnp.maximum(1, jnp.sqrt(mean_square) / threshold)

@@ -8,9 +8,10 @@ import optax
 from jaxtyping import Array
 
 from galore_optax._galore import galore
+from galore_optax._ranks import RankSpec
 from galore_optax._refresh import Gap, Refresh
 from galore_optax._residual import Residual
-from galore_optax._select import DimensionNumbersSpec, ExcludeSpec, RankSpec
+from galore_optax._select import DimensionNumbersSpec, ExcludeSpec
 from galore_optax._transport import Transport
 from galore_optax._types import Scalar
 

@@ -41,6 +41,7 @@ _ROLES: Mapping[str, Role] = {
 # nu is the momentum, and mu holds for each axis of a leaf a maximum over the other axes.
 _ROLES_IN: Mapping[type, Mapping[str, Role | None]] = {
     optax.ScaleByAdanState: {"v": "first"},
+    optax.EmaState: {"ema": "first"},
     optax.ScaleBySM3State: {"mu": None, "nu": "first"},
     optax.contrib.SophiaState: {"nu": "curvature"},
 }

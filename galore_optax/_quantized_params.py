@@ -18,11 +18,11 @@ from galore_optax._quantized import (
     requantize,
     schemes,
 )
+from galore_optax._ranks import RankSpec
 from galore_optax._select import (
     DEFAULT_EXCLUDE,
     DimensionNumbersSpec,
     ExcludeSpec,
-    RankSpec,
     Selection,
 )
 from galore_optax._storage import Storage

@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-import numbers
 import operator
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, TypeGuard
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from galore_optax._ranks import RankByRole, RankSpec, check_rank, rank_of, uniform
 from galore_optax._trees import leaves_with_paths, logical
 from galore_optax._types import Params, Shape
 from galore_optax._view import DimensionNumbers, LeafView, MatrixView, Unprojected
@@ -31,7 +31,6 @@ matrices.
 
 SIDES = ("short", "long", "left", "right", "both")
 
-RankSpec: TypeAlias = int | float | Callable[[str, Shape], int | float]
 ExcludeSpec: TypeAlias = str | re.Pattern[str] | Callable[[str, Shape], bool] | PyTree | None
 DimensionNumbersSpec: TypeAlias = PyTree | Callable[[Params], PyTree]
 _NumbersOfLeaf: TypeAlias = tuple[DimensionNumbers | None, bool]
@@ -45,14 +44,13 @@ class Selection:
     ``TypeError`` or ``ValueError`` for values that cannot be right.
     """
 
-    rank: RankSpec
-    side: str
-    exclude: ExcludeSpec
-    weight_dimension_numbers: DimensionNumbersSpec
+    rank: RankSpec = 128
+    side: str = "short"
+    exclude: ExcludeSpec = DEFAULT_EXCLUDE
+    weight_dimension_numbers: DimensionNumbersSpec = None
 
     def __post_init__(self):
-        if not callable(self.rank):
-            _check_rank(self.rank, "rank")
+        check_rank(self.rank)
         if self.side not in SIDES:
             raise ValueError(f"side must be one of {', '.join(SIDES)}; got {self.side!r}")
         if isinstance(self.exclude, str):
@@ -63,11 +61,15 @@ class Selection:
                     f"exclude must be a valid regular expression; got {self.exclude!r}: {error}"
                 ) from error
 
-    def views(self, tree: Params) -> list[LeafView]:
+    def views(self, tree: Params, ranks: Mapping[str, int] | None = None) -> list[LeafView]:
         """Returns the view of each leaf, in the order of ``jax.tree.leaves(tree)``.
 
         A view depends on paths, shapes and dtypes only, so that it is the same for parameters,
         quantized or not, gradients and ``jax.ShapeDtypeStruct``.
+
+        Args:
+          tree: the tree.
+          ranks: the ranks of leaves, by path, where they are known; others have the uniform rank.
 
         Raises:
           TypeError: a leaf is not of a real floating-point dtype.
@@ -78,7 +80,7 @@ class Selection:
         if not leaves:  # nothing to look at, or the placeholder of optax.tree.map_params
             return []
         return [
-            self._view(path, leaf, excluded, *numbers_of_leaf)
+            self._view(path, leaf, excluded, (ranks or {}).get(path), *numbers_of_leaf)
             for (path, leaf), excluded, numbers_of_leaf in zip(
                 leaves, self._excluded(tree), self._dimension_numbers(tree), strict=True
             )
@@ -109,12 +111,22 @@ class Selection:
                 UserWarning,
                 stacklevel,
             )
+        projected = [v.path for v in views if isinstance(v, MatrixView)]
+        if isinstance(self.rank, RankByRole) and projected:
+            for pattern in self.rank.unmatched(projected):
+                warnings.warn(
+                    f"{pattern!r}, one of the factors of rank, matches none of the projected "
+                    f"leaves {', '.join(projected)}",
+                    UserWarning,
+                    stacklevel,
+                )
         full_size = [v for v in views if isinstance(v, Unprojected)]
         if len(full_size) == len(views):
             reasons = ", ".join(f"{v.path} {v.shape} ({v.reason})" for v in full_size)
             warnings.warn(
-                f"galore projects nothing: {reasons}. A smaller rank (it is {self.rank!r}), "
-                "another exclude or weight_dimension_numbers would change that.",
+                f"galore projects nothing: {reasons}. A smaller rank "
+                f"(it is {uniform(self.rank)!r}), another exclude or weight_dimension_numbers "
+                "would change that.",
                 UserWarning,
                 stacklevel,
             )
@@ -157,6 +169,7 @@ class Selection:
         path: str,
         leaf: PyTree,
         excluded: bool,
+        rank: int | None,
         dimension_numbers: DimensionNumbers | None,
         shared: bool,
     ) -> LeafView:
@@ -204,7 +217,8 @@ class Selection:
             )
         m = math.prod(shape[axis] for axis in reduction)
         n = math.prod(shape[axis] for axis in output)
-        rank = self._rank(path, shape, min(m, n))
+        if rank is None:
+            rank = rank_of(self.rank, path, shape, min(m, n))
         if min(m, n) <= rank:
             return unprojected(f"short side {min(m, n)} <= rank {rank}")
         batch = tuple(axis for axis in range(len(shape)) if axis not in named)
@@ -213,13 +227,6 @@ class Selection:
         return MatrixView(
             path, shape, dtype, batch, reduction, output, rank, left[self.side], right[self.side]
         )
-
-    def _rank(self, path: str, shape: Shape, short: int) -> int:
-        rank = self.rank
-        if callable(rank):
-            rank = rank(path, shape)
-            _check_rank(rank, f"rank({path!r}, {shape})")
-        return int(rank) if isinstance(rank, numbers.Integral) else max(1, round(rank * short))
 
 
 _AMBIGUOUS = "more than two axes and no dimension numbers"
@@ -255,23 +262,3 @@ def _axes(axes: int | Sequence[int], ndim: int) -> Shape:
         if not -ndim <= axis < ndim:
             raise IndexError(f"there is no axis {axis}")
     return tuple(axis % ndim for axis in axes)
-
-
-def _check_rank(rank: object, name: str) -> None:
-    if isinstance(rank, jax.Array):
-        raise TypeError(
-            f"{name} must be a Python number, since it sets shapes; got the array {rank}. Under "
-            'optax.inject_hyperparams, pass static_args=("rank",).'
-        )
-    if isinstance(rank, bool | np.bool) or not isinstance(rank, numbers.Real):
-        raise TypeError(
-            f"{name} must be a positive int, a fraction of the short side in (0, 1), or a callable "
-            f"of path and shape; got {rank!r}"
-        )
-    if isinstance(rank, numbers.Integral):
-        if rank < 1:
-            raise ValueError(f"{name} must be positive; got {rank}")
-    elif not 0 < float(rank) < 1:
-        raise ValueError(
-            f"{name} must be an int, or a fraction of the short side in (0, 1); got {rank!r}"
-        )

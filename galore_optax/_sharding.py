@@ -108,7 +108,7 @@ class Placement:
 
     def of_up(self, state: PyTree) -> PyTree:
         """Returns the specs of the update of a leaf, and of the state of its residual."""
-        return self.leaf, self._of(None, state)
+        return self.leaf, self._of_residual(state)
 
     def subspace(self, subspace: Subspace) -> Subspace:
         """Returns the spec of each array in a subspace."""
@@ -116,7 +116,13 @@ class Placement:
             self._of(PartitionSpec(*self.batch, axis, None), stored)
             for axis, stored in zip(self._sides, subspace[:2], strict=True)
         ]
-        return Subspace(*bases, *(self._of(None, field) for field in subspace[2:]))
+        others = Subspace(*bases, *(self._of(None, field) for field in subspace[2:]))
+        return others._replace(residual=self._of_residual(subspace.residual))
+
+    def _of_residual(self, state: PyTree) -> PyTree:
+        """Returns specs of what a residual keeps: arrays of whole matrices lie as these do."""
+        whole = PartitionSpec(*self.batch, *self._sides)
+        return jax.tree.map(lambda x: self._of(whole, x), state)
 
     def _of(self, dense: PartitionSpec | None, tree: PyTree) -> PyTree:
         """Returns ``dense`` for an array of whole matrices, and specs of batch axes for all else.

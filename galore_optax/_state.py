@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, PyTreeDef
 
+from galore_optax._excerpt import Ranks
 from galore_optax._quantized import is_quantized
 from galore_optax._subspace import ABSENT, Subspace, is_absent
 from galore_optax._trees import path_name
@@ -188,10 +189,12 @@ class Inspection:
     Attributes:
       trees: for each galore how its leaves were seen; ``init`` fills it.
       without_galore: whether to make the inner state as if there were no galore around it.
+      ranks: the ranks of all leaves where ``init`` gets only a part of them, else None.
     """
 
     trees: list[Sequence[LeafView]] = dataclasses.field(default_factory=list)
     without_galore: bool = False
+    ranks: Ranks | None = None
 
 
 _INSPECTION: contextvars.ContextVar[Inspection | None]

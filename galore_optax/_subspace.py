@@ -31,3 +31,4 @@ class Subspace(NamedTuple):
     energy: PyTree = ABSENT  # (*batch,), float32: |R|^2 / |G|^2 of the last step; diagnostics only.
     overlap: PyTree = ABSENT  # (*batch,), float32: |P_new^T P_old|^2 / r; diagnostics only.
     residual: PyTree = ABSENT  # what the residual keeps of a matrix, (*batch, ...) each.
+    transport: PyTree = ABSENT  # what the transport keeps of a matrix, likewise.

@@ -1,12 +1,18 @@
 """Values of arguments that are names in a table, or objects of the user's own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 Value = TypeVar("Value")
 
 
-def resolve(argument: str, given: object, table: Mapping[str, Value], kind: type[Value]) -> Value:
+def resolve(
+    argument: str,
+    given: object,
+    table: Mapping[str, Value],
+    kind: type[Value],
+    names: Iterable[str] | None = None,
+) -> Value:
     """Returns the value of that name, or the one that is given.
 
     Args:
@@ -14,20 +20,21 @@ def resolve(argument: str, given: object, table: Mapping[str, Value], kind: type
       given: what the user gave for it.
       table: the values that have names.
       kind: the protocol of the values.
+      names: the names for errors, where they are others than those of the table.
 
     Raises:
       ValueError: there is no value of that name.
       TypeError: it is neither a name nor a value.
     """
-    names = ", ".join(table)
+    listed = ", ".join(table if names is None else names)
     if isinstance(given, str):
         if given not in table:
-            raise ValueError(f"{argument} must be one of {names}; got {given!r}")
+            raise ValueError(f"{argument} must be one of {listed}; got {given!r}")
         return table[given]
     if not isinstance(given, kind):
         like = type(next(iter(table.values()))).__name__
         raise TypeError(
-            f"{argument} must be a name ({names}), or an object with the members of {like}; got "
+            f"{argument} must be a name ({listed}), or an object with the members of {like}; got "
             f"{given!r}"
         )
     return given

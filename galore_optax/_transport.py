@@ -2,16 +2,21 @@
 
 A rule is a small frozen object like `Keep`. It gets the moments of one matrix and how the basis
 turned, inside of the conditional in which the subspace is chosen, so that nothing is moved on other
-steps. The table `TRANSPORTS` names the rules.
+steps. The other rules are in `_transports.py`.
 """
 
 import dataclasses
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Array, Bool, Float
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
 
+from galore_optax._adam import Findings
 from galore_optax._refresh import Clock
 from galore_optax._storage import Stored
+from galore_optax._subspace import ABSENT
+from galore_optax._types import Step
 
 Moments: TypeAlias = dict[str, list[Float[Array, "a b"]]]
 """The moments of one matrix by their role (`_ownership.Role`), each of the shape of R."""
@@ -26,6 +31,20 @@ class Turned(NamedTuple):
     left: Float[Array, "r r"] | None
     right: Float[Array, "r r"] | None
 
+    def take(self, low_rank: Float[Array, "a b"]) -> Float[Array, "a b"]:
+        """Returns coordinates in the new bases of what has these coordinates in the old ones."""
+        for axis, turn in enumerate(self):
+            if turn is not None:
+                matrix = low_rank if axis == 0 else low_rank.T
+                # Without this precision GPUs and TPUs would round the operands.
+                turned = jnp.matmul(turn, matrix, precision=jax.lax.Precision.HIGHEST)
+                low_rank = turned if axis == 0 else turned.T
+        return low_rank
+
+    def squared(self) -> "Turned":
+        """Returns the same with the square of every entry."""
+        return Turned(*(None if turn is None else turn**2 for turn in self))
+
 
 @runtime_checkable
 class Transport(Protocol):
@@ -33,35 +52,87 @@ class Transport(Protocol):
 
     @property
     def moves(self) -> tuple[str, ...]: ...
+    @property
+    def needs_orthonormal(self) -> bool: ...
+    def initial(self) -> PyTree: ...
+    def check(self, found: Findings) -> None: ...
     def move(
-        self, moments: Moments, turned: Turned, clock: Clock, first: Bool[Array, ""]
-    ) -> Moments: ...
+        self,
+        moments: Moments,
+        state: PyTree,
+        turned: Turned,
+        clock: Clock,
+        first: Bool[Array, ""],
+    ) -> tuple[Moments, PyTree]: ...
+    def count(self, state: PyTree, step: Step) -> Step: ...
+    def correct(
+        self, psi: Float[Array, "a b"], state: PyTree, step: Step
+    ) -> Float[Array, "a b"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """Leaves the moments as they are, as published: their coordinates are taken for new ones.
+    """Leaves the moments as they are, as published: their coordinates are taken for new ones."""
 
-    Attributes:
-      moves: the roles of the moments that the rule wants to see; others stay as they are, and are
-        not handed to it.
-    """
+    @property
+    def moves(self) -> tuple[str, ...]:
+        """The roles of the moments that the rule moves; it is not handed others."""
+        return ()
 
-    moves: tuple[str, ...] = ()
+    @property
+    def needs_orthonormal(self) -> bool:
+        """Whether the rule is only for bases of orthonormal vectors."""
+        return False
+
+    def initial(self) -> PyTree:
+        """Returns the first state that the rule keeps of a matrix: arrays, or nothing."""
+        return ABSENT
+
+    def check(self, found: Findings) -> None:
+        """Raises a ValueError where the rule cannot go with the inner transformation.
+
+        Args:
+          found: what was found out about it.
+        """
+        del found
 
     def move(
-        self, moments: Moments, turned: Turned, clock: Clock, first: Bool[Array, ""]
-    ) -> Moments:
-        """Returns the moments in the new subspace.
+        self,
+        moments: Moments,
+        state: PyTree,
+        turned: Turned,
+        clock: Clock,
+        first: Bool[Array, ""],
+    ) -> tuple[Moments, PyTree]:
+        """Returns the moments in the new subspace, and the next state.
 
         Args:
           moments: the moments of the roles in ``moves``, in float32 or wider.
+          state: the state that the rule keeps of the matrix.
           turned: how the bases turned, C = P_new^T P_old of each side.
           clock: the time of this refresh.
           first: whether no gradient chose the old basis.
         """
         del turned, clock, first
-        return moments
+        return moments, state
 
+    def count(self, state: PyTree, step: Step) -> Step:
+        """Returns how many steps the moments are made of, this one included.
 
-TRANSPORTS: dict[str, Transport] = {"keep": Keep()}
+        Args:
+          state: the state that the rule keeps of the matrix.
+          step: the number of updates done before this one.
+        """
+        del state
+        return step + 1
+
+    def correct(self, psi: Float[Array, "a b"], state: PyTree, step: Step) -> Float[Array, "a b"]:
+        """Returns what the inner transformation would have returned had it known of the rule.
+
+        Args:
+          psi: what the inner transformation makes of R.
+          state: the state that the rule keeps of the matrix.
+          step: the number of updates done before this one.
+        """
+        del state, step
+        return psi

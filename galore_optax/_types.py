@@ -6,9 +6,11 @@ matrix, r is the rank, and ``*batch`` are the axes that matrices are stacked ove
 checked while the tests run, and only then.
 """
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import Array, Int, PyTree
 
@@ -28,6 +30,12 @@ Updates: TypeAlias = PyTree
 State: TypeAlias = PyTree
 """Trees of arrays; ``optax.MaskedNode()`` stands where there is nothing, and parameters and moments
 may be a `QuantizedArray`."""
+
+Numeric: TypeAlias = float | Array | np.ndarray | np.number
+"""A number, or an array that is one."""
+
+Mask: TypeAlias = PyTree | Callable[[Params], PyTree]
+"""A tree of bools with the structure of the parameters, or a function that makes one of them."""
 
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
 """The axes of a mesh that one axis of an array is sharded over."""

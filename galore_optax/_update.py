@@ -2,23 +2,26 @@
 
 import dataclasses
 import functools
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, PyTreeDef
 
 from galore_optax._accumulate import accumulate, init_accumulator, is_first
+from galore_optax._adam import Betas
 from galore_optax._core import Bases, Method
-from galore_optax._excerpt import Excerpt, ordinals
+from galore_optax._excerpt import Excerpt, Ranks, ordinals
 from galore_optax._inner import Call, Inner
 from galore_optax._leaf import Lift
 from galore_optax._leaves import Leaves, stand_in
 from galore_optax._moments import InnerMoments
 from galore_optax._quantized_params import check_gradients, dequantize_params
+from galore_optax._ranks import RankByRole
 from galore_optax._refresh import ONLY, Gap, gap_at
 from galore_optax._residual import Projected
 from galore_optax._select import Selection
@@ -31,8 +34,9 @@ from galore_optax._state import (
     tree_of_subspaces,
 )
 from galore_optax._subspace import ABSENT, Subspace
+from galore_optax._trees import structure
 from galore_optax._types import Scalar, State, Step, Updates
-from galore_optax._view import LeafView, MatrixView, wide
+from galore_optax._view import LeafView, MatrixView, moment_dtype, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +80,24 @@ class _Galore:
     """Has the ``init`` and the ``update`` of what `transformation` returns."""
 
     def __init__(self, inner: Inner, settings: Settings, caution: str | None):
-        self._inner, self._settings, self._caution = inner, settings, caution
+        self._inner, self._caution = inner, caution
+        self._tried = False
+        some = {"kernel": jnp.zeros([2, 3])}
+        if caution is None and not inner.must_wait_for_init(some):
+            betas = self._check(some, [True], settings.method, final=False)
+            settings = dataclasses.replace(settings, method=settings.method.with_betas(betas))
+        self._settings = settings
         self._lift = Lift(settings.method, settings.stagger)
         self._shapes = functools.cache(lambda view: jax.eval_shape(lambda: self._subspace(view)))
+        self._ranks: dict[tuple[object, ...], dict[str, int]] = {}
         self._warned = False
 
     def init(self, params: optax.Params) -> GaloreState:
         """Returns the state before the first step."""
         check_mesh(params)
-        leaves = Leaves.of_params(self._settings.selection, params)
         inspection = inspection_in_progress()
+        views = self._views(params, None if inspection is None else inspection.ranks)
+        leaves = Leaves.of_params(views, params)
         if inspection is not None:
             inspection.trees.append(leaves.views)
             if inspection.without_galore:
@@ -98,13 +110,18 @@ class _Galore:
                 values[i] = reshard(values[i], place.low_rank)
                 subspaces[i] = reshard(subspaces[i], place.subspace(subspaces[i]))
         low_rank = leaves.seen.unflatten(values)
+        projected = [isinstance(v, MatrixView) for v in leaves.views]
+        if self._caution is None:
+            self._check(low_rank, projected, self._settings.method, final=True)
         state = GaloreState(
             step=jnp.zeros([], jnp.int32),
             subspace=tree_of_subspaces(leaves.bare, subspaces),
-            inner=self._inner.init(low_rank, [isinstance(v, MatrixView) for v in leaves.views]),
+            inner=self._inner.init(low_rank, projected),
             accumulator=init_accumulator(low_rank, self._settings.accumulation_steps),
             version=jnp.asarray(VERSION, jnp.int32),
         )
+        # This is for its errors, about moments that could not be moved.
+        InnerMoments.of(state.inner, leaves, self._settings.method.sees)
         if inspection is None and not self._warned and leaves.views:
             self._warned = True
             self._settings.selection.warn(leaves.views, stacklevel=2)
@@ -126,7 +143,8 @@ class _Galore:
         """Returns the updates and the next state; see `galore_optax.galore`."""
         check_gradients(updates)
         check_mesh((updates, state, params))
-        leaves = Leaves.of_update(self._settings.selection, updates, params)
+        views = self._views(updates, None if excerpt is None else excerpt.ranks)
+        leaves = Leaves.of_update(views, updates, params)
         subspaces = subspaces_of_tree(leaves.bare, leaves.views, state, self._shapes)
         below = self._down(leaves, subspaces, state, _checked(refresh), excerpt)
         if isinstance(refresh, str):
@@ -136,7 +154,7 @@ class _Galore:
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
 
         def finish(low_rank: list[Array]) -> tuple[list[Array], list[PyTree], State, Step]:
-            updates, residuals, inner = self._step(leaves, below, low_rank, extra_args)
+            updates, residuals, inner = self._step(leaves, below, low_rank, state, extra_args)
             return updates, residuals, inner, jnp.asarray(optax.safe_increment(below.step))
 
         def wait() -> tuple[list[Array], list[PyTree], State, Step]:
@@ -204,6 +222,7 @@ class _Galore:
         leaves: Leaves,
         below: Below,
         low_rank: list[Array],
+        state: GaloreState,
         extra_args: Mapping[str, PyTree],
     ) -> tuple[list[Array], list[PyTree], State]:
         """Takes a step in the subspaces, and takes all updates up again.
@@ -234,12 +253,86 @@ class _Galore:
                 leaves.placements[i],
                 Projected(updates[i], *((low_rank[i], gradient) if uses else (None, None))),
                 below.bases[i],
-                residuals[i],
+                Subspace(residual=residuals[i], transport=below.subspaces[i].transport),
                 self._settings.scale,
+                jnp.asarray(state.step),
                 None if decay is None or weights is None else (decay, weights[i]),
                 dtypes=(gradient.dtype, dtype),
             )
         return updates, residuals, inner.state
+
+    def _check(
+        self, low_rank: PyTree, projected: list[bool], method: Method, *, final: bool
+    ) -> Betas | None:
+        """Raises where the inner transformation cannot go with one of the answers.
+
+        Args:
+          low_rank: what the inner transformation gets for gradients, or some tree.
+          projected: for each leaf whether it is projected.
+          method: the answers to the five questions.
+          final: whether it is the former.
+
+        Returns:
+          The decay rates of its moments, where the residual wants them and they could be found.
+        """
+        if final and method.residual.wants_betas:
+            raise ValueError(
+                'subtract="scaled" of NormScaled needs the decay rates of the moments, which '
+                "could not be found out: give betas=(b1, b2), or take the preset fira_adamw"
+            )
+        residual = method.residual
+        asks = method.transport.moves or residual.scales_only or residual.absorbs
+        if not (asks or method.projector.reads or self._inner.limits(low_rank)):
+            return None
+        betas, tried = self._inner.check(
+            method, low_rank, projected, tries=not self._tried, final=final
+        )
+        self._tried |= tried
+        return betas
+
+    def _views(self, tree: PyTree, known: Ranks | None) -> list[LeafView]:
+        """Returns how each leaf is seen.
+
+        Args:
+          tree: the parameters or gradients.
+          known: the ranks of all leaves, where this may be only a part of them.
+        """
+        selection = self._settings.selection
+        views = selection.views(tree)
+        if not isinstance(selection.rank, RankByRole) or not views:
+            return views
+        if known is not None:
+            return selection.views(tree, dict(known))
+        paths = tuple(view.path for view in views)
+        if (key := (paths, tuple(views))) not in self._ranks:
+            nbytes = functools.partial(self._nbytes, structure(tree, [True] * len(views)), paths)
+            self._ranks[key] = selection.rank.share(views, nbytes)
+        return selection.views(tree, self._ranks[key])
+
+    def _nbytes(self, bare: PyTreeDef, paths: Sequence[str], view: MatrixView) -> int:
+        """Returns the bytes of the state of one leaf by itself.
+
+        Args:
+          bare: the structure of the tree, out of Flax's boxes.
+          paths: the paths of all leaves of the tree.
+          view: the view of the leaf, of any rank.
+        """
+
+        def of_leaf() -> PyTree:
+            low_rank = jnp.zeros(view.low_rank_shape, moment_dtype(view.dtype))
+            alone = bare.unflatten([low_rank if p == view.path else None for p in paths])
+            steps = self._settings.accumulation_steps
+            return self._inner.init(alone), init_accumulator(alone, steps)
+
+        def two_moments() -> list[Array]:
+            return 2 * [jnp.zeros(view.low_rank_shape, moment_dtype(view.dtype))]
+
+        try:
+            state = jax.eval_shape(of_leaf)
+        except Exception:  # such as where a mask has the structure of all leaves
+            state = jax.eval_shape(two_moments)
+        arrays = jax.tree.leaves((self._shapes(view), state))
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
     def _subspace(self, view: LeafView) -> Subspace:
         """Returns the subspace of a leaf before the first step."""

@@ -94,6 +94,11 @@ class MatrixView:
         return math.prod(self.shape[axis] for axis in self.output_axes)
 
     @property
+    def short(self) -> int:
+        """The length of the shorter side of a matrix."""
+        return min(self.m, self.n)
+
+    @property
     def low_rank_shape(self) -> Shape:
         """The shape of the low-rank gradient R, and so of the moments: (*batch, r or m, r or n)."""
         return (

@@ -5,29 +5,29 @@ returns an (m, rank) basis; for the other side the caller passes the transpose. 
 more by the names of its arguments: ``key``, a JAX key of this matrix and refresh; ``old``, the
 (m, rank) basis that it replaces; ``first``, a bool scalar, whether no gradient chose ``old``;
 ``moments``, a dict of the moments in the old subspace by their role, ``"first"`` or ``"second"``,
-a list of arrays (rank, n), or (rank, rank) where both sides are projected. The matrix is the
-gradient divided by a power of two, so that its largest entry is near 1; the moments are in the same
-unit. Other keyword arguments are options of the user's. Signs are settled afterwards.
+a list of arrays (rank, n), or (rank, rank) where both sides are projected; ``step``, how many
+updates are done, int32. The matrix is the gradient divided by a power of two, so that its largest
+entry is near 1; the moments are in the same unit. Other keyword arguments are options of the
+user's. Signs are settled afterwards.
 
-The projectors that select among directions given beforehand, ``rows`` and ``dct``, return the
-numbers of these instead of a basis, (rank,) int32, and get such numbers as ``old``. Only these two
-may: a user's function must return a basis, also where it calls one of them. What is made of the
-function's choice is the business of a type of basis, which its row in the table `PROJECTORS` names.
+The projectors that select among directions given beforehand, ``rows``, ``random_rows``,
+``sampled_rows`` and ``dct``, return the numbers of these instead of a basis, (rank,) int32, and get
+such numbers as ``old``. Only they may: a user's function must return a basis, also where it calls
+one of them. What is made of the function's choice is the business of a type of basis, which its row
+in the table `PROJECTORS` names.
 """
 
-import dataclasses
-import functools
-import inspect
-import numbers
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from galore_optax._basis import Basis, Cosines, Dense, Regenerated, Rows
+from galore_optax._basis import Regenerated
 from galore_optax._directions import choose, cosines
+from galore_optax._numbered import Cosines, Rows, Sampled, WeightedRows
 from galore_optax._orthonormalize import orthonormalize
+from galore_optax._projector import Projector, resolve_projector
 from galore_optax._random import uniform
 
 
@@ -144,6 +144,52 @@ def power_iteration(
     return jax.lax.fori_loop(0, iterations + jnp.where(first, 1, 0), iterate, start)
 
 
+def momentum_iteration(
+    matrix: Float[Array, "m n"],
+    rank: int,
+    *,
+    old: Float[Array, "m r"],
+    first: Bool[Array, ""],
+    moments: Mapping[str, list[Array]],
+    step: Int[Array, ""],
+    b1: float,
+    rho: float = 0.908,
+) -> Float[Array, "m r"]:
+    r"""Returns the old basis, turned towards a mean of the momentum and the gradient: LDAdam.
+
+    It is one power iteration from the old basis with
+    :math:`\rho P \hat m + (1 - \rho) G`, of which no more than its product with r columns is made:
+    cheap enough for every step. At the first refresh the basis is that of :func:`svd`.
+
+    Args:
+      matrix: the gradient of one matrix, (m, n), float32 or float64.
+      rank: the rank, r <= min(m, n).
+      old: the basis to start from, (m, r), orthonormal.
+      first: whether to take the leading singular vectors instead, (), bool.
+      moments: the moments in the old basis; the first one of the role ``"first"`` is m, (r, n).
+      step: the number of updates done, (), int32, by which the bias of m is corrected.
+      b1: the decay rate of the momentum; presets give that of their optimizer.
+      rho: the weight of the momentum.
+
+    Returns:
+      The basis, (m, r), orthonormal.
+
+    References:
+      Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024, algorithm 1
+    """
+    momentum = moments["first"][0]
+
+    def iterate() -> Float[Array, "m r"]:
+        count = jnp.maximum(step, 1).astype(matrix.dtype)
+        share = rho / (1 - jnp.asarray(b1, matrix.dtype) ** count)
+        # The products with b = share P m + (1 - rho) G, P^T P being the identity.
+        across = share * momentum.T + (1 - rho) * _product(matrix.T, old)
+        inside = share * _product(old, _product(momentum, across))
+        return orthonormalize(inside + (1 - rho) * _product(matrix, across))
+
+    return jax.lax.cond(first, lambda: svd(matrix, rank), iterate)
+
+
 def gaussian(
     matrix: Float[Array, "m n"] | jax.ShapeDtypeStruct, rank: int, *, key: Key[Array, ""]
 ) -> Float[Array, "m r"]:
@@ -201,7 +247,7 @@ def rows(
     Nothing is multiplied, at a refresh or on ordinary steps: the low-rank gradient is r rows of
     the gradient, and the state holds r numbers instead of a basis. A row that stays selected keeps
     its place, and so its moments. One that arrives goes on with those of a row that leaves, where
-    Grass resets all: the gaps should be long, and not staggered (benchmarks/quality.py).
+    Grass resets all: the gaps should be long, and not staggered (benchmarks/refresh_quality.py).
 
     Args:
       matrix: the gradient of one matrix, (m, n), float32 or float64.
@@ -218,6 +264,52 @@ def rows(
     _check_columns("rows", rank, matrix.shape[0])
     _check_numbers("rows", old)
     return choose(jnp.sum(matrix**2, axis=1), rank, old, first)
+
+
+def random_rows(matrix: Float[Array, "m n"], rank: int, *, key: Key[Array, ""]) -> Int[Array, " r"]:
+    """Returns the numbers of r different rows, drawn at random: FRUGAL's columns.
+
+    Args:
+      matrix: a matrix, (m, n); only its shape and dtype matter.
+      rank: the rank, r <= m.
+      key: the key of the draw.
+
+    Returns:
+      The numbers, (r,), int32.
+
+    References:
+      Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024: its "columns"
+    """
+    _check_columns("random_rows", rank, matrix.shape[0])
+    weights = uniform(key, (1, matrix.shape[0]), matrix.dtype)
+    return jax.lax.top_k(weights[0], rank)[1].astype(jnp.int32)
+
+
+def sampled_rows(matrix: Float[Array, "m n"], rank: int, *, key: Key[Array, ""]) -> Sampled:
+    r"""Draws r rows with replacement, each with a probability in proportion to its norm: Grass.
+
+    The weight of row j is :math:`1 / \sqrt{r q_j}` with its probability q_j, so that the mean of
+    P P^T is the identity: the low-rank gradient, taken back, is right on average. The norm is the
+    probability that makes its variance least.
+
+    Args:
+      matrix: the gradient of one matrix, (m, n), float32 or float64.
+      rank: the rank r.
+      key: the key of the draw.
+
+    Returns:
+      The numbers of the rows, and their weights, (r,) each.
+
+    References:
+      Muhamed et al., `Grass <https://arxiv.org/abs/2406.17660>`_, 2024: its "multinomial" selection
+    """
+    norms = jnp.sqrt(jnp.sum(matrix**2, axis=1))
+    upper = jnp.cumsum(norms)
+    # These are independent numbers in (0, the sum of all norms); a row is as wide as its norm.
+    places = (uniform(key, (1, rank), matrix.dtype)[0] + 1) / 2 * upper[-1]
+    numbers = jnp.minimum(jnp.searchsorted(upper, places, side="right"), len(norms) - 1)
+    probabilities = norms[numbers] / upper[-1]
+    return Sampled(numbers.astype(jnp.int32), (rank * probabilities) ** -0.5)
 
 
 def dct(
@@ -248,54 +340,19 @@ def dct(
     return choose(jnp.sum(transformed**2, axis=1), rank, old, first)
 
 
-@dataclasses.dataclass(frozen=True)
-class Projector:
-    """A projector: a function that chooses directions, and what a basis of them is.
-
-    Attributes:
-      function: the function that chooses; it takes a matrix, the rank, and what else it asks for by
-        name.
-      basis: the type of the bases that it chooses.
-    """
-
-    function: Callable[..., Array]
-    basis: type[Basis] = Dense
-
-    @functools.cached_property
-    def needs(self) -> tuple[str, ...]:
-        """The names among ``key``, ``old``, ``first`` and ``moments`` that the function takes."""
-        return tuple(name for name in _SUPPLIED if name in _taken(self.function))
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """The names of the other arguments of the function, which are the user's to give."""
-        return tuple(name for name in _taken(self.function) if name not in _SUPPLIED)
-
-    @property
-    def name(self) -> str:
-        """The name of the function."""
-        function = getattr(self.function, "func", self.function)
-        return getattr(function, "__name__", repr(function))
-
-    def __call__(
-        self, matrix: Array | jax.ShapeDtypeStruct, rank: int, **supplied: PyTree
-    ) -> Array:
-        """Returns what the function chooses; ``supplied`` is all that it may ask for."""
-        return self.function(matrix, rank, **{name: supplied[name] for name in self.needs})
-
-
 PROJECTORS: dict[str, Projector] = {
     "svd": Projector(svd),
     "eigh": Projector(eigh),
     "randomized_svd": Projector(randomized_svd),
     "power_iteration": Projector(power_iteration),
-    "gaussian": Projector(gaussian, Regenerated),
-    "orthonormal": Projector(orthonormal, Regenerated),
+    "momentum_iteration": Projector(momentum_iteration, sides=1, reads=("first",)),
+    "gaussian": Projector(gaussian, Regenerated, orthonormal=False, stands_still=False),
+    "orthonormal": Projector(orthonormal, Regenerated, stands_still=False),
     "rows": Projector(rows, Rows),
+    "random_rows": Projector(random_rows, Rows, stands_still=False),
+    "sampled_rows": Projector(sampled_rows, WeightedRows, orthonormal=False, stands_still=False),
     "dct": Projector(dct, Cosines),
 }
-_SUPPLIED = ("key", "old", "first", "moments")
-_LEAST = {"oversampling": 0, "power_iterations": 0, "iterations": 1}
 
 
 def resolve(projector: str | Callable[..., Array], options: Mapping[str, object]) -> Projector:
@@ -307,35 +364,7 @@ def resolve(projector: str | Callable[..., Array], options: Mapping[str, object]
       ValueError: there is no projector of that name, or an option is out of range.
       TypeError: neither a name nor a function, or it does not take an option.
     """
-    if isinstance(projector, str):
-        if projector not in PROJECTORS:
-            raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}; got {projector!r}")
-        found = PROJECTORS[projector]
-    elif isinstance(projector, Projector):
-        found = projector
-    elif callable(projector):
-        known = (row for row in PROJECTORS.values() if row.function is projector)
-        found = next(known, Projector(projector))
-    else:
-        raise TypeError(
-            f"projector must be a name ({', '.join(PROJECTORS)}) or a function "
-            f"(matrix, rank) -> basis; got {projector!r}"
-        )
-    name = getattr(found.function, "__name__", repr(found.function))
-    for option, value in options.items():
-        if option not in found.options:
-            raise TypeError(
-                f"projector_options has {option!r}, which {name} does not take; it takes "
-                f"{', '.join(found.options) or 'no options'}"
-            )
-        least = _LEAST.get(option)
-        if least is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(
-                f"{option} of {name} must be an int of at least {least}; got {value!r}"
-            )
-    return dataclasses.replace(found, function=functools.partial(found.function, **options))
+    return resolve_projector(projector, options, PROJECTORS)
 
 
 def _product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
@@ -345,14 +374,6 @@ def _product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m 
 
 def _leading_eigenvectors(gram: Float[Array, "m m"], rank: int) -> Float[Array, "m r"]:
     return jnp.linalg.eigh(gram)[1][:, ::-1][:, :rank]
-
-
-def _taken(function: Callable[..., Array]) -> tuple[str, ...]:
-    """Returns the names of the arguments behind the matrix and the rank."""
-    try:
-        return tuple(inspect.signature(function).parameters)[2:]
-    except ValueError:  # some built-in functions have no signature
-        return ()
 
 
 def _check_columns(name: str, rank: int, size: int) -> None:

@@ -14,10 +14,12 @@ import pytest
 # in modules whose functions themselves check what a user gives them, and say better what is wrong;
 # nor in the one that goes through every equation of a program.
 OPEN = {
-    *("__init__", "_chain", "_galore", "_inner", "_low_bit", "_memory", "_optimizers"),
-    *("_optimizers_low_bit", "_options", "_quantized", "_quantized_params", "_refresh", "_select"),
+    *("__init__", "_adamw", "_chain", "_galore", "_inner", "_limiter", "_low_bit", "_memory"),
+    *("_optimizers", "_options", "_presets", "_projector", "_quantized", "_quantized_params"),
+    *("_refresh", "_residuals", "_select", "_transports"),
     *(
         "_jaxpr",
+        "_ranks",
         "_update",
         "projectors",
         "_layerwise.__init__",

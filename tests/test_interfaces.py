@@ -12,8 +12,8 @@ import pytest
 
 import galore_optax
 from galore_optax._refresh import Periodic
-from galore_optax._residual import RESIDUALS, Discard
-from galore_optax._transport import TRANSPORTS
+from galore_optax._residuals import RESIDUALS, Discard
+from galore_optax._transports import TRANSPORTS, Keep
 
 SHAPES = {"wide": (6, 9), "tall": (9, 6), "stack": (3, 6, 9), "bias": (9,)}
 NUMBERS = {
@@ -55,12 +55,15 @@ def basis_of(state, name):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotate:
-    """A transport that takes first moments to the new basis, and zeroes none."""
+class Rotate(Keep):
+    """A transport that takes first moments to the new basis, and counts how often."""
 
     moves: tuple[str, ...] = ("first",)
 
-    def move(self, moments, turned, clock, first):
+    def initial(self):
+        return jnp.zeros([], jnp.int32)
+
+    def move(self, moments, state, turned, clock, first):
         del clock
         assert sorted(moments) == ["first"]
 
@@ -74,7 +77,7 @@ class Rotate:
         return {
             role: [jnp.where(first, moment, move(moment)) for moment in held]
             for role, held in moments.items()
-        }
+        }, state + 1
 
 
 @pytest.mark.parametrize("side", ["short", "both"])
@@ -82,6 +85,9 @@ def test_a_transport_gets_the_moments_and_how_the_bases_turned(side):
     """The first moment, taken to the new basis by NumPy, against the library's."""
     before, after = (run(side=side, transport=x, steps=GAP)[-1][1] for x in ("keep", Rotate()))
     # Nothing is moved at the first refresh, nor on steps without one.
+    counts = jax.tree.leaves(after.subspace.transport)
+    assert {int(count) for x in counts for count in np.ravel(x)} == {1}
+    after = after._replace(subspace=after.subspace._replace(transport=before.subspace.transport))
     jax.tree.map(np.testing.assert_array_equal, before, after)
     state, kept, moved = before, *(run(side=side, transport=x)[GAP + 1] for x in ("keep", Rotate()))
     gradient = random_tree(GAP)
@@ -153,7 +159,7 @@ class Calls(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AddBack:
+class AddBack(Discard):
     """A residual that adds what lies outside, divided by how often it was called."""
 
     uses_gradient: bool = True
@@ -161,10 +167,10 @@ class AddBack:
     def initial(self, m, n, dtype):
         return Calls(jnp.zeros([], jnp.int32), jnp.zeros((m, n), dtype))
 
-    def update(self, projected, up, scale, state):
+    def update(self, projected, way, state):
         count = state.count + 1
-        outside = projected.gradient - up(projected.low_rank)
-        update = scale * (up(projected.psi) + outside / count)
+        outside = projected.gradient - way.up(projected.low_rank)
+        update = way.scale * (way.up(projected.psi) + outside / count)
         return update, Calls(count, outside)
 
 
@@ -273,12 +279,12 @@ def test_errors_and_reports_know_transports_and_residuals():
     options = {"rank": RANK, "weight_dimension_numbers": numbers}
     tx = galore_optax.galore(low_bit, transport=Rotate(), **options)
     with pytest.raises(ValueError, match=r"moments of 'w' are in codes of items \(3, 2, 9\)"):
-        tx.update(params, tx.init(params), params)
+        tx.init(params)
 
     @dataclasses.dataclass(frozen=True)
     class Loses(Rotate):
-        def move(self, moments, turned, clock, first):
-            return {}
+        def move(self, moments, state, turned, clock, first):
+            return {}, state
 
     tx = galore_optax.galore(optax.scale_by_adam(), transport=Loses(), **options)
     with pytest.raises(ValueError, match="a transport must return as many moments as it gets"):

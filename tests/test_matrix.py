@@ -91,7 +91,7 @@ def expected_state(side, dtype):
     absent = dict.fromkeys(left, ABSENT)  # what only lazy refresh and diagnostics keep
     return galore_optax.GaloreState(
         step=like((), jnp.int32),
-        subspace=galore_optax.Subspace(left, right, counters, counters, *[absent] * 5),
+        subspace=galore_optax.Subspace(left, right, counters, counters, *[absent] * 6),
         inner=jax.eval_shape(optax.adamw(0.1).init, low_rank),
         version=like((), jnp.int32),
     )

@@ -11,20 +11,24 @@ import pytest
 from programs import programs
 
 import galore_optax
-from galore_optax import DimensionNumbers, galore
+from galore_optax import DimensionNumbers, Project, galore
 from galore_optax._options import GaloreOptions
 from galore_optax._residual import Discard
-from galore_optax._transport import Keep
 
 INNERS = {
     "galore_adamw": lambda: optax.adamw(0.1),
-    "galore_adafactor": lambda: optax.adafactor(0.1, multiply_by_parameter_scale=False),
+    "galore_adafactor": lambda: optax.adafactor(
+        0.1, multiply_by_parameter_scale=False, momentum=0.9
+    ),
     "galore_lion": lambda: optax.lion(0.1),
-    "galore_sgd": lambda: optax.sgd(0.1),
+    "galore_sgd": lambda: optax.sgd(0.1, momentum=0.9),
     "galore_adamw_8bit": lambda: galore_optax.adamw_8bit(0.1),
     "q_galore_adamw": lambda: galore_optax.adamw_8bit(0.1),
 }
-OWN = {"galore_adafactor": {"multiply_by_parameter_scale": False}}
+OWN = {
+    "galore_adafactor": {"multiply_by_parameter_scale": False, "momentum": 0.9},
+    "galore_sgd": {"momentum": 0.9},
+}
 DEFAULTS = {"q_galore_adamw": {"projector_dtype": "int4", "refresh": "lazy"}}
 # None of them the default, and each with a part in the states or updates below.
 OPTIONS = {
@@ -36,7 +40,7 @@ OPTIONS = {
     "projector_dtype": "bfloat16",
     "refresh": galore_optax.Lazy(queue=1),
     "stagger": True,
-    "transport": Keep(moves=("first",)),
+    "transport": Project(),
     "residual": Discard(),
     "side": "long",
     "exclude": "out",
@@ -100,7 +104,7 @@ def test_hyperparameters_can_be_injected(name):
     static = {"rank", "projector", "accumulation_steps"}
     static |= {"block_size", "min_size"} if name == "q_galore_adamw" else set()
     preset = getattr(galore_optax, name)
-    arguments = {"learning_rate": 0.1, **OPTIONS}
+    arguments = {"learning_rate": 0.1, **OWN.get(name, {}), **OPTIONS}
     injected = optax.inject_hyperparams(preset, static_args=static)(**arguments)
     found, expected = trajectory(injected), trajectory(preset(**arguments))
     assert {"scale", "seed", "update_proj_gap"} <= found[0][1].hyperparams.keys()

@@ -13,13 +13,16 @@ import optax
 import pytest
 
 import galore_optax
-from galore_optax._basis import Dense, Rows
+from galore_optax._basis import Dense
 from galore_optax._core import Bases, down, matrix_of, project_back
+from galore_optax._numbered import Rows
 from galore_optax._orthonormalize import orthonormalize
 from galore_optax._select import Selection
 from galore_optax.projectors import PROJECTORS, resolve
 
 SHAPES = [(9, 14), (14, 9), (11, 11)]
+OPTIONS = {"momentum_iteration": {"b1": 0.9}}
+NUMBERED = ("rows", "random_rows", "dct")  # these return numbers of directions
 SIDES = ["short", "long", "left", "right", "both"]
 
 
@@ -87,7 +90,7 @@ def jitted(name, rank, options):
 
 def chosen_by(name, g, rank, *, seed=0, old=None, **options):
     """What a projector chooses: a basis, or the numbers of directions."""
-    selects = name in ("rows", "dct")
+    selects = name in NUMBERED
     start = np.arange(rank, dtype=np.int32) if selects else np.eye(g.shape[0], rank)
     old, first = (start, True) if old is None else (old, False)
     choose = jitted(name, rank, tuple(options.items()))
@@ -105,8 +108,8 @@ def basis_of(name, g, rank, **arguments):
 
 def as_a_basis(name, chosen, size):
     chosen = np.asarray(chosen)
-    if name in ("rows", "dct"):
-        return (np.eye(size) if name == "rows" else cosines(size))[:, chosen]
+    if name in NUMBERED:
+        return (cosines(size) if name == "dct" else np.eye(size))[:, chosen]
     return chosen.astype(np.float64)
 
 
@@ -130,13 +133,20 @@ def decaying(shape, power=1.0, seed=0):
 @functools.cache
 def bases_of_all_shapes(name):
     """Of rank 5, of one compiled program, as float64."""
-    projector = resolve(name, {})
+    projector = resolve(name, OPTIONS.get(name, {}))
 
     @jax.jit
     def choose(matrices, key):
         def of_one(g):
-            old = jnp.arange(5) if name in ("rows", "dct") else jnp.eye(g.shape[0], 5)
-            return projector(g, 5, key=key, old=old, first=jnp.asarray(True))
+            return projector(
+                g,
+                5,
+                key=key,
+                old=jnp.arange(5) if name in NUMBERED else jnp.eye(g.shape[0], 5),
+                first=jnp.asarray(True),
+                moments={"first": [jnp.zeros((5, g.shape[1]))]},
+                step=jnp.asarray(0),
+            )
 
         return [of_one(g) for g in matrices]
 
@@ -145,7 +155,7 @@ def bases_of_all_shapes(name):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", [name for name in PROJECTORS if name != "gaussian"])
+@pytest.mark.parametrize("name", [name for name in PROJECTORS if PROJECTORS[name].orthonormal])
 def test_bases_are_orthonormal(name, shape):
     basis = bases_of_all_shapes(name)[shape]
     chex.assert_shape(basis, (shape[0], 5))
@@ -499,16 +509,20 @@ def test_a_projector_need_not_be_hashable():
 @pytest.mark.parametrize(
     # On both sides it has each of them; those of each kind are enough for one side alone.
     ("side", "name"),
-    [*(("both", name) for name in PROJECTORS), ("short", "svd"), ("long", "gaussian")],
+    [
+        *(("both", name) for name in PROJECTORS if name != "momentum_iteration"),
+        *(("short", "svd"), ("long", "gaussian"), ("short", "momentum_iteration")),
+    ],
 )
 def test_every_projector_trains_on_every_side(side, name):
     target = decaying((12, 20)).astype(np.float32)
     tx = galore_optax.galore(
-        optax.sgd(1.0),
+        optax.sgd(1.0, momentum=0.0),
         rank=6,
-        scale=1.0 if name != "gaussian" else 0.05,
+        scale=1.0 if PROJECTORS[name].orthonormal else 0.05,
         update_proj_gap=2,
         projector=name,
+        projector_options=OPTIONS.get(name),
         side=side,
     )
 
@@ -711,3 +725,64 @@ def test_svd_by_name_is_the_public_function():
         for p in ("svd", galore_optax.projectors.svd)
     )
     chex.assert_trees_all_equal(by_name, by_function)
+
+
+def test_random_rows_are_different_ones_and_all_as_likely():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    like = jnp.zeros((6, 3))
+    drawn = np.asarray(jax.vmap(lambda key: resolve("random_rows", {})(like, 2, key=key))(keys))
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    counts = np.bincount(drawn.ravel(), minlength=6) / 2000
+    # The standard error of a frequency of 1/3 among 2000 draws is 0.0105.
+    np.testing.assert_allclose(counts, np.full(6, 1 / 3), atol=4 * 0.0105)
+
+
+def test_sampled_rows_are_right_on_average():
+    """The mean of P P^T G over many draws is G, within four standard errors of each entry."""
+    count = 4000
+    gradient = np.random.default_rng(0).normal(size=(6, 3)) * np.arange(1.0, 7.0)[:, None]
+    params = {"stack": jnp.broadcast_to(jnp.asarray(gradient, jnp.float32), (count, 6, 3))}
+    tx = galore_optax.galore(
+        optax.identity(),
+        rank=2,
+        projector="sampled_rows",
+        side="left",
+        scale=1.0,
+        weight_dimension_numbers=galore_optax.DimensionNumbers(1, 2),
+    )
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    back = np.asarray(updates["stack"], np.float64)
+    error = back.std(axis=0, ddof=1) / count**0.5
+    np.testing.assert_array_less(np.abs(back.mean(axis=0) - gradient), 4 * error)
+    # Each is P P^T G of its own rows and weights.
+    numbers, weights = (np.asarray(x) for x in jax.tree.leaves(state.subspace.left["stack"]))
+    norms = np.linalg.norm(gradient, axis=1)
+    probabilities = norms / norms.sum()
+    np.testing.assert_allclose(weights, (2 * probabilities[numbers]) ** -0.5, rtol=1e-5)
+    for i in range(20):
+        p = np.zeros((6, 2))
+        p[numbers[i], [0, 1]] = weights[i]
+        np.testing.assert_allclose(back[i], p @ p.T @ gradient, rtol=1e-4, atol=1e-5)
+    # Rows are drawn as often as their norms say.
+    found = np.bincount(numbers.ravel(), minlength=6) / numbers.size
+    error = np.sqrt(probabilities * (1 - probabilities) / numbers.size)
+    np.testing.assert_array_less(np.abs(found - probabilities), 4 * error)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_momentum_iteration_turns_the_basis_to_the_mean_of_momentum_and_gradient(shape):
+    rank, b1, rho, step = 3, 0.8, 0.7, 4
+    g = random_matrix(shape).astype(np.float64)
+    old = np.linalg.qr(random_matrix((shape[0], rank), seed=1).astype(np.float64))[0]
+    m = random_matrix((rank, shape[1]), seed=2).astype(np.float64)
+    found = resolve("momentum_iteration", {"b1": b1, "rho": rho})(
+        jnp.asarray(g, jnp.float32),
+        rank,
+        old=jnp.asarray(old, jnp.float32),
+        first=jnp.asarray(False),
+        moments={"first": [jnp.asarray(m, jnp.float32)]},
+        step=jnp.asarray(step),
+    )
+    mean = rho * old @ m / (1 - b1**step) + (1 - rho) * g
+    q = np.linalg.qr(mean @ (mean.T @ old))[0]
+    np.testing.assert_allclose(found @ found.T, q @ q.T, atol=1e-4)

@@ -48,6 +48,13 @@ VARIANTS = {
     "few bits": galore(LOW_BIT, projector_dtype="int4", projector="eigh", refresh="lazy"),
     "micro-batches": galore(ADAMW, projector="rows", accumulation_steps=3, diagnostics=True),
     "injected": injected,
+    "Fira": lambda **shared: galore_optax.fira_adamw(1e-2, transport="rotate", **shared),
+    "LDAdam": lambda **shared: galore_optax.ldadamw(
+        1e-2, residual="error_feedback", **{**shared, "update_proj_gap": 1}
+    ),
+    "Grass": lambda **shared: galore_optax.grass_adamw(1e-2, projector="sampled_rows", **shared),
+    "APOLLO-Mini": lambda **shared: galore_optax.apollo_mini_adamw(1e-2, **{**shared, "rank": 1}),
+    "FRUGAL": lambda **shared: galore_optax.frugal_adamw(1e-2, **shared),
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTreeDef
 
-from galore_optax._excerpt import Excerpt, Ordinals, ordinals
+from galore_optax._excerpt import Excerpt, Ordinals, Ranks, ordinals, ranks
 from galore_optax._jaxpr import Use, dependence, use_of_rows
 from galore_optax._layerwise.checks import check_acknowledged, check_independent
 from galore_optax._layerwise.settings import Leaf
@@ -101,10 +101,11 @@ class Division:
         self.in_blocks = [path[0] == jax.tree_util.DictKey(blocks) for path, _ in found]
 
         inspection = Inspection()
-        state = self._init(params, inspection)
+        state = self._init(params, inspection)  # the only one that gets all leaves as they are.
         self._ordinals: Ordinals = tuple(
             item for views in inspection.trees for item in ordinals(views)
         )
+        self._ranks: Ranks = tuple(item for views in inspection.trees for item in ranks(views))
         found, self.state_treedef = jax.tree_util.tree_flatten_with_path(state)
         self._seen_by_galore = {view.path for views in inspection.trees for view in views}
         self._paths = {path: i for i, (path, _) in enumerate(found)}
@@ -214,7 +215,15 @@ class Division:
         """Says where a unit belongs among all parameters; see `Excerpt` for the arguments."""
         layer = None if layer is None else jnp.asarray(layer, jnp.int32)
         turn = jnp.asarray(turn, jnp.int32)
-        return Excerpt(layer, turn, self.layers, self._ordinals, self._micro_batches, complete)
+        return Excerpt(
+            layer,
+            turn,
+            self.layers,
+            self._ordinals,
+            self._micro_batches,
+            complete,
+            self._ranks,
+        )
 
     def state_leaves(self, state: State) -> list[Array]:
         """Returns the leaves of the whole state.
@@ -246,7 +255,7 @@ class Division:
     def _init(self, params: Params, inspection: Inspection | None = None) -> State:
         # This is a function of its own, so that no earlier trace of tx.init is reused; and it runs
         # without jit, so that none is where the user compiled tx.init.
-        with inspecting(inspection or Inspection()), jax.disable_jit():
+        with inspecting(inspection or Inspection(ranks=self._ranks)), jax.disable_jit():
             return jax.eval_shape(lambda p: self._tx.init(p), params)
 
     def _with_layers(self, count: int) -> Params:

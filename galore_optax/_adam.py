@@ -1,0 +1,56 @@
+"""Says what is known of the moments of an inner transformation, Adam's above all."""
+
+import numbers
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from galore_optax._ownership import Role
+from galore_optax._types import Numeric, Scalar
+
+
+class Betas(NamedTuple):
+    """The decay rates of Adam's two moments."""
+
+    b1: Numeric
+    b2: Numeric
+
+    def corrections(self, count: Scalar) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns 1 - b1^t and 1 - b2^t, by which moments that ``count`` steps made are divided."""
+        return 1 - jnp.power(self.b1, count), 1 - jnp.power(self.b2, count)
+
+    def bias(self, count: Scalar) -> Float[Array, ""]:
+        """Returns by what the correction of both moments' bias divides Adam's update."""
+        first, second = self.corrections(count)
+        return first / jnp.sqrt(second)
+
+
+class Trial(NamedTuple):
+    """What the inner transformation did when it was tried on a leaf that is projected."""
+
+    of_one: float  # what its first step makes of a gradient of 1.
+    uses_params: bool  # whether that depends on the parameters.
+    betas: Betas | None  # the decay rates where its moments are Adam's.
+    afresh: float  # its second step with moments made zero, over its first one.
+
+
+class Findings(NamedTuple):
+    """What was found out about the inner transformation and one leaf that is projected."""
+
+    roles: Mapping[Role, int]  # how many moments of each role it has.
+    unknown: tuple[str, ...]  # the paths of what else it has of the moments' shape.
+    others: tuple[str, ...]  # the paths of what it has of other shapes, numbers left out.
+    trial: Callable[[], Trial | None]  # tries it; None where that was done, or cannot be done.
+
+
+def check_betas(name: str, b1: Numeric | None, b2: Numeric | None) -> None:
+    """Raises an error where the decay rates of moments cannot be right, as far as they are known.
+
+    Raises:
+      ValueError: one is not in [0, 1).
+    """
+    for argument, value in (("b1", b1), ("b2", b2)):
+        if isinstance(value, numbers.Real) and not 0 <= float(value) < 1:
+            raise ValueError(f"{argument} of {name} must be in [0, 1); got {value!r}")

@@ -1,0 +1,225 @@
+"""Makes presets of AdamW: each is galore with some of its arguments, and AdamW inside."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Protocol, Unpack, cast
+
+import optax
+
+from galore_optax._adam import Betas
+from galore_optax._decoded import decoded
+from galore_optax._galore import galore
+from galore_optax._low_bit import low_bit
+from galore_optax._options import GaloreOptions, shows_galore_options
+from galore_optax._ownership import Stacked
+from galore_optax._residuals import resolve_residual
+from galore_optax._transports import Reset, resolve_transport
+from galore_optax._types import DType, Mask, Numeric
+from galore_optax.projectors import momentum_iteration
+
+
+class Preset(Protocol):
+    """The signature of presets; each has defaults of its own for the options of galore."""
+
+    def __call__(
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        b1: Numeric = 0.9,
+        b2: Numeric = 0.999,
+        eps: Numeric = 1e-8,
+        eps_root: Numeric = 0.0,
+        mu_dtype: DType | None = None,
+        weight_decay: optax.ScalarOrSchedule = 1e-4,
+        mask: Mask | None = None,
+        *,
+        nesterov: bool = False,
+        **options: Unpack[GaloreOptions],
+    ) -> optax.GradientTransformationExtraArgs: ...
+
+
+class Preset8Bit(Protocol):
+    """The signature of presets whose moments are in 8 bits."""
+
+    def __call__(
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        b1: Numeric = 0.9,
+        b2: Numeric = 0.999,
+        eps: Numeric = 1e-8,
+        eps_root: Numeric = 0.0,
+        mu_dtype: DType | None = None,
+        weight_decay: optax.ScalarOrSchedule = 1e-4,
+        mask: Mask | None = None,
+        *,
+        nesterov: bool = False,
+        block_size: int = 256,
+        min_size: int = 4096,
+        stacked: Stacked | None = None,
+        **options: Unpack[GaloreOptions],
+    ) -> optax.GradientTransformationExtraArgs: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LowBit:
+    """The arguments of `galore_optax.low_bit`."""
+
+    block_size: int = 256
+    min_size: int = 4096
+    stacked: Stacked | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """The arguments of ``optax.adamw``, and the bits of its moments.
+
+    Attributes:
+      low_bit: how moments are held in 8 bits; None for moments that are arrays.
+    """
+
+    learning_rate: optax.ScalarOrSchedule
+    b1: Numeric
+    b2: Numeric
+    eps: Numeric
+    eps_root: Numeric
+    mu_dtype: DType | None
+    weight_decay: optax.ScalarOrSchedule
+    mask: Mask | None
+    nesterov: bool
+    low_bit: LowBit | None = None
+
+    def whole(self) -> optax.GradientTransformationExtraArgs:
+        """Returns AdamW."""
+        return self._held(
+            optax.adamw(
+                self.learning_rate,
+                self.b1,
+                self.b2,
+                self.eps,
+                self.eps_root,
+                self.mu_dtype,
+                self.weight_decay,
+                self.mask,
+                nesterov=self.nesterov,
+            )
+        )
+
+    def in_galore(self, options: GaloreOptions) -> optax.GradientTransformationExtraArgs:
+        """Returns AdamW in the gradient's subspace.
+
+        The transport and the residual are told the decay rates of the moments. Where the residual
+        wants an inner transformation that only scales, decay and learning rate come after galore.
+        """
+        betas = Betas(self.b1, self.b2)
+        residual = resolve_residual(options.get("residual", "discard"), betas)
+        transport = resolve_transport(options.get("transport", "keep"), betas)
+        options = options | {"transport": transport, "residual": residual}
+        if self.nesterov and isinstance(transport, Reset):
+            raise ValueError(
+                "nesterov must be False with moments that are reset: its two bias corrections "
+                "cannot be made up for by one factor"
+            )
+        if options.get("projector") in ("momentum_iteration", momentum_iteration):
+            given = options.get("projector_options") or {}
+            options["projector_options"] = {"b1": self.b1, **given}
+        if not residual.scales_only:
+            return galore(self.whole(), **options)
+        scaling = optax.scale_by_adam(
+            self.b1, self.b2, self.eps, self.eps_root, self.mu_dtype, nesterov=self.nesterov
+        )
+        return optax.chain(
+            galore(self._held(scaling), **options),
+            decoded(optax.add_decayed_weights(self.weight_decay, self.mask)),
+            optax.scale_by_learning_rate(self.learning_rate),
+        )
+
+    def _held(
+        self, transformation: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
+        if self.low_bit is None:
+            return optax.with_extra_args_support(transformation)
+        low = self.low_bit
+        return low_bit(
+            transformation,
+            block_size=low.block_size,
+            min_size=low.min_size,
+            stacked=low.stacked,
+        )
+
+
+def adamw_preset(
+    name: str, doc: str, defaults: GaloreOptions | None = None
+) -> tuple[Preset, Preset8Bit]:
+    """Makes two presets of AdamW in galore, one of them with 8-bit moments.
+
+    Args:
+      name: the name of the first one; the other one's ends in ``_8bit``.
+      doc: the docstring, in which "[arguments]" stands for the description of all arguments.
+      defaults: the defaults of galore's arguments that differ from galore's own.
+    """
+    plain = _preset(Preset, name, doc.replace("[arguments]", _ARGUMENTS), defaults)
+    of_8bit = doc.replace(f".{name}(", f".{name}_8bit(").replace("[arguments]", _IN_8_BITS)
+    return cast(Preset, plain), adamw_8bit_preset(f"{name}_8bit", of_8bit, defaults)
+
+
+def adamw_8bit_preset(name: str, doc: str, defaults: GaloreOptions | None = None) -> Preset8Bit:
+    """Makes a preset of AdamW with 8-bit moments in galore; see :func:`adamw_preset`."""
+    doc = doc.replace("[arguments]", _ARGUMENTS_8BIT)
+    return cast(Preset8Bit, _preset(Preset8Bit, name, doc, defaults))
+
+
+def _preset(
+    protocol: type, name: str, doc: str, defaults: GaloreOptions | None
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """Makes a preset with the signature of a protocol, and defaults of its own for options."""
+    _, *parameters = inspect.signature(protocol.__call__).parameters.values()
+    signature = inspect.Signature(parameters)
+    names = {field.name for field in dataclasses.fields(LowBit)}
+
+    def preset(*args: object, **kwargs: object) -> optax.GradientTransformationExtraArgs:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        options = (defaults or {}) | given.pop("options")
+        low_bit = {key: given.pop(key) for key in names & given.keys()}
+        return AdamW(**given, low_bit=LowBit(**low_bit) if low_bit else None).in_galore(options)
+
+    preset.__name__ = preset.__qualname__ = name
+    preset.__module__ = "galore_optax"
+    preset.__doc__ = doc
+    vars(preset)["__signature__"] = signature
+    return shows_galore_options(defaults)(preset)
+
+
+_IN_8_BITS = """Here moments are in 8 bits, as in `galore_optax.low_bit`.
+
+    [arguments]"""
+
+_ARGUMENTS = """Args:
+      learning_rate: the learning rate; see ``optax.adamw``, as for all arguments up to
+        ``nesterov``.
+      b1: the decay rate of the first moment.
+      b2: the decay rate of the second moment.
+      eps: what is added to the denominator, after bias correction.
+      eps_root: what is added under the root of the denominator.
+      mu_dtype: the dtype of the first moment.
+      weight_decay: the decay of whole matrices, times the learning rate, not scaled by ``scale``.
+      mask: the leaves to decay.
+      nesterov: whether to use Nesterov momentum.
+      **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
+        `galore_optax.galore`, with the defaults that the signature shows.
+
+    Returns:
+      The transformation."""
+
+_ARGUMENTS_8BIT = _ARGUMENTS.replace(
+    "      **options",
+    """      block_size: the number of elements of a block, which share a scale.
+      min_size: the number of elements below which moments are not rounded. All elements of a leaf
+        count, or those of one layer where ``stacked`` says how many axes are stacks.
+      stacked: see `galore_optax.low_bit`.
+      **options""",
+).replace(
+    "the dtype of the first moment.",
+    "the dtype of the first moment before it is rounded to 8 bits.",
+)

@@ -1,0 +1,41 @@
+"""Gives transformations of Optax that follow galore what they can reckon with.
+
+They know nothing of codes, and square numbers in the dtype that these have.
+"""
+
+import jax
+import optax
+from jaxtyping import PyTree
+
+from galore_optax._quantized import is_quantized
+from galore_optax._quantized_params import dequantize_params
+from galore_optax._types import Params, State, Updates
+from galore_optax._view import moment_dtype, wide
+
+
+def decoded(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation, run in at least float32, for quantized parameters too.
+
+    Its updates come back in the dtype of those that it gets.
+    """
+    tx = optax.with_extra_args_support(transformation)
+
+    def widened(params: Params) -> Params:
+        return jax.tree.map(wide, dequantize_params(params))
+
+    def init(params: Params) -> State:
+        # From shapes, so that nothing is decoded, and shapes of quantized parameters will do.
+        leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+        changes = any(is_quantized(x) or moment_dtype(x.dtype) != x.dtype for x in leaves)
+        return tx.init(jax.eval_shape(widened, params) if changes else params)
+
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: PyTree
+    ) -> tuple[Updates, State]:
+        arrays = None if params is None else widened(params)
+        new, state = tx.update(jax.tree.map(wide, updates), state, arrays, **extra_args)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), new, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

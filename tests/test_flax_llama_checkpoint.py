@@ -222,6 +222,7 @@ def test_a_directory_in_use_is_refused_with_the_process_that_uses_it(copy):
         ({"lr": 0.5}, r"of another configuration: lr was 0.03 and is 0.5\. "),
         ({"steps": 24, "seed": 1}, "seed was 0 and is 1|steps was 12 and is 24"),
         ({"rank": 5}, r"rank was 4 and is 5 \(new_subspace allows that\)"),
+        ({"transport": "reset"}, r"transport was None and is 'reset' \(new_subspace allows that\)"),
         ({"optimizer": "adamw", "new_subspace": True}, "optimizer was 'galore_adamw' and is 'adam"),
     ],
 )
@@ -336,7 +337,7 @@ OTHERS = {
         r"left/blocks/.*/kernel/codes is uint8\[2, 32\], and should be uint8\[2, 64\]",
     ),
     "projector_dtype": (
-        other_projectors(None),
+        other_projectors("float32"),
         r"left/blocks/.*/kernel is codes uint8.*, zeros .*, and should be float32\[2, 16, 4\]",
     ),
     "names": (

@@ -110,7 +110,8 @@ def test_sweeps_are_of_the_learning_rate_unless_they_name_a_setting():
 
 
 @pytest.mark.parametrize(
-    "word", ["adamw", "adamw=", "adamw=fast", "lion=0.1", "adamw.batch=4", "adamw.rank=0.5", "=0.1"]
+    "word",
+    ["adamw", "adamw=", "adamw=fast", "lion=0.1", "adamw.batch=4", "adamw.rank=half", "=0.1"],
 )
 def test_other_words_in_a_sweep_are_refused_with_what_is_right(word):
     with pytest.raises(UsageError, match=rf"sweep='{word}': .* OPTIMIZER=RATE.* of adamw, sgd and"):
@@ -317,6 +318,7 @@ def test_a_rate_that_diverges_loses_and_is_not_trained_again(text, tmp_path, tra
         ({"resume": True}, (), "resume: leave it out"),
         ({}, ("galore_adamw.rank=4,16",), "rank=16: expected 1 to 15"),
         ({}, ("galore_adamw.projector=svd,none",), "projector must be one of svd"),
+        ({"residual": "sign"}, (), "residual needs an optimizer in GaLore, .*='adamw' is none"),
         ({"batch": 0}, (), "batch=0: expected at least 1"),
     ],
 )

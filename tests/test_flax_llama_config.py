@@ -47,6 +47,46 @@ def test_small_presets_have_a_quarter_of_the_hidden_size_as_rank():
     assert PRESETS.keys() == RECIPES.keys()
 
 
+# Of the 7b preset: rank, update_proj_gap, scale, projector. Only what an optimizer has no default
+# of its own for is the recipe's.
+RESOLVED = {
+    "adamw": (1024, 500, 0.25, "svd"),
+    "galore_adamw": (1024, 500, 0.25, "svd"),
+    "fira_adamw": (1024, 500, 0.25, "svd"),
+    "apollo_adamw": (1024, 500, 1.0, "gaussian"),
+    "apollo_mini_adamw_8bit": (1, 500, 128**0.5, "gaussian"),
+    "ldadamw": (1024, 1, 1.0, "momentum_iteration"),
+    "frugal_adamw": (1024, 500, 1.0, "random_rows"),
+    "grass_adamw": (1024, 500, 0.25, "rows"),
+    "dct_adamw_8bit": (1024, 1, 1.0, "dct"),
+    "flora": (1024, 1000, 1.0, "gaussian"),
+    "galore_muon": (1024, 500, 1.0, "svd"),
+}
+
+
+@pytest.mark.parametrize("name", RESOLVED)
+def test_an_optimizers_own_defaults_go_before_the_recipe(name):
+    names = ("rank", "update_proj_gap", "scale", "projector")
+    config = Config(preset="7b", optimizer=name).resolve()
+    assert tuple(getattr(config, name) for name in names) == RESOLVED[name]
+    assert (config.transport, config.residual) == (None, None)
+    assert config.resolve() == config
+
+
+def test_what_is_given_goes_before_an_optimizers_own_defaults():
+    given = {"rank": 8, "update_proj_gap": 7, "scale": 0.5, "projector": "svd"}
+    given |= {"transport": "keep", "residual": "discard"}
+    config = Config(optimizer="apollo_mini_adamw", **given).resolve()
+    assert {name: getattr(config, name) for name in given} == given
+
+
+def test_a_rank_below_one_is_a_fraction_of_the_hidden_size():
+    assert Config(preset="60m", rank=0.125).resolve().rank == 64
+    assert Config(hidden=64, heads=4, rank=0.001).resolve().rank == 1
+    assert tyro.cli(Config, args=["--rank", "0.5"]).rank == 0.5
+    assert isinstance(tyro.cli(Config, args=["--rank", "5"]).rank, int)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_the_shape_of_its_name(preset):
     shape = Config(preset=preset).resolve().shape(32_000)
@@ -64,7 +104,7 @@ def test_what_is_given_goes_before_the_preset():
         getattr(config, field.name)
         for field in dataclasses.fields(config)
         if field.name not in {"vocab_size", "valid_data", "tokenizer", "eval_tokens", "b2"}
-        and field.name not in {"out", "wandb", "projector_dtype"}
+        and field.name not in {"out", "wandb", "projector_dtype", "transport", "residual"}
     ]
 
 
@@ -108,6 +148,16 @@ def test_flops_are_six_for_each_entry_that_multiplies_and_attention():
             "warmup=0.5 and cooldown=0.6 are more than all updates",
         ),
         ({"optimizer": "adamw", "int8_weights": True}, "int8_weights needs an optimizer in GaLore"),
+        (
+            {"optimizer": "lion", "transport": "keep"},
+            "transport needs an optimizer in GaLore, .*'lion' is none",
+        ),
+        ({"transport": "turn"}, "transport='turn': expected one of keep, reset, project, rotate"),
+        ({"residual": "all"}, "residual='all': expected one of discard, norm_scaled"),
+        (
+            {"rank": 1.5},
+            "rank=1.5: expected 1 to 127, less than the hidden size 128, or a fraction",
+        ),
         ({"resume": True}, "resume needs the directory of the run"),
         ({"wandb": "project"}, "wandb needs the directory of the run"),
         ({"out": "runs/x", "new_subspace": True}, "new_subspace .* needs resume"),

@@ -104,6 +104,21 @@ def test_micro_batches_at_rank_r_are_the_ordinary_ones(text, saved):
             assert a["grad_norm"] > b["grad_norm"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    # One of which a part is outside of GaLore and clips; one that rotates its moments each time.
+    ["flora", pytest.param("ldadamw", marks=pytest.mark.ci)],
+)
+def test_other_methods_are_the_ordinary_ones(text, name):
+    settings = {"optimizer": name, "steps": 4, "lr": 0.01}
+    settings |= {"update_proj_gap": None if name == "ldadamw" else 2}
+    found, expected = run(text, layerwise=True, **settings), run(text, **settings)
+    assert_close(found, expected, 1e-4)
+    assert_same_records(found, expected)
+    losses = [record["loss"] for record in found.train]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.ci
 def test_q_galore_learns_as_in_the_ordinary_run(text, saved):
     # Weights are rounded by other random numbers, which no tolerance for round-off covers.

@@ -10,7 +10,8 @@ import pytest
 
 import galore_optax
 from examples.flax_llama import optimizers
-from examples.flax_llama.config import Config, UsageError
+from examples.flax_llama.config import RESIDUALS, TRANSPORTS, Config, UsageError
+from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.model import dimension_numbers
 
 STEPS, LR = 10, 0.02
@@ -117,13 +118,43 @@ def test_an_optimizer_is_that_of_optax(params, name, in_galore):
     )
 
 
+def test_flora_is_that_of_the_library_for_each_layer_by_itself(params):
+    # Not random bases, which the numbers of the layers have a part in.
+    given = {"rank": 4, "update_proj_gap": 2, "projector": "svd"}
+    expected = of_each_layer(galore_optax.flora(LR, 0.8, 3, weight_decay=0.1, mask=mask, **given))
+    settings = {"b1": 0.8, "weight_decay": 0.1, "projector": "svd"}
+    tx = optimizers.make_optimizer(constant(optimizer="flora", **settings))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        trajectory(tx, params),
+        trajectory(expected, params),
+    )
+
+
 @pytest.mark.parametrize(
-    # The decay of the others is in the test above, with the same mask.
     "name",
-    [
-        "adamw",
-        *(x for x in optimizers.OPTIMIZERS if x.removeprefix("galore_") not in PLAIN),
-    ],
+    # Those in 8 bits are made in the same way.
+    [pytest.param(x, marks=[pytest.mark.ci] * x.endswith("8bit")) for x in IN_GALORE],
+)
+def test_an_optimizer_in_galore_makes_a_loss_fall(params, name):
+    """The distance from parameters of zero, at the optimizer's own settings but the rate."""
+    shape = {"hidden": 8, "intermediate": 12, "layers": 2, "heads": 2, "steps": STEPS, "clip": 0.0}
+    tx = optimizers.make_optimizer(Config(**shape, optimizer=name, lr=LR).resolve())
+
+    def step(carry, _):
+        params, state = carry
+        loss, gradients = jax.value_and_grad(lambda p: optax.tree.norm(p, squared=True))(params)
+        updates, state = tx.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    _, losses = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=4))(params)
+    assert np.all(np.diff(losses) < 0)
+
+
+@pytest.mark.parametrize(
+    # Of the others it is in the tests above, with the same mask, or made in the same way.
+    "name",
+    ["adamw", "q_galore_adamw", "fira_adamw", "grass_adamw", "galore_muon"],
 )
 def test_decay_moves_everything_but_the_norms(params, name):
     plain, decayed = (
@@ -237,7 +268,7 @@ def test_a_state_started_anew_keeps_its_positions_alone(params):
         _, old = update(gradients_at(params, step), old, params)
     tx = optimizers.make_optimizer(config(rank=3))
     fresh = jax.jit(tx.init)(params)
-    state = optimizers.start_anew(fresh, old)
+    state = optimizers.start_anew(fresh, old, config(rank=3))
     assert optimizers.schedule_count(state) == optax.tree.get(state, "step") == 5
     assert optimizers.schedule_count(fresh) == 0
     for name in ("mu", "nu", "subspace"):
@@ -247,6 +278,78 @@ def test_a_state_started_anew_keeps_its_positions_alone(params):
     due = optax.tree.get(state, "subspace").due["blocks"]["mlp"]["down"]["kernel"]
     # Chosen at once, and again when the run would have: at multiples of the gap, 2.
     np.testing.assert_array_equal(due, [6, 6])
+
+
+def test_galore_counts_from_zero_where_its_count_is_that_of_the_moments(params):
+    old_tx = optimizers.make_optimizer(config())
+    old, update = jax.jit(old_tx.init)(params), jax.jit(old_tx.update)
+    for step in range(3):
+        _, old = update(gradients_at(params, step), old, params)
+    settings = constant(transport="reset")
+    tx = optimizers.make_optimizer(settings)
+    state = optimizers.start_anew(jax.jit(tx.init)(params), old, settings)
+    assert optimizers.schedule_count(state) == 3
+    assert optax.tree.get(state, "step") == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"layerwise": True}, 4),
+        ({"layerwise": True, "optimizer": "grass_adamw"}, 4),
+        ({}, 1),
+        ({"layerwise": True, "clip": 1.0}, 1),
+        # Each update chooses a subspace, which the mean gradient is wanted for.
+        ({"layerwise": True, "update_proj_gap": 1}, 1),
+        ({"layerwise": True, "update_proj_gap": 1, "refresh": "lazy"}, 4),
+        # Something of the gradient outside of the subspace is used.
+        ({"layerwise": True, "optimizer": "fira_adamw"}, 1),
+        ({"layerwise": True, "optimizer": "fira_adamw", "residual": "discard"}, 4),
+        ({"layerwise": True, "optimizer": "apollo_mini_adamw_8bit"}, 1),
+        ({"layerwise": True, "residual": "error_feedback"}, 1),
+        # What comes after GaLore would take each micro-batch for an update.
+        ({"layerwise": True, "optimizer": "flora"}, 1),
+        ({"layerwise": True, "optimizer": "galore_muon"}, 1),
+    ],
+)
+def test_micro_batches_are_averaged_at_rank_r_where_they_can_be(settings, expected):
+    found = config(**{"optimizer": "galore_adamw", "accumulate": 4, "batch": 8} | settings)
+    assert optimizers.micro_batches_at_rank(found) == expected
+    optimizers.make_optimizer(found)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", pytest.param("ldadamw", marks=pytest.mark.ci)])
+def test_with_adamw_inside_all_transports_and_residuals_can_go(name):
+    for transport in TRANSPORTS:
+        for residual in RESIDUALS:
+            settings = config(optimizer=name, transport=transport, residual=residual)
+            optimizers.make_optimizer(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"optimizer": "galore_lion", "transport": "rotate"},
+            r'^--optimizer galore_lion --transport rotate: transport="rotate" needs the decay '
+            r"rates of the moments, which it cannot see in the inner transformation\. What would "
+            r"work is --transport keep, --transport reset, --transport project\.$",
+        ),
+        (
+            {"optimizer": "galore_adafactor", "residual": "error_feedback"},
+            r"^--optimizer galore_adafactor --residual error_feedback: .*\. What would work is "
+            r"--residual discard\.$",
+        ),
+        (
+            {"projector": "gaussian", "transport": "rotate"},
+            r"^--optimizer galore_adamw --projector gaussian --transport rotate: .*orthonormal",
+        ),
+    ],
+)
+def test_what_cannot_go_together_is_told_with_what_can(settings, message):
+    with pytest.raises(UsageError, match=message) as error:
+        optimizers.make_optimizer(config(**settings))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -37,14 +37,20 @@ RESULTS = "results.json"
 # In the directory of a run that has ended.
 RESULT = "result.json"
 
+
+def rank(word: str) -> int | float:
+    """A rank, or a fraction of the hidden size."""
+    return float(word) if "." in word else int(word)
+
+
 # What may differ between the optimizers: nothing that changes the tokens, or how many there are.
-SWEPT: dict[str, type] = {
+SWEPT: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(
         ("lr", "matrix_lr_ratio", "weight_decay", "b1", "b2", "eps", "momentum"), float
     ),
     **dict.fromkeys(("warmup", "cooldown", "final_lr", "clip", "scale"), float),
-    **dict.fromkeys(("rank", "update_proj_gap"), int),
-    **dict.fromkeys(("schedule", "projector", "refresh"), str),
+    **{"rank": rank, "update_proj_gap": int},
+    **dict.fromkeys(("schedule", "projector", "transport", "residual", "refresh"), str),
 }
 
 Settings = dict[str, Any]

@@ -5,10 +5,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from examples.flax_llama.methods import GALORE, IN_GALORE, own
+
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "cudnn")
 ON_NAN = ("stop", "skip")
 CLIP_BY = ("global", "layer")
+TRANSPORTS = ("keep", "reset", "project", "rotate")
+RESIDUALS = ("discard", "norm_scaled", "scale_gradient", "sign", "error_feedback")
 
 
 class UsageError(ValueError):
@@ -133,10 +137,13 @@ RECIPES["13b"] = RECIPES["7b"]
 
 # None in a `Config` as it is given, a value in a resolved one, which a type cannot tell apart.
 T = TypeVar("T")
+# A rank may be given as a fraction.
 if TYPE_CHECKING:
     FromPreset = T | Any
+    Rank = int | Any
 else:
     FromPreset = T | None
+    Rank = int | float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,12 +182,14 @@ class Config:
     # about the first million.
     eval_tokens: int | None = None
 
-    # adamw, adafactor, lion, sgd, adamw_8bit, or any of them in GaLore: galore_adamw, ...; or
-    # q_galore_adamw, which is galore_adamw_8bit with 4-bit projectors, lazy refresh, int8 weights.
+    # adamw, adafactor, lion, sgd, adamw_8bit, or any of them in GaLore: galore_adamw, ...;
+    # galore_muon; q_galore_adamw, which is galore_adamw_8bit with 4-bit projectors, lazy refresh,
+    # int8 weights; fira_adamw, apollo_adamw, apollo_mini_adamw, ldadamw, frugal_adamw, grass_adamw
+    # or dct_adamw, each also as ..._8bit; or flora. README.md says what each of them is.
     optimizer: str = "galore_adamw"
     # Peak learning rate; the preset's is GaLore's AdamW (0.01; 0.005 for 7b), whose matrices move
     # by `scale` times that, or Q-GaLore's (0.015, 0.01 or 0.004). Plain adamw wants about 0.001 to
-    # 0.005, lion a third of adamw's.
+    # 0.005, as do optimizers in GaLore whose `scale` is 1; lion a third of adamw's.
     lr: FromPreset[float] = None
     # Factor of `lr` for the layers' matrices; GaLore's `scale` already is one.
     matrix_lr_ratio: float = 1.0
@@ -200,7 +209,8 @@ class Config:
     b2: float | None = None
     # Added to the root of adamw's second moment.
     eps: float = 1e-8
-    # Of sgd; also of adafactor, which then has a first moment. 0 has none.
+    # Of sgd; also of adafactor, which then has a first moment. 0 has none. Of galore_muon, which
+    # takes 0.95 for 0; flora's momentum is b1.
     momentum: float = 0.0
     # Largest norm of a gradient; 0 does not clip.
     clip: FromPreset[float] = None
@@ -208,16 +218,30 @@ class Config:
     # backward pass; or "layer", of each layer by itself, with `layerwise` alone.
     clip_by: str = "global"
 
-    # Rank of GaLore's projected gradients.
-    rank: FromPreset[int] = None
-    # Updates from one choice of GaLore's subspaces to the next.
+    # Rank of GaLore's projected gradients, or a fraction of the hidden size; by default the
+    # preset's, which is a quarter to a third, or the optimizer's (apollo and frugal a quarter,
+    # apollo_mini 1).
+    rank: Rank = None
+    # Updates from one choice of GaLore's subspaces to the next; by default the preset's, or the
+    # optimizer's (ldadamw and dct 1, flora 1000).
     update_proj_gap: FromPreset[int] = None
-    # Factor of GaLore's projected-back updates.
-    scale: float = 0.25
+    # Factor of GaLore's projected-back updates; by default 0.25, or the optimizer's (apollo,
+    # ldadamw, frugal, dct, flora and galore_muon 1, apollo_mini the root of 128).
+    scale: FromPreset[float] = None
     # How GaLore chooses a subspace: svd or eigh, exactly; randomized_svd or power_iteration, nearly
-    # as well and faster; rows or dct, out of given vectors, of which it keeps the numbers alone;
-    # gaussian or orthonormal, at random.
-    projector: str = "svd"
+    # as well and faster; momentum_iteration, from the old one and the momentum; rows or dct, out of
+    # given vectors, of which it keeps the numbers alone; random_rows or sampled_rows, rows by
+    # chance; gaussian or orthonormal, at random. By default svd, or the optimizer's own.
+    projector: FromPreset[str] = None
+    # What becomes of the moments when a subspace is chosen again: keep, reset, project (the first
+    # one) or rotate (both; AdamW's alone). By default keep, or the optimizer's own.
+    transport: str | None = None
+    # What becomes of the gradient outside of the subspace: discard; norm_scaled, added as it is
+    # scaled inside (Fira); scale_gradient, nothing but the scale comes from the subspace (APOLLO);
+    # sign, its signs are added (FRUGAL); error_feedback, it is added to the next gradient, for the
+    # memory of a whole moment (LDAdam). By default discard, or the optimizer's own. All of them go
+    # with AdamW inside, and all but the last with flora and galore_muon.
+    residual: str | None = None
     # What GaLore keeps its subspaces in: float32, bfloat16, int8, int4, float8_e4m3 or
     # float8_e5m2; the default is int4 with q_galore_adamw, float32 otherwise.
     projector_dtype: str | None = None
@@ -266,8 +290,8 @@ class Config:
     keep: int = 2
     # Go on with the run in `out`, from its last checkpoint; its settings need not be repeated.
     resume: bool = False
-    # With --resume, take another rank, projector, projector_dtype, refresh, stagger,
-    # update_proj_gap or scale: moments start anew; parameters, position in the data and
+    # With --resume, take another rank, projector, projector_dtype, transport, residual, refresh,
+    # stagger, update_proj_gap or scale: moments start anew; parameters, position in the data and
     # learning-rate schedule go on.
     new_subspace: bool = False
     # Write TensorBoard's files to `out` too.
@@ -290,9 +314,15 @@ class Config:
             "clip_by": CLIP_BY,
         }.items():
             one_of(name, getattr(self, name), choices)
+        for name, choices in {"transport": TRANSPORTS, "residual": RESIDUALS}.items():
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), choices)
 
     def resolve(self) -> "Config":
-        """The same with the preset's values in place of None, every setting checked.
+        """The same with values in place of None, and every setting checked.
+
+        They are the preset's, but for what the optimizer has a default of its own for. Only what is
+        then still None is for the optimizer to know.
 
         Raises:
           UsageError: a setting cannot work.
@@ -301,18 +331,23 @@ class Config:
         filled: dict[str, Any] = {
             name: getattr(preset, name) for name in ("hidden", "intermediate", "layers", "heads")
         } | dataclasses.asdict(recipe)
-        filled |= {"refresh": "periodic", "int8_weights": False}
-        if self.optimizer.startswith("q_galore"):
-            filled |= {"lr": recipe.q_galore_lr, "refresh": "lazy", "int8_weights": True}
-            filled["projector_dtype"] = "int4"
+        filled |= {name: GALORE[name] for name in ("scale", "projector", "refresh")}
+        filled["int8_weights"] = False
+        if self.optimizer == "q_galore_adamw":
+            filled |= {"lr": recipe.q_galore_lr, "int8_weights": True}
         if self.hidden is not None:
             filled["rank"] = max(1, self.hidden // 4)
+        # Not transport and residual, which may be objects that no name says all of.
+        names = ("rank", "update_proj_gap", "scale", "projector", "projector_dtype", "refresh")
+        filled |= {k: v for k, v in own(self.optimizer).items() if k in names}
         filled["eval_every"] = max(1, min((self.steps or recipe.steps) // 10, 1000))
         filled["save_every"] = self.eval_every or filled["eval_every"]
         config = dataclasses.replace(
             self,
             **{name: value for name, value in filled.items() if getattr(self, name, value) is None},
         )
+        if 0 < config.rank < 1:
+            config = dataclasses.replace(config, rank=max(1, round(config.rank * config.hidden)))
         config._check()
         return config
 
@@ -336,10 +371,10 @@ class Config:
 
     def _check(self) -> None:
         self.shape(self.vocab_size or 1)
-        if not 1 <= self.rank < self.hidden:
+        if not (isinstance(self.rank, int) and 1 <= self.rank < self.hidden):
             raise UsageError(
                 f"rank={self.rank}: expected 1 to {self.hidden - 1}, less than the hidden size "
-                f"{self.hidden}."
+                f"{self.hidden}, or a fraction of it."
             )
         for name in (
             *("update_proj_gap", "steps", "batch", "accumulate", "seq"),
@@ -365,10 +400,12 @@ class Config:
         for name in ("cooldown", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name}={getattr(self, name)}: expected 0 <= {name} <= 1.")
-        if self.int8_weights and "galore" not in self.optimizer:
-            raise UsageError(
-                f"int8_weights needs an optimizer in GaLore; optimizer={self.optimizer!r} is none."
-            )
+        for name in ("int8_weights", "transport", "residual"):
+            if getattr(self, name) and self.optimizer not in IN_GALORE:
+                raise UsageError(
+                    f"{name} needs an optimizer in GaLore, such as galore_adamw; "
+                    f"optimizer={self.optimizer!r} is none."
+                )
         if self.layerwise and self.on_nan == "skip":
             raise UsageError(
                 "on_nan='skip' looks at the whole gradient before an update, which layerwise never "

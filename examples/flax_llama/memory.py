@@ -18,7 +18,8 @@ import jax
 import galore_optax
 from examples.flax_llama.config import Config, LlamaConfig
 from examples.flax_llama.loss import chunk_size
-from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.methods import IN_GALORE, in_8_bits
+from examples.flax_llama.optimizers import galore_arguments, make_optimizer
 from examples.flax_llama.step import initial_params
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -27,6 +28,8 @@ BLOCK_D, BLOCK_F = 8, 4
 # Float32 arrays in the update of a leaf: of its size where moments are decoded, of that of the
 # projected gradient with GaLore. XLA computes all else in one go.
 UPDATE = 2.5
+# Residuals that compute, in float32, the part of the gradient that is outside of the subspace.
+OUTSIDE = ("sign", "error_feedback")
 # Arrays of a chunk's logits, float32.
 LOGITS = 2
 
@@ -150,13 +153,23 @@ def block(config: Config, shape: LlamaConfig) -> int:
 
 def update(config: Config, entries: int) -> int:
     """Of the update of so many entries of the layers' widest matrices."""
-    if "galore" not in config.optimizer:
+    if config.optimizer not in IN_GALORE:
         return update_in_full(config, entries)
+    arguments = galore_arguments(config)
     # Projected back, and at rank r instead of D.
-    return round(entries * (BYTES[config.param_dtype] + UPDATE * 4 * config.rank / config.hidden))
+    size = entries * (BYTES[config.param_dtype] + UPDATE * 4 * config.rank / config.hidden)
+    if arguments["projector"] in ("gaussian", "orthonormal"):
+        # Nothing is kept of them: the bases, D x r each, are made when they are needed.
+        size += entries * 4 * config.rank / config.intermediate
+    # Rows are taken out of the gradient, whose signs need no product with a basis.
+    signs_of_rows = arguments.get("residual") == "sign" and "rows" in arguments["projector"]
+    outside = arguments.get("residual", "discard") in OUTSIDE and not signs_of_rows
+    # Flora's momentum is taken back before its second moment is that of the whole matrix.
+    if outside or config.optimizer == "flora":
+        size += entries * 4
+    return round(size)
 
 
 def update_in_full(config: Config, entries: int) -> int:
     """The same without GaLore."""
-    codes = config.optimizer.endswith("8bit") or config.optimizer == "q_galore_adamw"
-    return round(entries * UPDATE * 4) if codes else 0
+    return round(entries * UPDATE * 4) if in_8_bits(config.optimizer) else 0

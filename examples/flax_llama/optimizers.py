@@ -1,5 +1,8 @@
 """The optimizers and learning-rate schedules that a training run can name."""
 
+import dataclasses
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 import galore_optax
-from examples.flax_llama.config import Config, UsageError, one_of
+from examples.flax_llama.config import RESIDUALS, TRANSPORTS, Config, UsageError, one_of
+from examples.flax_llama.methods import ADAMW_8BIT, GALORE, IN_GALORE, own
 from examples.flax_llama.model import Params, dimension_numbers, stacked_matrices
 
 Optimizer = Callable[[Config, optax.Schedule], optax.GradientTransformation]
@@ -111,10 +115,14 @@ def sgd(config: Config, schedule: optax.Schedule) -> optax.GradientTransformatio
 
 
 def adamw_8bit(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    # The scale of a norm stays in float32, also where the model is so wide that it is large.
     return galore_optax.low_bit(
-        adamw(config, schedule), min_size=max(4096, config.hidden + 1), stacked=stacked_layers
+        adamw(config, schedule), min_size=smallest_in_codes(config), stacked=stacked_layers
     )
+
+
+def smallest_in_codes(config: Config) -> int:
+    """The scale of a norm stays in float32, also where the model is so wide that it is large."""
+    return max(4096, config.hidden + 1)
 
 
 def stacked_layers(path: str, shape: tuple[int, ...]) -> int:
@@ -122,34 +130,91 @@ def stacked_layers(path: str, shape: tuple[int, ...]) -> int:
     return 1 if path.startswith("blocks/") else 0
 
 
-def in_galore(inner: Optimizer) -> Optimizer:
-    """The same optimizer, with the layers' matrices in the subspace of their gradients."""
-
-    def make(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-        galore = galore_optax.galore(
-            rank=config.rank,
-            update_proj_gap=config.update_proj_gap,
-            scale=config.scale,
-            projector=config.projector,
-            projector_dtype=config.projector_dtype,
-            refresh=config.refresh,
-            stagger=config.stagger,
-            accumulation_steps=micro_batches_at_rank(config),
-            diagnostics=True,
-            weight_dimension_numbers=dimension_numbers,
-        )
-        return galore_optax.chain(galore, inner(config, schedule))
-
-    return make
+def galore_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of `galore_optax.galore` that the settings and the optimizer ask for."""
+    names = (
+        *("rank", "update_proj_gap", "scale", "projector", "projector_dtype", "refresh"),
+        *("stagger", "transport", "residual"),
+    )
+    given = {name: getattr(config, name) for name in names}
+    return own(config.optimizer) | {
+        **{name: value for name, value in given.items() if value is not None},
+        "accumulation_steps": micro_batches_at_rank(config),
+        "diagnostics": True,
+        "weight_dimension_numbers": dimension_numbers,
+    }
 
 
 def micro_batches_at_rank(config: Config) -> int:
     """How many micro-batches GaLore itself averages, at rank r, before it makes an update.
 
     Without `layerwise` the gradients are averaged before, and to clip their global norm they
-    have to be.
+    have to be. So they have where each update chooses a subspace, of the whole gradient, where
+    something of the gradient is used that lies outside of the subspace, and where a part of the
+    optimizer is outside of GaLore, which would take each micro-batch for an update.
     """
-    return config.accumulate if config.layerwise and not config.clip else 1
+    before = (
+        not config.layerwise
+        or config.clip
+        or (config.update_proj_gap == 1 and config.refresh == "periodic")
+        or (config.residual or own(config.optimizer).get("residual", "discard")) != "discard"
+        or config.optimizer in ("flora", "galore_muon")
+    )
+    return 1 if before else config.accumulate
+
+
+def in_galore(inner: Optimizer) -> Optimizer:
+    """The same optimizer, with the layers' matrices in the subspace of their gradients."""
+
+    def make(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+        galore = galore_optax.galore(**galore_arguments(config))
+        return galore_optax.chain(galore, inner(config, schedule))
+
+    return make
+
+
+def adamw_preset(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The library's preset of the optimizer's name, with AdamW inside."""
+    codes = {"min_size": smallest_in_codes(config), "stacked": stacked_layers}
+    preset = IN_GALORE[config.optimizer](
+        schedule,
+        config.b1,
+        0.999 if config.b2 is None else config.b2,
+        config.eps,
+        weight_decay=config.weight_decay,
+        mask=not_norm,
+        **(codes if config.optimizer in ADAMW_8BIT else {}),
+        **galore_arguments(config),
+    )
+    # A chain of one, as in the checkpoints that there are, and as `in_galore` makes it.
+    return optax.chain(preset)
+
+
+def flora(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return galore_optax.flora(
+        schedule,
+        config.b1,
+        # As in `adafactor`, and what is clipped is each layer by itself, too.
+        min_dim_size_to_factor=config.layers + 1,
+        weight_decay=config.weight_decay,
+        mask=not_norm,
+        stacked=stacked_layers,
+        **galore_arguments(config),
+    )
+
+
+def galore_muon(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    momentum: dict[str, Any] = {"beta": config.momentum} if config.momentum else {}
+    return galore_optax.galore_muon(
+        schedule,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=not_norm,
+        adam_b1=config.b1,
+        adam_b2=0.999 if config.b2 is None else config.b2,
+        **momentum,
+        **galore_arguments(config),
+    )
 
 
 PLAIN: dict[str, Optimizer] = {
@@ -159,9 +224,14 @@ PLAIN: dict[str, Optimizer] = {
     "sgd": sgd,
     "adamw_8bit": adamw_8bit,
 }
-OPTIMIZERS = PLAIN | {f"galore_{name}": in_galore(inner) for name, inner in PLAIN.items()}
-# Weights in 8 bits, projectors in 4 and lazy refreshes are settings, with other defaults for it.
-OPTIMIZERS["q_galore_adamw"] = OPTIMIZERS["galore_adamw_8bit"]
+OPTIMIZERS = PLAIN | {
+    **dict.fromkeys(IN_GALORE, adamw_preset),
+    **{
+        name: in_galore(PLAIN[name.removeprefix("galore_")])
+        for name in ("galore_adafactor", "galore_lion", "galore_sgd")
+    },
+    **{"flora": flora, "galore_muon": galore_muon},
+}
 
 # More than a run ever skips: `optax.apply_if_finite` applies what comes after that many.
 ALWAYS_SKIP = 2**30
@@ -171,13 +241,16 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimizer of the whole model, for a resolved configuration.
 
     Raises:
-      UsageError: there is no optimizer, schedule or projector of that name.
+      UsageError: there is no optimizer, schedule or projector of that name, or the optimizer cannot
+        go with the projector, transport or residual.
     """
     one_of("optimizer", config.optimizer, OPTIMIZERS)
+    schedule = learning_rate(config)
     try:
-        optimizer = OPTIMIZERS[config.optimizer](config, learning_rate(config))
+        check_together(config)
+        optimizer = OPTIMIZERS[config.optimizer](config, schedule)
     except ValueError as error:
-        raise UsageError(f"optimizer={config.optimizer!r}: {error}") from error
+        raise UsageError(refusal(config, error)) from error
     # With `layerwise` there is no whole gradient; it clips by itself.
     clips = config.clip and not config.layerwise
     optimizer = optax.chain(
@@ -186,6 +259,42 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optax.masked(optax.scale(config.matrix_lr_ratio), stacked_matrices),
     )
     return optax.apply_if_finite(optimizer, ALWAYS_SKIP) if config.on_nan == "skip" else optimizer
+
+
+def check_together(config: Config) -> None:
+    """Raises a ValueError where GaLore finds, at `init` only, that settings exclude each other."""
+    if config.transport is None and config.residual is None:
+        return  # the optimizer's own are right
+    kernel = jax.ShapeDtypeStruct((config.layers, config.hidden, config.intermediate), jnp.float32)
+    with warnings.catch_warnings():
+        # They are about parameters of which there is but one here.
+        warnings.simplefilter("ignore")
+        optimizer = OPTIMIZERS[config.optimizer](config, optax.constant_schedule(config.lr))
+        jax.eval_shape(optimizer.init, {"blocks": {"kernel": kernel}})
+
+
+def refusal(config: Config, error: ValueError) -> str:
+    """What to say of settings that the library refuses: the flags, and what would work."""
+
+    def works(**settings: Any) -> bool:
+        try:
+            check_together(dataclasses.replace(config, **settings))
+        except ValueError:
+            return False
+        return True
+
+    flags, remedies = [f"--optimizer {config.optimizer}"], []
+    if config.projector != own(config.optimizer).get("projector", GALORE["projector"]):
+        flags.append(f"--projector {config.projector}")
+    for name, choices in {"transport": TRANSPORTS, "residual": RESIDUALS}.items():
+        if getattr(config, name) is not None:
+            flags.append(f"--{name} {getattr(config, name)}")
+            remedies += [f"--{name} {value}" for value in choices if works(**{name: value})]
+    if not remedies:
+        return f"optimizer={config.optimizer!r}: {error}"
+    # The first sentence is the reason; those after it say what to write in Python.
+    reason = re.split(r"[.:] ", str(error))[0]
+    return f"{' '.join(flags)}: {reason}. What would work is {', '.join(remedies)}."
 
 
 def field_of(state_type: str, field: str) -> Callable[[Any, Any], bool]:
@@ -207,14 +316,19 @@ def skipped_updates(opt_state: Any) -> dict[str, jax.Array]:
     }
 
 
-def start_anew(new_state: Any, old_state: Any) -> Any:
+def start_anew(new_state: Any, old_state: Any, config: Config) -> Any:
     """A new optimizer's state at the positions that an old one had got to.
 
     The schedule goes on and GaLore counts on, which is to say that later refreshes fall on the
-    same updates as before; moments and subspaces are those of `new_state`.
+    same updates as before; moments and subspaces are those of `new_state`. Only where the moments
+    are reset or rotated at a refresh, GaLore counts from 0: that takes its count for the number of
+    updates that the moments are averages of.
     """
     count = schedule_count(old_state)
-    for state_type, field in (("ScaleByScheduleState", "count"), ("GaloreState", "step")):
+    positions = [("ScaleByScheduleState", "count")]
+    if galore_arguments(config).get("transport") not in ("reset", "rotate"):
+        positions.append(("GaloreState", "step"))
+    for state_type, field in positions:
         filtering = field_of(state_type, field)
         if optax.tree.get(new_state, field, filtering=filtering) is not None:
             new_state = optax.tree.set(new_state, filtering, **{field: jnp.copy(count)})

@@ -21,6 +21,7 @@ from examples.flax_llama.devices import GIB, Device, device_named
 from examples.flax_llama.fit import advice, helpful, largest_batch
 from examples.flax_llama.memory import Estimate, estimate
 from examples.flax_llama.memory_chart import Bar, draw, picture
+from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.optimizers import micro_batches_at_rank
 from examples.flax_llama.topology import check_needs_driver
 
@@ -41,7 +42,7 @@ class Plan:
     model: Annotated[str, tyro.conf.arg(aliases=["--preset"])] = "7b"
     # rtx4060ti_16gb, rtx4090_24gb, h100_80gb, tpu_v5e or tpu_v6e.
     device: str = "rtx4090_24gb"
-    # As in training, such as adamw, galore_adamw, galore_adamw_8bit or q_galore_adamw.
+    # As in training, such as adamw, galore_adamw, galore_adamw_8bit, q_galore_adamw, apollo_adamw.
     optimizer: str = "q_galore_adamw"
     # Sequences per update.
     batch: int = 16
@@ -78,10 +79,14 @@ class Plan:
     clip_by: str = "global"
     # Of sgd and adafactor; 0 has none.
     momentum: float = 0.0
-    # Rank of GaLore's projected gradients.
-    rank: int | None = None
+    # Rank of GaLore's projected gradients, or a fraction of the hidden size.
+    rank: int | float | None = None
     # How GaLore chooses a subspace; a factorization's workspace is not in the figures.
-    projector: str = "svd"
+    projector: str | None = None
+    # What becomes of the moments when a subspace is chosen again.
+    transport: str | None = None
+    # What becomes of the gradient outside of the subspace; error_feedback keeps all of it.
+    residual: str | None = None
     # What GaLore keeps its subspaces in: float32, bfloat16, int8, int4, float8_e4m3 or
     # float8_e5m2; the default is int4 with q_galore_adamw, float32 otherwise.
     projector_dtype: str | None = None
@@ -164,7 +169,7 @@ def kept_inputs(config: Config) -> str:
         f"Inputs are those of all {config.accumulate} micro-batches, since one layer's gradient is "
         "averaged over them before the next one's is computed"
     )
-    if "galore" in config.optimizer and micro_batches_at_rank(config) > 1:
+    if config.optimizer in IN_GALORE and micro_batches_at_rank(config) > 1:
         line += "; between refreshes, where GaLore averages at rank r, those of one"
     return f"{line}."
 
@@ -178,7 +183,7 @@ def verdict(size: int, device: Device, whose: str) -> str:
 
 
 def summary(config: Config, vocab_size: int, device: Device) -> str:
-    rank = f", rank {config.rank}" if "galore" in config.optimizer else ""
+    rank = f", rank {config.rank}" if config.optimizer in IN_GALORE else ""
     how = "layerwise" if config.layerwise else "ordinary step" + ", remat" * config.remat
     return (
         f"LLaMA of {config.shape(vocab_size).num_params:,} parameters ({config.preset}), "
@@ -251,6 +256,7 @@ def plan(settings: Plan) -> bool:
         # What is refused needs more than there is, at least.
         peak = compiled.peak if compiled else device.usable + 1
     fits = peak <= device.usable
+    given = dataclasses.replace(given, batch=config.batch)
     print(f"\n{table(estimated, compiled)}\n")
     if config.layerwise and config.accumulate > 1:
         print(kept_inputs(config))
@@ -265,17 +271,19 @@ def plan(settings: Plan) -> bool:
         found = f"largest batch that fits: {config.batch}"
         print(found if fits else f"no batch fits, not even {config.batch}")
     if fits:
-        print(f"To train so:\n  {train_command(dataclasses.replace(given, batch=config.batch))}")
+        print(f"To train so:\n  {train_command(given)}")
     else:
         more = max(0, peak - estimated.total)
         beyond = f", with the {more / GIB:.2f} GiB that XLA needs beyond the estimate" * bool(more)
-        lines = advice(config, vocab_size, device, more)
+        lines = advice(given, vocab_size, device, more)
         print("\n  ".join([f"What would help{beyond}:", *lines]))
     if out is not None:
         name = f"{config.preset} {config.optimizer}, {config.batch} x {config.seq}"
         bars = [Bar(name, estimated.parts, compiled.peak if compiled else None)]
-        changes = {} if fits else helpful(config, vocab_size, device)
-        bars += [Bar(flags, estimate(c, vocab_size).parts) for flags, c in changes.items()]
+        changes = {} if fits else helpful(given, vocab_size, device)
+        bars += [
+            Bar(flags, estimate(c.resolve(), vocab_size).parts) for flags, c in changes.items()
+        ]
         draw(bars, [device], out)
         print(f"wrote {out}")
     return fits

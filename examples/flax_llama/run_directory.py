@@ -26,6 +26,8 @@ SUBSPACE = {
     "rank",
     "projector",
     "projector_dtype",
+    "transport",
+    "residual",
     "refresh",
     "stagger",
     "update_proj_gap",

@@ -29,6 +29,7 @@ from examples.flax_llama.checkpoint import (
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.data import Data, open_data
 from examples.flax_llama.evaluate import make_evaluate
+from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer, start_anew
 from examples.flax_llama.run_directory import (
@@ -208,7 +209,7 @@ def restore(
     state = checkpoints.restore(step, like, dataset.train)
     if anew:
         init = jax.jit(make_optimizer(config).init, out_shardings=replicated(mesh))
-        state = State(state.params, start_anew(init(state.params), state.optimizer))
+        state = State(state.params, start_anew(init(state.params), state.optimizer, config))
     return state
 
 
@@ -245,7 +246,7 @@ def open_log(
 
 def summary(config: Config, shape: LlamaConfig, start: int) -> str:
     """What is about to be trained, in a few lines."""
-    rank = f", rank {config.rank}" if "galore" in config.optimizer else ""
+    rank = f", rank {config.rank}" if config.optimizer in IN_GALORE else ""
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     lines = [
         f"LLaMA of {shape.num_params:,} parameters ({config.preset}), vocabulary "

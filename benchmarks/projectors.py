@@ -32,9 +32,10 @@ import numpy as np
 
 from benchmarks import gradients
 from benchmarks.machine import machine
-from benchmarks.shapes import RANKS, matrices
-from galore_optax._basis import Cosines, Rows, Side
-from galore_optax.projectors import PROJECTORS, resolve
+from benchmarks.shapes import PROJECTORS, RANKS, matrices
+from galore_optax._basis import Side
+from galore_optax._numbered import Cosines, Rows
+from galore_optax.projectors import resolve
 
 WARM, COLD = "power_iteration", "power_iteration, first"
 NAMES = (*PROJECTORS, COLD)

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 
 from examples.flax_llama.config import PRESETS, LlamaConfig
 
+# The projectors that choose from a gradient alone, or from nothing; presets have the others.
+PROJECTORS = (
+    *("svd", "eigh", "randomized_svd", "power_iteration"),
+    *("gaussian", "orthonormal", "rows", "dct"),
+)
 RANKS = {
     "9m": 32,
     "20m": 64,

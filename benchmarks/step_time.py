@@ -22,7 +22,10 @@ Weight decay is on everywhere, and all project the same leaves at the same rank.
 a square matrix: `side="long"` with `side="left"` for square leaves, by `optax.partition`. It is
 the comparison of equal arithmetic on ordinary steps; its projector is power_iteration, to have its
 bases soon. The other peers project the published side, `"short"`. "torch" is GaLore's AdamW in
-eager PyTorch, where that is installed.
+eager PyTorch, where that is installed. Presets of the library, such as `fira_adamw`, are peers too,
+at the same rank, with their own projectors and gaps (Flora's is 1000):
+
+    python -m benchmarks.step_time --model 60m --peers galore_adamw fira_adamw apollo_adamw ldadamw
 
 Gradients are independent normal numbers, the same on every step: benchmarks/projectors.py has the
 time of a basis of matrices with the spectrum of real gradients.
@@ -43,8 +46,14 @@ import optax
 import galore_optax
 from benchmarks.machine import machine
 from benchmarks.runs import OptaxRun, Run, paired_ratio, refresh_times, take_turns
-from benchmarks.shapes import RANKS, is_projected, matrices, normal_like, unstacked_llama
-from galore_optax.projectors import PROJECTORS
+from benchmarks.shapes import (
+    PROJECTORS,
+    RANKS,
+    is_projected,
+    matrices,
+    normal_like,
+    unstacked_llama,
+)
 
 GAP = 200
 RATE, DECAY = 1e-3, 0.1
@@ -64,7 +73,12 @@ COLUMNS = (
     ("compile", "compile_ms", ".0f"),
     ("bytes", "state_bytes", ".3g"),
 )
-PEERS = ("same sides", *PROJECTORS, *STAGGERED, "torch")
+# Presets of the library; those that choose subspaces on every step have no other ones.
+FAMILY = (
+    *("galore_adamw", "galore_adamw_8bit", "fira_adamw", "apollo_adamw", "apollo_mini_adamw"),
+    *("ldadamw", "frugal_adamw", "grass_adamw", "dct_adamw", "flora", "galore_muon"),
+)
+PEERS = ("same sides", *PROJECTORS, *STAGGERED, "torch", *FAMILY)
 
 
 def make_run(name: str, params: Any, gradients: Any, rank: int) -> Run:
@@ -100,6 +114,9 @@ def make_optimizer(
         squares = jax.tree.map(lambda leaf: leaf.shape[0] == leaf.shape[-1], params)
         ours = functools.partial(ours, projector="power_iteration")
         return optax.partition({True: ours(side="left"), False: ours(side="long")}, squares)
+    if name in FAMILY:
+        own = {} if name == "apollo_mini_adamw" else {"rank": rank}
+        return getattr(galore_optax, name)(RATE, weight_decay=DECAY, **own)
     projector, _, staggered = name.partition(", ")
     return ours(projector=projector, stagger=bool(staggered))
 
@@ -225,7 +242,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=RANKS, default="60m")
     parser.add_argument("--steps", type=int, default=30, help="of each optimizer beside each peer")
-    parser.add_argument("--peers", nargs="*", choices=(*PEERS, *BASELINES), default=[*PEERS])
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=(*PEERS, *BASELINES),
+        default=[name for name in PEERS if name not in FAMILY],
+    )
     parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=[*BASELINES])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")

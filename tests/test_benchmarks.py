@@ -19,7 +19,7 @@ from benchmarks import (
     layerwise_step,
     low_bit_training,
     projectors,
-    quality,
+    refresh_quality,
     runs,
     shapes,
     step_time,
@@ -278,14 +278,14 @@ def fake_train(calls):
     return train
 
 
-def test_quality_sweeps_compares_and_goes_on(monkeypatch, tmp_path, capsys):
+def test_refresh_quality_sweeps_compares_and_goes_on(monkeypatch, tmp_path, capsys):
     calls = []
-    monkeypatch.setattr(quality, "train", fake_train(calls))
+    monkeypatch.setattr(refresh_quality, "train", fake_train(calls))
     arguments = ("--steps", 7, "--out", tmp_path / "quality", "--only", "svd, first step only")
-    run_main(monkeypatch, quality, *arguments)
+    run_main(monkeypatch, refresh_quality, *arguments)
     summary = json.loads((tmp_path / "quality.json").read_text())["summary"]
     assert {name: row["setting"]["lr"] for name, row in summary.items()} == dict.fromkeys(
-        [quality.ADAMW, quality.SVD, "svd, first step only"], pytest.approx(0.16)
+        [refresh_quality.ADAMW, refresh_quality.SVD, "svd, first step only"], pytest.approx(0.16)
     )
     losses = np.array([4.1, 4.11, 4.12])
     row = summary["svd, first step only"]
@@ -296,15 +296,15 @@ def test_quality_sweeps_compares_and_goes_on(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "quality.png").stat().st_size > 0
     assert "left" in capsys.readouterr().out
     done = len(calls)
-    run_main(monkeypatch, quality, *arguments)
+    run_main(monkeypatch, refresh_quality, *arguments)
     assert len(calls) == done
 
 
 @pytest.mark.ci
-def test_quality_trains_the_demo(monkeypatch, short_demo):
-    monkeypatch.setattr(quality.demo, "GALORE", short_demo)
-    setting = {**quality.SWEPT[quality.ADAMW], "lr": 0.01}
-    assert 5 < quality.Record(None, steps=1).loss(setting, seed=0) < 6
+def test_refresh_quality_trains_the_demo(monkeypatch, short_demo):
+    monkeypatch.setattr(refresh_quality.demo, "GALORE", short_demo)
+    setting = {**refresh_quality.SWEPT[refresh_quality.ADAMW], "lr": 0.01}
+    assert 5 < refresh_quality.Record(None, steps=1).loss(setting, seed=0) < 6
 
 
 @pytest.mark.ci

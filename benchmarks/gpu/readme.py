@@ -24,7 +24,8 @@ COMMENTS = (
 
 def stages() -> dict[str, dict[str, Entry]]:
     """The committed entries by stage and item."""
-    return {stage: json.loads((RESULTS / f"{stage}.json").read_text())["items"] for stage in STAGES}
+    files = {stage: RESULTS / f"{stage}.json" for stage in STAGES}
+    return {s: json.loads(f.read_text())["items"] for s, f in files.items() if f.exists()}
 
 
 def current() -> tuple[str, str]:

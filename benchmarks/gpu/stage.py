@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 # In order of value: a run that is cut off has done the first ones.
-STAGES = ("correct", "step", "refresh", "memory", "train")
+STAGES = ("correct", "step", "refresh", "memory", "train", "quality")
 GIB = 2**30
 # Lets a process that JAX starts share the device with others.
 SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

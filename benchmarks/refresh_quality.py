@@ -1,6 +1,6 @@
 """Validation loss of the demo's LLaMA per projector, refresh and T, at equal tokens.
 
-    python -m benchmarks.quality --out benchmarks/results/quality
+    python -m benchmarks.refresh_quality --out benchmarks/results/refresh_quality
 
 Each setting is trained from three seeds, which are those of the weights and of the order of the
 data. Learning rates are swept by factors of two with the first seed: that of AdamW, at the ratio
@@ -24,9 +24,9 @@ from typing import Any
 import jax
 
 from benchmarks.machine import machine
+from benchmarks.shapes import PROJECTORS
 from examples.flax_llama import demo
 from examples.flax_llama.train import train
-from galore_optax.projectors import PROJECTORS
 
 Setting = dict[str, Any]
 
@@ -102,7 +102,7 @@ class Record:
 
     def write(self, **more: Any) -> None:
         if self.path:
-            record = {"benchmark": "quality", "machine": machine(), "demo": self.demo}
+            record = {"benchmark": "refresh_quality", "machine": machine(), "demo": self.demo}
             record |= {"runs": self.runs, **more}
             self.path.write_text(json.dumps(record, indent=1) + "\n")
 

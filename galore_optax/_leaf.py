@@ -57,7 +57,7 @@ class Lift:
 
     def __init__(self, method: Method, stagger: bool):
         self.method, self.stagger = method, stagger
-        static = ("view", "placement", "total", "refresh")
+        static = ("view", "placement", "total", "refresh", "only")
         self._down = jax.jit(self._down_traced, static_argnames=static)
         self._up = jax.jit(self._up_traced, static_argnames=("view", "placement", "dtypes"))
         self._project = jax.jit(self._project_traced, static_argnames=("view", "placement"))
@@ -108,6 +108,7 @@ class Lift:
         *,
         total: int,
         refresh: bool | None,
+        only: bool,
         allowed: Bool[Array, ""] | bool,
     ) -> Down:
         """Projects the gradient of a leaf on its subspaces, which are refreshed first where due.
@@ -122,6 +123,7 @@ class Lift:
           identity: what tells the leaf apart from others.
           total: how many matrices there are in all leaves.
           refresh: where to refresh: None (where due), True (everywhere) or False (nowhere).
+          only: whether no step follows, so that the gradient is not used up.
           allowed: whether a refresh may happen now.
 
         Raises:
@@ -138,6 +140,7 @@ class Lift:
             placement=placement,
             total=total,
             refresh=refresh,
+            only=only,
         )
 
     def up(
@@ -202,6 +205,7 @@ class Lift:
         placement: Placement | None,
         total: int,
         refresh: bool | None,
+        only: bool,
     ) -> Down:
         matrix, method = matrix_of(view), self.method
 
@@ -216,7 +220,8 @@ class Lift:
             matrices, step = view.to_matrices(gradient), clock[0]
             absorbed = subspace.residual
             if method.residual.absorbs:
-                matrices, absorbed = _over(view.batch, method.residual.absorb)(matrices, absorbed)
+                matrices, both = _over(view.batch, method.residual.absorb)(matrices, absorbed)
+                absorbed = absorbed if only else both
                 # In its place stands what the first moment loses, until the refreshes are done.
                 subspace = subspace._replace(residual=jnp.zeros_like(absorbed))
             if refresh is not False:

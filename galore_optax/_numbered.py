@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,9 +141,7 @@ class Rows(_Numbered):
         return cls(PartitionSpec(*batch, None))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sampled:
+class Sampled(NamedTuple):
     """Rows that were drawn at random, some perhaps more than once, and their weights."""
 
     numbers: PyTree  # the row of each direction, (r,), int32.

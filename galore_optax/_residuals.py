@@ -289,10 +289,10 @@ class ErrorFeedback(Discard):
         self, gradient: Float[Array, "m n"], state: PyTree
     ) -> tuple[Float[Array, "m n"], PyTree]:
         """Returns A, and A; see `Discard`. On the way up P R is taken from the latter."""
-        wide = gradient.astype(state.dtype)
-        both = wide + state
-        # What is not finite goes down, for all to see, but is not remembered.
-        return both.astype(gradient.dtype), jnp.where(jnp.all(jnp.isfinite(wide)), both, state)
+        both = gradient.astype(state.dtype) + state
+        # What is not finite goes down, for all to see, but is not remembered. It is not cast to the
+        # gradient's dtype, for whose range float16 what was left out may be too large.
+        return both, jnp.where(jnp.all(jnp.isfinite(both)), both, state)
 
     def turned(self, state: PyTree, lost: Float[Array, "m n"]) -> PyTree:
         """Returns the state with what the first moment lost; see `Discard`."""

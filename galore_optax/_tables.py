@@ -31,7 +31,7 @@ def resolve(
         if given not in table:
             raise ValueError(f"{argument} must be one of {listed}; got {given!r}")
         return table[given]
-    if not isinstance(given, kind):
+    if isinstance(given, type) or not isinstance(given, kind):
         like = type(next(iter(table.values()))).__name__
         raise TypeError(
             f"{argument} must be a name ({listed}), or an object with the members of {like}; got "

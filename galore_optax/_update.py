@@ -146,8 +146,9 @@ class _Galore:
         views = self._views(updates, None if excerpt is None else excerpt.ranks)
         leaves = Leaves.of_update(views, updates, params)
         subspaces = subspaces_of_tree(leaves.bare, leaves.views, state, self._shapes)
-        below = self._down(leaves, subspaces, state, _checked(refresh), excerpt)
-        if isinstance(refresh, str):
+        only = isinstance(refresh, str)
+        below = self._down(leaves, subspaces, state, _checked(refresh), only, excerpt)
+        if only:
             subspace = tree_of_subspaces(leaves.bare, below.subspaces)
             zeros = leaves.structure.unflatten(map(_zeros, leaves.likes))
             return zeros, state._replace(subspace=subspace, inner=below.inner)
@@ -183,6 +184,7 @@ class _Galore:
         subspaces: list[Subspace],
         state: GaloreState,
         refresh: bool | None,
+        only: bool,
         excerpt: Excerpt | None,
     ) -> Below:
         """Takes all gradients down into their subspaces, one leaf after the other."""
@@ -211,6 +213,7 @@ class _Galore:
                 lift.identity(view, ordinal, settings.seed, excerpt),
                 total=ordinal.total,
                 refresh=refresh,
+                only=only,
                 allowed=allowed,
             )
             subspaces[i], of_leaf, step, bases[i], low_rank[i] = went

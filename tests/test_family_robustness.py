@@ -244,3 +244,31 @@ def test_moments_in_eight_bits_move_about_as_those_of_float32(name):
             assert nu.scheme == "unsigned"
             assert np.all(nu.dequantize() >= 0)
             assert np.all(optax.tree.get(wanted, "nu")[key] >= 0)
+
+
+def test_a_refresh_by_hand_leaves_the_gradient_out_of_the_error_feedback():
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 9)), jnp.float32)}
+    gradient = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(6, 9)), jnp.float32)}
+    tx = galore_optax.galore_adamw(1e-2, rank=3, residual="error_feedback")
+    state = tx.init(params)
+    by_hand = galore_optax.refresh(tx, gradient, state, params)
+    np.testing.assert_array_equal(by_hand.subspace.residual["w"], 0)
+    _, state = tx.update(gradient, state, params)
+    error, b1 = np.asarray(state.subspace.residual["w"], np.float64), 0.9
+    moved = galore_optax.refresh(tx, params, state, params)
+    old, new = (np.asarray(s.subspace.left["w"], np.float64) for s in (state, moved))
+    moment = np.asarray(optax.tree.get(state, "mu")["w"], np.float64)
+    expected = error + b1 / (1 - b1) * (old - new) @ moment
+    np.testing.assert_allclose(moved.subspace.residual["w"], expected, atol=1e-5)
+
+
+def test_the_error_feedback_of_float16_gradients_may_exceed_their_range():
+    params = {"w": jnp.zeros((4, 6), jnp.float16)}
+    tx = galore_optax.galore_adamw(1e-3, rank=2, residual="error_feedback", update_proj_gap=400)
+    state, update = tx.init(params), jax.jit(tx.update)
+    first = jnp.zeros((4, 6), jnp.float16).at[:2].set(1000)
+    then = jnp.zeros((4, 6), jnp.float16).at[2].set(1000).at[3].set(500)
+    for step in range(80):
+        updates, state = update({"w": then if step else first}, state, params)
+    assert jnp.abs(state.subspace.residual["w"]).max() > jnp.finfo(jnp.float16).max
+    assert jnp.isfinite(updates["w"]).all()

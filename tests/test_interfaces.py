@@ -216,8 +216,9 @@ def test_values_that_are_the_default_are_named_and_others_are_errors():
         expected = f"{name} must be one of {', '.join(table)}; got 'none'"
         with pytest.raises(ValueError, match=re.escape(expected)):
             galore_optax.galore(**{name: "none"})
-        with pytest.raises(TypeError, match=f"{name} must be a name"):
-            galore_optax.galore(**{name: 3})
+        for wrong in (3, Rotate, Discard):
+            with pytest.raises(TypeError, match=f"{name} must be a name"):
+                galore_optax.galore(**{name: wrong})
     with pytest.raises(ValueError, match="accumulation_steps must be 1 with residual="):
         galore_optax.galore(residual=AddBack(), accumulation_steps=2)
     assert galore_optax.galore(residual=Discard(), accumulation_steps=2)

@@ -7,16 +7,19 @@ from typing import Protocol, Unpack, cast
 
 import optax
 
+from galore_optax import projectors
 from galore_optax._adam import Betas
 from galore_optax._decoded import decoded
 from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
 from galore_optax._options import GaloreOptions, shows_galore_options
 from galore_optax._ownership import Stacked
-from galore_optax._residuals import resolve_residual
-from galore_optax._transports import Reset, resolve_transport
+from galore_optax._residual import Residual
+from galore_optax._residuals import RESIDUALS
+from galore_optax._tables import resolve
+from galore_optax._transport import Transport
+from galore_optax._transports import TRANSPORTS, Reset
 from galore_optax._types import DType, Mask, Numeric
-from galore_optax.projectors import momentum_iteration
 
 
 class Preset(Protocol):
@@ -111,17 +114,26 @@ class AdamW:
         wants an inner transformation that only scales, decay and learning rate come after galore.
         """
         betas = Betas(self.b1, self.b2)
-        residual = resolve_residual(options.get("residual", "discard"), betas)
-        transport = resolve_transport(options.get("transport", "keep"), betas)
-        options = options | {"transport": transport, "residual": residual}
+        transport = resolve(
+            "transport", options.get("transport", "keep"), TRANSPORTS, Transport
+        ).with_betas(betas)
+        residual = resolve(
+            "residual", options.get("residual", "discard"), RESIDUALS, Residual
+        ).with_betas(betas)
+        projector = projectors.resolve(
+            options.get("projector", "svd"), options.get("projector_options") or {}
+        ).with_betas(betas)
+        options = options | {
+            "transport": transport,
+            "residual": residual,
+            "projector": projector,
+            "projector_options": None,
+        }
         if self.nesterov and isinstance(transport, Reset):
             raise ValueError(
                 "nesterov must be False with moments that are reset: its two bias corrections "
                 "cannot be made up for by one factor"
             )
-        if options.get("projector") in ("momentum_iteration", momentum_iteration):
-            given = options.get("projector_options") or {}
-            options["projector_options"] = {"b1": self.b1, **given}
         if not residual.scales_only:
             return galore(self.whole(), **options)
         scaling = optax.scale_by_adam(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from galore_optax._basis import Side
 from galore_optax._core import Matrix, Method, load, load_side, project_back
@@ -16,7 +16,7 @@ from galore_optax._random import fold_in
 from galore_optax._refresh import Clock
 from galore_optax._storage import Storage, Stored
 from galore_optax._subspace import ABSENT, Subspace, is_absent
-from galore_optax._transport import Held, Moments, Turned
+from galore_optax._transport import Held, Moments, Turn
 from galore_optax._types import Step
 from galore_optax._view import moment_dtype, wide
 
@@ -105,8 +105,8 @@ def _choose(
     new = method.refresh.next(new, clock, (overlap - chance) / (1 - chance))
     if not is_absent(old.overlap):
         new = new._replace(overlap=overlap)
-    turns = Turned(left and left[1], right and right[1])
-    in_new, state = _moved(in_old, old.transport, turns, clock, first, method)
+    turn = Turn(left and left[1], right and right[1], clock, first)
+    in_new, state = _moved(in_old, old.transport, turn, method)
     new = new._replace(transport=state)
     if method.residual.absorbs:
         lost = _lost(in_old["first"], in_new["first"], old, new, keys, matrix, method)
@@ -152,9 +152,7 @@ def _choose_side(
 def _moved(
     moments: Moments,
     state: PyTree,
-    turned: Turned,
-    clock: Clock,
-    first: Bool[Array, ""],
+    turn: Turn,
     method: Method,
 ) -> tuple[Moments, PyTree]:
     """Returns all moments, those that the transport moves moved, and its next state.
@@ -165,7 +163,7 @@ def _moved(
     moved = {role: moments[role] for role in method.transport.moves if role in moments}
     if not moved:
         return moments, state
-    new, state = method.transport.move(moved, state, turned, clock, first)
+    new, state = method.transport.move(moved, state, turn)
     if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, moved):
         raise ValueError(
             "a transport must return as many moments as it gets, of the same roles and shapes, "

@@ -25,7 +25,7 @@ from galore_optax._storage import Storage, Stored
 from galore_optax._subspace import ABSENT, Subspace
 from galore_optax._transport import Transport
 from galore_optax._types import DType, Scalar, Step
-from galore_optax._view import MatrixView, moment_dtype, ranging_dtype
+from galore_optax._view import MatrixView, moment_dtype, ranging_dtype, unit_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,9 +203,8 @@ def captured_energy(
     """Returns |R|^2 / |G|^2, in float32; 0 where G is zero."""
     gradient = gradient.astype(low_rank.dtype)
     # Squares of very large or small entries would over- or underflow.
-    peak = jnp.max(jnp.abs(gradient))
-    peak = jnp.where(peak == 0, 1, peak)
-    kept, all_of_it = (jnp.sum((x / peak) ** 2) for x in (low_rank, gradient))
+    unit = unit_of(gradient)
+    kept, all_of_it = (jnp.sum((x / unit) ** 2) for x in (low_rank, gradient))
     return (kept / jnp.where(all_of_it == 0, 1, all_of_it)).astype(jnp.float32)
 
 

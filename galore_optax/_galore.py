@@ -18,7 +18,7 @@ from galore_optax._ranks import RankSpec
 from galore_optax._refresh import Gap, Refresh, check_gap
 from galore_optax._refresh import resolve as resolve_refresh
 from galore_optax._residual import Residual
-from galore_optax._residuals import resolve_residual
+from galore_optax._residuals import RESIDUALS
 from galore_optax._select import (
     DEFAULT_EXCLUDE,
     DimensionNumbersSpec,
@@ -26,8 +26,9 @@ from galore_optax._select import (
     Selection,
 )
 from galore_optax._storage import resolve_storage
+from galore_optax._tables import resolve
 from galore_optax._transport import Transport
-from galore_optax._transports import resolve_transport
+from galore_optax._transports import TRANSPORTS
 from galore_optax._types import Scalar
 from galore_optax._update import Settings, transformation
 
@@ -209,11 +210,28 @@ def galore(
     method = Method(
         projectors.resolve(projector, projector_options or {}),
         resolve_refresh(refresh),
-        resolve_transport(transport),
-        resolve_residual(residual),
+        resolve("transport", transport, TRANSPORTS, Transport),
+        resolve("residual", residual, RESIDUALS, Residual),
         resolve_storage("projector_dtype", projector_dtype),
         bool(diagnostics),
     )
+    if method.projector.required:
+        option = method.projector.required[0]
+        raise ValueError(
+            f"the projector {method.projector.name} needs projector_options={{{option!r}: ...}}, "
+            "which presets give it"
+        )
+    for argument, given, rule in (
+        ("transport", transport, method.transport),
+        ("residual", residual, method.residual),
+    ):
+        if rule.asks is not None:
+            shown = f'"{given}"' if isinstance(given, str) else repr(given)
+            raise ValueError(
+                f"{argument}={shown} needs the decay rates of the moments, which it cannot see in "
+                f"the inner transformation: give {argument}={rule.asks}, or take a preset such as "
+                "galore_adamw, which knows them"
+            )
     if method.residual.uses_gradient and (accumulation_steps or 1) > 1:
         raise ValueError(
             f"accumulation_steps must be 1 with residual={residual!r}, which needs each gradient "

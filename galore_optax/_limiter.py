@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from galore_optax._ownership import Stacked
 from galore_optax._trees import leaves_with_paths, logical
 from galore_optax._types import Params, State, Updates
-from galore_optax._view import moment_dtype
+from galore_optax._view import moment_dtype, unit_of
 
 GAMMA = 1.01
 """The growth per step that Fira and APOLLO allow."""
@@ -121,8 +121,7 @@ def limit_norm_growth(
 
 def safe_norm(x: Float[Array, "..."], axis: int | None = None) -> Float[Array, "..."]:
     """Returns the Euclidean norm, whose squares do not overflow, along an axis or of all."""
-    peak = jnp.max(jnp.abs(x), axis, keepdims=True)
-    unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    unit = unit_of(x, axis, keepdims=True)
     return jnp.squeeze(unit, axis) * jnp.sqrt(jnp.sum((x / unit) ** 2, axis))
 
 

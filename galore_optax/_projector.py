@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 from jaxtyping import Array, PyTree
 
+from galore_optax._adam import Betas
 from galore_optax._basis import Basis, Dense
 from galore_optax._ownership import Role
 
@@ -53,10 +54,19 @@ class Projector:
         parameters = inspect.signature(self.function).parameters if self.options else {}
         return tuple(n for n in self.options if parameters[n].default is inspect.Parameter.empty)
 
+    def with_betas(self, betas: Betas) -> "Projector":
+        """Returns the projector for an inner transformation with these decay rates of moments."""
+        if "b1" not in self.required:
+            return self
+        function = functools.partial(self.function, b1=betas.b1)
+        return dataclasses.replace(self, function=function)
+
     @property
     def name(self) -> str:
         """The name of the function."""
-        function = getattr(self.function, "func", self.function)
+        function = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
         return getattr(function, "__name__", repr(function))
 
     def __call__(
@@ -110,12 +120,6 @@ def resolve_projector(
             raise ValueError(
                 f"{option} of {name} must be an int of at least {least}; got {value!r}"
             )
-    missing = [option for option in found.required if option not in options]
-    if missing:
-        raise ValueError(
-            f"the projector {name} needs projector_options={{{missing[0]!r}: ...}}, which presets "
-            "give it"
-        )
     return dataclasses.replace(found, function=functools.partial(found.function, **options))
 
 

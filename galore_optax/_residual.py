@@ -54,6 +54,8 @@ class Residual(Protocol):
     @property
     def scales_only(self) -> bool: ...
     @property
+    def asks(self) -> str | None: ...
+    @property
     def wants_betas(self) -> bool: ...
     def with_betas(self, betas: Betas) -> "Residual": ...
     @property
@@ -91,8 +93,13 @@ class Discard:
         return False
 
     @property
+    def asks(self) -> str | None:
+        """What to give instead, where the residual must be told the decay rates of moments."""
+        return None
+
+    @property
     def wants_betas(self) -> bool:
-        """Whether :meth:`with_betas` is still to be called."""
+        """Whether they are to be found out by trying the inner transformation."""
         return False
 
     def with_betas(self, betas: Betas) -> "Discard":

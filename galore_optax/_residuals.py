@@ -16,8 +16,8 @@ from galore_optax._adam import Betas, check_betas
 from galore_optax._limiter import GAMMA, check_gamma, limit, safe_norm
 from galore_optax._residual import Discard, Projected, Residual, Way
 from galore_optax._subspace import ABSENT
-from galore_optax._tables import resolve
 from galore_optax._types import DType, Numeric
+from galore_optax._view import unit_of
 
 _EPSILON = 1e-8
 
@@ -43,7 +43,27 @@ class _WithGradient(Discard):
 
 
 @dataclasses.dataclass(frozen=True)
-class NormScaled(_WithGradient):
+class _Limited(_WithGradient):
+    """What residuals share that scale the gradient, and limit how fast that grows.
+
+    Attributes:
+      gamma: the growth of the norm per step that the limiter allows; None for no limiter.
+    """
+
+    gamma: float | None = dataclasses.field(default=GAMMA, kw_only=True)
+
+    def initial(self, m: int, n: int, dtype: DType) -> PyTree:
+        """Returns the limiter's memory, (); see `Discard`."""
+        del m, n
+        return ABSENT if self.gamma is None else jnp.zeros([], dtype)
+
+    def _check_gamma(self) -> None:
+        if self.gamma is not None:
+            check_gamma(f"gamma of {type(self).__name__}", self.gamma)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormScaled(_Limited):
     r"""Adds what lies outside, each column scaled as the inner transformation scales it: Fira.
 
     .. math::
@@ -65,21 +85,19 @@ class NormScaled(_WithGradient):
       subtract: ``"whole"`` for G - P R, or ``"scaled"`` for the code's G - alpha P R, and its
         limiter.
       betas: the decay rates of Adam's moments, for ``subtract="scaled"``; by default those of the
-        preset, or those that the inner transformation seems to have.
+        preset, or those found by trying the inner transformation, to six digits.
 
     References:
       Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, equations (5) to (8)
     """
 
     beta: float = 1.0
-    gamma: float | None = GAMMA
     subtract: Literal["whole", "scaled"] = "whole"
     betas: tuple[Numeric, Numeric] | None = None
 
     def __post_init__(self):
         _check_factor("beta of NormScaled", self.beta)
-        if self.gamma is not None:
-            check_gamma("gamma of NormScaled", self.gamma)
+        self._check_gamma()
         if self.subtract not in ("whole", "scaled"):
             raise ValueError(
                 f'subtract of NormScaled must be "whole" or "scaled"; got {self.subtract!r}'
@@ -96,18 +114,12 @@ class NormScaled(_WithGradient):
         """Returns the residual for an inner transformation with these decay rates of moments."""
         return dataclasses.replace(self, betas=tuple(betas)) if self.wants_betas else self
 
-    def initial(self, m: int, n: int, dtype: DType) -> PyTree:
-        """Returns the limiter's memory, (); see `Discard`."""
-        del m, n
-        return ABSENT if self.gamma is None else jnp.zeros([], dtype)
-
     def update(
         self, projected: Projected, way: Way, state: PyTree
     ) -> tuple[Float[Array, "m n"], PyTree]:
         """Returns the update of a matrix, and the next state; see `Discard`."""
         psi, low_rank, gradient = _wide(projected)
-        scales = safe_norm(psi, way.axis) / (safe_norm(low_rank, way.axis) + _EPSILON)
-        scales = jnp.expand_dims(scales, 0 if way.axis is None else way.axis)
+        scales = jnp.expand_dims(_scales(psi, low_rank, way.axis), way.axis or 0)
         inside = (way.scale if self.subtract == "scaled" else 1) * low_rank
         factor = self.beta
         if self.gamma is not None:
@@ -151,7 +163,7 @@ class NormScaled(_WithGradient):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleGradient(_WithGradient):
+class ScaleGradient(_Limited):
     r"""Scales the gradient itself as the inner transformation scales its sketch: APOLLO.
 
     .. math::
@@ -171,25 +183,18 @@ class ScaleGradient(_WithGradient):
     """
 
     per: Literal["channel", "tensor"] = "channel"
-    gamma: float | None = GAMMA
 
     def __post_init__(self):
         if self.per not in ("channel", "tensor"):
             raise ValueError(
                 f'per of ScaleGradient must be "channel" or "tensor"; got {self.per!r}'
             )
-        if self.gamma is not None:
-            check_gamma("gamma of ScaleGradient", self.gamma)
+        self._check_gamma()
 
     @property
     def sides(self) -> int:
         """How many sides of a matrix may be projected: where there are no channels, both."""
         return 1 if self.per == "channel" else 2
-
-    def initial(self, m: int, n: int, dtype: DType) -> PyTree:
-        """Returns the limiter's memory, (); see `Discard`."""
-        del m, n
-        return ABSENT if self.gamma is None else jnp.zeros([], dtype)
 
     def update(
         self, projected: Projected, way: Way, state: PyTree
@@ -197,7 +202,7 @@ class ScaleGradient(_WithGradient):
         """Returns the update of a matrix, and the next state; see `Discard`."""
         psi, low_rank, gradient = _wide(projected)
         axis = way.axis if self.per == "channel" else None
-        scales = safe_norm(psi, axis) / (safe_norm(low_rank, axis) + _EPSILON)
+        scales = _scales(psi, low_rank, axis)
         factor = jnp.ones([], psi.dtype)
         if self.gamma is not None:
             unit, squares = _squares(gradient, axis)
@@ -266,10 +271,19 @@ class ErrorFeedback(Discard):
       Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024, algorithm 1
     """
 
-    b1: Numeric
+    b1: Numeric | None = None
 
     def __post_init__(self):
         check_betas("ErrorFeedback", self.b1, None)
+
+    @property
+    def asks(self) -> str | None:
+        """What to give, where the decay rate is not known."""
+        return "galore_optax.ErrorFeedback(b1=0.9)" if self.b1 is None else None
+
+    def with_betas(self, betas: Betas) -> "ErrorFeedback":
+        """Returns the residual with a decay rate; see `Discard`."""
+        return ErrorFeedback(betas.b1) if self.b1 is None else self
 
     @property
     def absorbs(self) -> bool:
@@ -296,6 +310,8 @@ class ErrorFeedback(Discard):
 
     def turned(self, state: PyTree, lost: Float[Array, "m n"]) -> PyTree:
         """Returns the state with what the first moment lost; see `Discard`."""
+        if self.b1 is None:
+            raise ValueError(f"ErrorFeedback needs b1: give {self.asks}")
         return state + (self.b1 / (1 - self.b1)) * lost
 
     def update(
@@ -308,42 +324,6 @@ class ErrorFeedback(Discard):
         return way.up(way.scale * psi), left_out.astype(state.dtype)
 
 
-RESIDUALS: dict[str, type[Residual]] = {
-    "discard": Discard,
-    "norm_scaled": NormScaled,
-    "scale_gradient": ScaleGradient,
-    "sign": Sign,
-    "error_feedback": ErrorFeedback,
-}
-
-
-def resolve_residual(given: object, betas: Betas | None = None) -> Residual:
-    """Returns the residual of that name, or the one that is given.
-
-    Args:
-      given: what the user gave for ``residual``.
-      betas: the decay rates of the moments where the caller made the inner transformation.
-
-    Raises:
-      ValueError: there is no residual of that name, or it needs decay rates that are not known.
-      TypeError: it is neither a name nor a residual.
-    """
-    if isinstance(given, str):
-        kind = resolve("residual", given, RESIDUALS, type)
-        if kind is not ErrorFeedback:
-            return kind()
-        if betas is None:
-            raise ValueError(
-                'residual="error_feedback" needs the decay rate of the first moment, which it '
-                "cannot see in the inner transformation: give "
-                "residual=galore_optax.ErrorFeedback(b1=0.9), or take a preset such as ldadamw, "
-                "which knows it"
-            )
-        return ErrorFeedback(betas.b1)
-    found = resolve("residual", given, {"discard": Discard()}, Residual, names=RESIDUALS)
-    return found if betas is None else found.with_betas(betas)
-
-
 def _wide(
     projected: Projected,
 ) -> tuple[Float[Array, "a b"], Float[Array, "a b"], Float[Array, "m n"]]:
@@ -354,6 +334,13 @@ def _wide(
     return psi, low_rank.astype(psi.dtype), gradient.astype(psi.dtype)
 
 
+def _scales(
+    psi: Float[Array, "a b"], low_rank: Float[Array, "a b"], axis: int | None
+) -> Float[Array, "..."]:
+    """Returns s, by what the inner transformation scaled R: along an axis, or as a whole."""
+    return safe_norm(psi, axis) / (safe_norm(low_rank, axis) + _EPSILON)
+
+
 def _squares(
     gradient: Float[Array, "m n"], axis: int | None
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
@@ -361,8 +348,7 @@ def _squares(
 
     The unit is about as large as the largest entry, so that squares do not overflow.
     """
-    peak = jnp.max(jnp.abs(gradient))
-    unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    unit = unit_of(gradient)
     return unit, jnp.sum((gradient / unit) ** 2, axis)
 
 
@@ -376,3 +362,12 @@ def _check_factor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number; got {value!r}")
     if not (math.isfinite(value) and float(value) >= 0):
         raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
+
+
+RESIDUALS: dict[str, Residual] = {
+    "discard": Discard(),
+    "norm_scaled": NormScaled(),
+    "scale_gradient": ScaleGradient(),
+    "sign": Sign(),
+    "error_feedback": ErrorFeedback(),
+}

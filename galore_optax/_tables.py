@@ -1,6 +1,6 @@
 """Values of arguments that are names in a table, or objects of the user's own."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -11,7 +11,6 @@ def resolve(
     given: object,
     table: Mapping[str, Value],
     kind: type[Value],
-    names: Iterable[str] | None = None,
 ) -> Value:
     """Returns the value of that name, or the one that is given.
 
@@ -20,13 +19,12 @@ def resolve(
       given: what the user gave for it.
       table: the values that have names.
       kind: the protocol of the values.
-      names: the names for errors, where they are others than those of the table.
 
     Raises:
       ValueError: there is no value of that name.
       TypeError: it is neither a name nor a value.
     """
-    listed = ", ".join(table if names is None else names)
+    listed = ", ".join(table)
     if isinstance(given, str):
         if given not in table:
             raise ValueError(f"{argument} must be one of {listed}; got {given!r}")

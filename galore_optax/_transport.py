@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from galore_optax._adam import Findings
+from galore_optax._adam import Betas, Findings
 from galore_optax._refresh import Clock
 from galore_optax._storage import Stored
 from galore_optax._subspace import ABSENT
@@ -25,15 +25,17 @@ Held: TypeAlias = dict[str, list[Stored]]
 """The same moments as the state holds them, those of one matrix or of a stack of matrices."""
 
 
-class Turned(NamedTuple):
-    """How the bases of a matrix turned: C = P_new^T P_old of each side that is projected."""
+class Turn(NamedTuple):
+    """A refresh of one matrix: how its bases turned, and when."""
 
-    left: Float[Array, "r r"] | None
-    right: Float[Array, "r r"] | None
+    left: Float[Array, "r r"] | None  # C = P_new^T P_old of the left side, if that is projected.
+    right: Float[Array, "r r"] | None  # the same of the right side.
+    clock: Clock  # the time of this refresh.
+    first: Bool[Array, ""]  # whether no gradient chose the old bases.
 
     def take(self, low_rank: Float[Array, "a b"]) -> Float[Array, "a b"]:
         """Returns coordinates in the new bases of what has these coordinates in the old ones."""
-        for axis, turn in enumerate(self):
+        for axis, turn in enumerate((self.left, self.right)):
             if turn is not None:
                 matrix = low_rank if axis == 0 else low_rank.T
                 # Without this precision GPUs and TPUs would round the operands.
@@ -41,9 +43,10 @@ class Turned(NamedTuple):
                 low_rank = turned if axis == 0 else turned.T
         return low_rank
 
-    def squared(self) -> "Turned":
-        """Returns the same with the square of every entry."""
-        return Turned(*(None if turn is None else turn**2 for turn in self))
+    def squared(self) -> "Turn":
+        """Returns the same with the square of every entry of C."""
+        left, right = (None if turn is None else turn**2 for turn in (self.left, self.right))
+        return self._replace(left=left, right=right)
 
 
 @runtime_checkable
@@ -54,16 +57,12 @@ class Transport(Protocol):
     def moves(self) -> tuple[str, ...]: ...
     @property
     def needs_orthonormal(self) -> bool: ...
+    @property
+    def asks(self) -> str | None: ...
+    def with_betas(self, betas: Betas) -> "Transport": ...
     def initial(self) -> PyTree: ...
     def check(self, found: Findings) -> None: ...
-    def move(
-        self,
-        moments: Moments,
-        state: PyTree,
-        turned: Turned,
-        clock: Clock,
-        first: Bool[Array, ""],
-    ) -> tuple[Moments, PyTree]: ...
+    def move(self, moments: Moments, state: PyTree, turn: Turn) -> tuple[Moments, PyTree]: ...
     def count(self, state: PyTree, step: Step) -> Step: ...
     def correct(
         self, psi: Float[Array, "a b"], state: PyTree, step: Step
@@ -84,6 +83,19 @@ class Keep:
         """Whether the rule is only for bases of orthonormal vectors."""
         return False
 
+    @property
+    def asks(self) -> str | None:
+        """What to give instead, where the rule must still be told the decay rates of moments."""
+        return None
+
+    def with_betas(self, betas: Betas) -> "Keep":
+        """Returns the rule for an inner transformation with these decay rates of moments.
+
+        Those that the user gave stay.
+        """
+        del betas
+        return self
+
     def initial(self) -> PyTree:
         """Returns the first state that the rule keeps of a matrix: arrays, or nothing."""
         return ABSENT
@@ -96,24 +108,15 @@ class Keep:
         """
         del found
 
-    def move(
-        self,
-        moments: Moments,
-        state: PyTree,
-        turned: Turned,
-        clock: Clock,
-        first: Bool[Array, ""],
-    ) -> tuple[Moments, PyTree]:
+    def move(self, moments: Moments, state: PyTree, turn: Turn) -> tuple[Moments, PyTree]:
         """Returns the moments in the new subspace, and the next state.
 
         Args:
           moments: the moments of the roles in ``moves``, in float32 or wider.
           state: the state that the rule keeps of the matrix.
-          turned: how the bases turned, C = P_new^T P_old of each side.
-          clock: the time of this refresh.
-          first: whether no gradient chose the old basis.
+          turn: how the bases turned, and when.
         """
-        del turned, clock, first
+        del turn
         return moments, state
 
     def count(self, state: PyTree, step: Step) -> Step:

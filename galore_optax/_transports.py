@@ -5,13 +5,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from galore_optax._adam import Betas, Findings, check_betas
-from galore_optax._refresh import Clock
 from galore_optax._subspace import ABSENT
-from galore_optax._tables import resolve
-from galore_optax._transport import Keep, Moments, Transport, Turned
+from galore_optax._transport import Keep, Moments, Transport, Turn
 from galore_optax._types import Numeric, Step
 
 
@@ -39,11 +37,11 @@ class Reset(Keep):
     b2: Numeric | None = None
 
     def __post_init__(self):
-        if (self.b1 is None) != (self.b2 is None):
-            raise ValueError(
-                f"Reset needs both b1 and b2, or neither; got b1={self.b1!r}, b2={self.b2!r}"
-            )
-        check_betas("Reset", self.b1, self.b2)
+        _check_both("Reset", self.b1, self.b2)
+
+    def with_betas(self, betas: Betas) -> "Reset":
+        """Returns the rule with decay rates; see `Keep`."""
+        return Reset(*betas) if self.b1 is None else self
 
     @property
     def moves(self) -> tuple[str, ...]:
@@ -84,18 +82,12 @@ class Reset(Keep):
             f"of zero its second step is {trial.afresh * factor:.3g} times its first. {remedy}"
         )
 
-    def move(
-        self,
-        moments: Moments,
-        state: PyTree,
-        turned: Turned,
-        clock: Clock,
-        first: Bool[Array, ""],
-    ) -> tuple[Moments, PyTree]:
+    def move(self, moments: Moments, state: PyTree, turn: Turn) -> tuple[Moments, PyTree]:
         """Returns moments of zero; see `Keep`."""
-        del turned, first
         # The sum makes the new state an array of its own: the step goes on as a token.
-        return jax.tree.map(jnp.zeros_like, moments), ABSENT if self.b1 is None else clock.step + 0
+        return jax.tree.map(
+            jnp.zeros_like, moments
+        ), ABSENT if self.b1 is None else turn.clock.step + 0
 
     def count(self, state: PyTree, step: Step) -> Step:
         """Returns how many steps there were since the last refresh; see `Keep`."""
@@ -133,19 +125,11 @@ class Project(Keep):
         if "first" not in found.roles:
             raise ValueError(_NO_MOMENTS.format(transport="project"))
 
-    def move(
-        self,
-        moments: Moments,
-        state: PyTree,
-        turned: Turned,
-        clock: Clock,
-        first: Bool[Array, ""],
-    ) -> tuple[Moments, PyTree]:
+    def move(self, moments: Moments, state: PyTree, turn: Turn) -> tuple[Moments, PyTree]:
         """Returns the moments in the new subspace; see `Keep`."""
-        del clock
 
         def move(moment: Float[Array, "a b"]) -> Float[Array, "a b"]:
-            return jnp.where(first, moment, turned.take(moment))
+            return jnp.where(turn.first, moment, turn.take(moment))
 
         return jax.tree.map(move, moments), state
 
@@ -175,11 +159,20 @@ class Rotate(Keep):
       Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024, algorithm 1
     """
 
-    b1: Numeric
-    b2: Numeric
+    b1: Numeric | None = None
+    b2: Numeric | None = None
 
     def __post_init__(self):
-        check_betas("Rotate", self.b1, self.b2)
+        _check_both("Rotate", self.b1, self.b2)
+
+    @property
+    def asks(self) -> str | None:
+        """What to give, where the decay rates are not known."""
+        return "galore_optax.Rotate(b1=0.9, b2=0.999)" if self.b1 is None else None
+
+    def with_betas(self, betas: Betas) -> "Rotate":
+        """Returns the rule with decay rates; see `Keep`."""
+        return Rotate(*betas) if self.b1 is None else self
 
     @property
     def moves(self) -> tuple[str, ...]:
@@ -215,62 +208,29 @@ class Rotate(Keep):
                     f"decay by {own:.4g}: give Rotate(b1={trial.betas.b1}, b2={trial.betas.b2})"
                 )
 
-    def move(
-        self,
-        moments: Moments,
-        state: PyTree,
-        turned: Turned,
-        clock: Clock,
-        first: Bool[Array, ""],
-    ) -> tuple[Moments, PyTree]:
+    def move(self, moments: Moments, state: PyTree, turn: Turn) -> tuple[Moments, PyTree]:
         """Returns the moments in the new subspace; see `Keep`."""
         [m], [v] = moments["first"], moments["second"]
         betas = Betas(*(jnp.asarray(b, m.dtype) for b in (self.b1, self.b2)))
         # At step 0 the moments are zero whatever they are divided by.
-        of_first, of_second = betas.corrections(jnp.maximum(clock.step, 1).astype(m.dtype))
-        turned_m = turned.take(m)
+        of_first, of_second = betas.corrections(jnp.maximum(turn.clock.step, 1).astype(m.dtype))
+        turned_m = turn.take(m)
         # Infinities, of one huge gradient, have no difference.
         most = float(jnp.finfo(m.dtype).max) / (2 * max(m.shape))
         v_hat, square = (jnp.minimum(x, most) for x in (v / of_second, (m / of_first) ** 2))
-        variance = turned.squared().take(v_hat - square)
+        variance = turn.squared().take(v_hat - square)
         turned_v = of_second * (jnp.maximum(variance, 0) + (turned_m / of_first) ** 2)
         return {
-            "first": [jnp.where(first, m, turned_m)],
-            "second": [jnp.where(first, v, turned_v)],
+            "first": [jnp.where(turn.first, m, turned_m)],
+            "second": [jnp.where(turn.first, v, turned_v)],
         }, state
 
 
-TRANSPORTS: dict[str, type[Transport]] = {
-    "keep": Keep,
-    "reset": Reset,
-    "project": Project,
-    "rotate": Rotate,
-}
-
-
-def resolve_transport(given: object, betas: Betas | None = None) -> Transport:
-    """Returns the rule of that name, or the one that is given.
-
-    Args:
-      given: what the user gave for ``transport``.
-      betas: the decay rates of the moments where the caller made the inner transformation.
-
-    Raises:
-      ValueError: there is no rule of that name, or it needs decay rates that are not known.
-      TypeError: it is neither a name nor a rule.
-    """
-    if not isinstance(given, str):
-        return resolve("transport", given, {"keep": Keep()}, Transport, names=TRANSPORTS)
-    rule = resolve("transport", given, TRANSPORTS, type)
-    if betas is not None and rule in (Reset, Rotate):
-        return rule(*betas)
-    if rule is Rotate:
-        raise ValueError(
-            'transport="rotate" needs the decay rates of the moments, which it cannot see in the '
-            "inner transformation: give transport=galore_optax.Rotate(b1=0.9, b2=0.999), or take "
-            "a preset such as galore_adamw, which knows them"
-        )
-    return rule()
+def _check_both(name: str, b1: Numeric | None, b2: Numeric | None) -> None:
+    """Raises an error where one decay rate is given without the other, or cannot be right."""
+    if (b1 is None) != (b2 is None):
+        raise ValueError(f"{name} needs both b1 and b2, or neither; got b1={b1!r}, b2={b2!r}")
+    check_betas(name, b1, b2)
 
 
 _NO_MOMENTS = (
@@ -288,3 +248,11 @@ def _check_known(name: str, unknown: tuple[str, ...]) -> None:
             "inner transformation is, and would leave it in the old subspace. It knows the moments "
             "of optax.adam, adamw, nadam, lamb, lion, sgd and rmsprop."
         )
+
+
+TRANSPORTS: dict[str, Transport] = {
+    "keep": Keep(),
+    "reset": Reset(),
+    "project": Project(),
+    "rotate": Rotate(),
+}

@@ -146,3 +146,14 @@ def wide(array: ArrayLike) -> Float[Array, "..."]:
     """Returns an array in the dtype that its moments have: its own, but at least float32."""
     array = jnp.asarray(array)
     return array.astype(moment_dtype(array.dtype))
+
+
+def unit_of(
+    array: Float[Array, "..."], axis: int | None = None, *, keepdims: bool = False
+) -> Float[Array, "..."]:
+    """Returns by what to divide an array before its entries are squared, lest that overflow.
+
+    It is the largest magnitude along an axis, or of all; 1 where that is zero or not finite.
+    """
+    peak = jnp.max(jnp.abs(array), axis, keepdims=keepdims)
+    return jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)

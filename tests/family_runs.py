@@ -19,9 +19,9 @@ def transport_of(rule):
 def residual_of(rule):
     if rule.residual == "norm_scaled":
         betas = Betas(rule.b1, rule.b2) if rule.subtract == "scaled" else None
-        return NormScaled(rule.beta, rule.gamma, rule.subtract, betas)
+        return NormScaled(rule.beta, rule.subtract, betas, gamma=rule.gamma)
     if rule.residual == "scale_gradient":
-        return ScaleGradient(rule.per, rule.gamma)
+        return ScaleGradient(rule.per, gamma=rule.gamma)
     if rule.residual == "sign":
         return Sign(rule.beta)
     return ErrorFeedback(rule.b1) if rule.residual == "error_feedback" else rule.residual

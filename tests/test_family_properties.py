@@ -14,7 +14,7 @@ import galore_optax
 from galore_optax import Project, Rotate
 from galore_optax._refresh import Clock
 from galore_optax._subspace import ABSENT
-from galore_optax._transport import Turned
+from galore_optax._transport import Turn
 
 M, N, RANK = 12, 16, 4
 B1, B2 = 0.9, 0.99
@@ -26,11 +26,11 @@ def orthonormal(rng, *shape):
 
 def moved(transport, m, v, c, t, axis=0):
     """The moments after a transport, in float64, by which t steps were done before."""
-    turned = Turned(*(jnp.asarray(c) if side == axis else None for side in (0, 1)))
+    bases = [jnp.asarray(c) if side == axis else None for side in (0, 1)]
     clock = Clock(*(jnp.asarray(x, jnp.int32) for x in (t, 1, 0)))
     held = {"first": [jnp.asarray(m)], "second": [jnp.asarray(v)]}
     handed = {role: held[role] for role in transport.moves}
-    new, _ = transport.move(handed, ABSENT, turned, clock, jnp.asarray(False))
+    new, _ = transport.move(handed, ABSENT, Turn(*bases, clock, jnp.asarray(False)))
     [m], [v] = (np.asarray(x) for x in (held | new).values())
     return m, v
 

@@ -63,19 +63,18 @@ class Rotate(Keep):
     def initial(self):
         return jnp.zeros([], jnp.int32)
 
-    def move(self, moments, state, turned, clock, first):
-        del clock
+    def move(self, moments, state, turn):
         assert sorted(moments) == ["first"]
 
         def move(moment):
-            if turned.left is not None:
-                moment = turned.left @ moment
-            if turned.right is not None:
-                moment = moment @ turned.right.T
+            if turn.left is not None:
+                moment = turn.left @ moment
+            if turn.right is not None:
+                moment = moment @ turn.right.T
             return moment
 
         return {
-            role: [jnp.where(first, moment, move(moment)) for moment in held]
+            role: [jnp.where(turn.first, moment, move(moment)) for moment in held]
             for role, held in moments.items()
         }, state + 1
 
@@ -284,7 +283,7 @@ def test_errors_and_reports_know_transports_and_residuals():
 
     @dataclasses.dataclass(frozen=True)
     class Loses(Rotate):
-        def move(self, moments, state, turned, clock, first):
+        def move(self, moments, state, turn):
             return {}, state
 
     tx = galore_optax.galore(optax.scale_by_adam(), transport=Loses(), **options)

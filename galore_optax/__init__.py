@@ -2,6 +2,7 @@
 
 from galore_optax import projectors
 from galore_optax._chain import chain
+from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
 from galore_optax._layerwise import Layerwise, layerwise
 from galore_optax._limiter import LimitNormGrowthState, limit_norm_growth
@@ -48,6 +49,7 @@ from galore_optax._view import DimensionNumbers
 __all__ = [
     "DEFAULT_EXCLUDE",
     "MOARA",
+    "CombinationError",
     "DimensionNumbers",
     "Discard",
     "ErrorFeedback",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from galore_optax._errors import CombinationError
 from galore_optax._ownership import Role
 from galore_optax._types import Numeric, Scalar
 
@@ -43,6 +44,52 @@ class Findings(NamedTuple):
     unknown: tuple[str, ...]  # the paths of what else it has of the moments' shape.
     others: tuple[str, ...]  # the paths of what it has of other shapes, numbers left out.
     trial: Callable[[], Trial | None]  # tries it; None where that was done, or cannot be done.
+
+
+def check_scales_only(what: str, trial: Trial | None) -> None:
+    """Raises an error where the inner transformation was seen to do more than to scale.
+
+    Args:
+      what: what needs one that only scales, for the message.
+      trial: what it did when it was tried, if it was.
+
+    Raises:
+      CombinationError: it applies the learning rate, a sign, or decay.
+    """
+    if trial is None or (trial.of_one > 0 and not trial.uses_params):
+        return
+    reason = (
+        "uses the parameters, as weight decay does"
+        if trial.uses_params
+        else f"makes {trial.of_one:.3g} of a gradient of 1, so that it has the learning rate or "
+        "the sign already"
+    )
+    raise CombinationError(
+        f"{what} needs an inner transformation that only scales, and this one {reason}",
+        "Put decay and learning rate after galore(optax.scale_by_adam(), ...), or take a preset "
+        "such as galore_adamw, which does so.",
+    )
+
+
+def check_decay(what: str, argument: str, given: Numeric | None, own: Numeric, remedy: str) -> None:
+    """Raises an error where a decay rate that was given is not that of the moment.
+
+    Args:
+      what: what it was given to.
+      argument: its name.
+      given: it; anything but a number of Python is taken for right.
+      own: the decay rate of the inner transformation's moment, to six digits.
+      remedy: what to write instead.
+
+    Raises:
+      CombinationError: they differ.
+    """
+    if isinstance(given, int | float) and abs(given - own) > 0.05 * (1 - own) + 1e-5:
+        raise CombinationError(
+            f"{argument} of {what} is {given}, and the moments of the inner transformation decay "
+            f"by {own:.4g}",
+            f"Give {remedy}.",
+        )
 
 
 def check_betas(name: str, b1: Numeric | None, b2: Numeric | None) -> None:

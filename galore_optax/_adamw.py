@@ -10,6 +10,7 @@ import optax
 from galore_optax import projectors
 from galore_optax._adam import Betas
 from galore_optax._decoded import decoded
+from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
 from galore_optax._options import GaloreOptions, shows_galore_options
@@ -130,9 +131,10 @@ class AdamW:
             "projector_options": None,
         }
         if self.nesterov and isinstance(transport, Reset):
-            raise ValueError(
+            raise CombinationError(
                 "nesterov must be False with moments that are reset: its two bias corrections "
-                "cannot be made up for by one factor"
+                "cannot be made up for by one factor",
+                "Use nesterov=False, or another transport.",
             )
         if not residual.scales_only:
             return galore(self.whole(), **options)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from galore_optax._adam import Betas
 from galore_optax._basis import Basis, Side
+from galore_optax._errors import CombinationError
 from galore_optax._projector import Projector
 from galore_optax._random import fold_in
 from galore_optax._refresh import Refresh
@@ -50,15 +51,16 @@ class Method:
 
     def __post_init__(self):
         if self.refresh.watches and not self.projector.stands_still:
-            raise ValueError(
+            raise CombinationError(
                 'refresh="lazy" is for subspaces that can stand still; those of the projector '
-                f'{self.projector.name} are random ones. Use refresh="periodic" with it.'
+                f"{self.projector.name} are random ones",
+                'Use refresh="periodic" with it.',
             )
         if self.transport.needs_orthonormal and not self.projector.orthonormal:
-            raise ValueError(
+            raise CombinationError(
                 f"transport={type(self.transport).__name__} is for bases of orthonormal vectors; "
-                f"those of the projector {self.projector.name} are not. Use "
-                'transport="project" or another projector.'
+                f"those of the projector {self.projector.name} are not",
+                'Use transport="project" or another projector.',
             )
 
     def with_betas(self, betas: Betas | None) -> "Method":

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from galore_optax import projectors
 from galore_optax._accumulate import check_accumulation_steps
 from galore_optax._core import Method
+from galore_optax._errors import CombinationError
 from galore_optax._ranks import RankSpec
 from galore_optax._refresh import Gap, Refresh, check_gap
 from galore_optax._refresh import resolve as resolve_refresh
@@ -170,10 +171,12 @@ def galore(
 
     Raises:
       TypeError: arguments, or leaves of the parameters, of a wrong type.
-      ValueError: arguments out of range, or that cannot go together; an inner transformation that
-        cannot go with the transport or the residual (now, or at ``init`` where that depends on
-        names), or that keeps parameters in its state (at ``init``); dimension numbers that do not
-        fit, a state of another configuration, gradients of another structure, missing parameters.
+      CombinationError: a ValueError; arguments that cannot go together, or an inner transformation
+        that cannot go with the transport or the residual (now, or at ``init`` where that depends on
+        names).
+      ValueError: arguments out of range; an inner transformation that keeps parameters in its state
+        (at ``init``); dimension numbers that do not fit, a state of another configuration,
+        gradients of another structure, missing parameters.
 
     Notes:
       A gradient that is zero or not finite chooses no subspace: the old one stays and the
@@ -227,27 +230,30 @@ def galore(
     ):
         if rule.asks is not None:
             shown = f'"{given}"' if isinstance(given, str) else repr(given)
-            raise ValueError(
+            raise CombinationError(
                 f"{argument}={shown} needs the decay rates of the moments, which it cannot see in "
-                f"the inner transformation: give {argument}={rule.asks}, or take a preset such as "
-                "galore_adamw, which knows them"
+                "the inner transformation",
+                f"Give {argument}={rule.asks}, or take a preset such as galore_adamw, which knows "
+                "them.",
             )
     if method.residual.uses_gradient and (accumulation_steps or 1) > 1:
-        raise ValueError(
+        raise CombinationError(
             f"accumulation_steps must be 1 with residual={residual!r}, which needs each gradient "
-            f"at full size; got {accumulation_steps}. Put optax.MultiSteps around galore instead."
+            f"at full size; got {accumulation_steps}",
+            "Put optax.MultiSteps around galore instead.",
         )
     sides = 2 if side == "both" else 1
     if sides > method.projector.sides:
-        raise ValueError(
+        raise CombinationError(
             f'side="both" cannot go with the projector {method.projector.name}, which is for one '
-            'side. Use side="short", or the projector power_iteration.'
+            "side",
+            'Use side="short", or the projector power_iteration.',
         )
     if sides > method.residual.sides:
-        raise ValueError(
+        raise CombinationError(
             f'side="both" cannot go with residual={residual!r}, which scales the gradient by '
-            'columns or rows of the side that is not projected. Use side="short", or '
-            'galore_optax.ScaleGradient(per="tensor").'
+            "columns or rows of the side that is not projected",
+            'Use side="short", or galore_optax.ScaleGradient(per="tensor").',
         )
     settings = Settings(
         Selection(rank, side, exclude, weight_dimension_numbers),

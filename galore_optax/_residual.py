@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Float, PyTree
 
-from galore_optax._adam import Betas
+from galore_optax._adam import Betas, Findings
 from galore_optax._subspace import ABSENT
 from galore_optax._types import DType, Scalar, Step
 
@@ -60,6 +60,7 @@ class Residual(Protocol):
     def with_betas(self, betas: Betas) -> "Residual": ...
     @property
     def sides(self) -> int: ...
+    def check(self, found: Findings) -> None: ...
     def initial(self, m: int, n: int, dtype: DType) -> PyTree: ...
     def absorb(
         self, gradient: Float[Array, "m n"], state: PyTree
@@ -111,6 +112,14 @@ class Discard:
     def sides(self) -> int:
         """How many sides of a matrix may be projected, at most."""
         return 2
+
+    def check(self, found: Findings) -> None:
+        """Raises a CombinationError where it cannot go with the inner transformation.
+
+        Args:
+          found: what was found out about it.
+        """
+        del found
 
     def initial(self, m: int, n: int, dtype: DType) -> PyTree:
         """Returns the first state of an (m, n) matrix: arrays, or nothing.

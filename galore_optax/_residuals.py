@@ -12,7 +12,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from galore_optax._adam import Betas, check_betas
+from galore_optax._adam import Betas, Findings, check_betas, check_decay, check_scales_only
+from galore_optax._errors import CombinationError
 from galore_optax._limiter import GAMMA, check_gamma, limit, safe_norm
 from galore_optax._residual import Discard, Projected, Residual, Way
 from galore_optax._subspace import ABSENT
@@ -40,6 +41,10 @@ class _WithGradient(Discard):
     def sides(self) -> int:
         """How many sides of a matrix may be projected."""
         return 1
+
+    def check(self, found: Findings) -> None:
+        """Raises where the inner transformation does more than to scale; see `Discard`."""
+        check_scales_only(f"residual={self!r}", found.trial())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +299,19 @@ class ErrorFeedback(Discard):
     def uses_gradient(self) -> bool:
         """Says that R is wanted; G is not used."""
         return True
+
+    def check(self, found: Findings) -> None:
+        """Raises where there is no one first moment, or one of another decay; see `Discard`."""
+        if found.roles.get("first") != 1:
+            raise CombinationError(
+                f"residual={self!r} needs one first moment, such as Adam's, and the inner "
+                f"transformation has {found.roles.get('first', 0)} that are known",
+                'Use residual="discard", or optax.scale_by_adam.',
+            )
+        trial = found.trial()
+        if trial is not None and trial.betas is not None:
+            own = trial.betas.b1
+            check_decay("ErrorFeedback", "b1", self.b1, own, f"ErrorFeedback(b1={own})")
 
     def initial(self, m: int, n: int, dtype: DType) -> PyTree:
         """Returns e, (m, n); see `Discard`."""

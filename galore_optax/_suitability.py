@@ -17,18 +17,15 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from galore_optax._adam import Betas, Findings, Trial
+from galore_optax._adam import Betas, Findings, Trial, check_scales_only
 from galore_optax._core import Method
+from galore_optax._errors import CombinationError
 from galore_optax._limiter import LimitNormGrowthState
 from galore_optax._ownership import Owned, Role, moments_of, ownership
 from galore_optax._quantized import is_quantized
 from galore_optax._types import State
 
 _ZEROS, _ONES, _TWOS = 0.0, 1.0, 2.0
-
-
-class UnsuitableError(ValueError):
-    """An inner transformation cannot go with the transport or the residual."""
 
 
 class Outcome(NamedTuple):
@@ -60,7 +57,7 @@ def check(
       What else was found out.
 
     Raises:
-      UnsuitableError: it cannot go with one of them.
+      CombinationError: it cannot go with one of them.
     """
     projector, transport, residual = method.projector, method.transport, method.residual
 
@@ -73,10 +70,10 @@ def check(
         except Exception as error:
             if not final:
                 return None  # it may want another tree, which init has
-            raise UnsuitableError(
+            raise CombinationError(
                 "whether the inner transformation can go with the transport and the residual is "
-                f"found out by trying it, and that failed: {error}. It must take gradients, state "
-                "and parameters alone."
+                f"found out by trying it, and that failed: {error}",
+                "It must take gradients, state and parameters alone.",
             ) from error
 
     state = jax.eval_shape(inner.init, low_rank)
@@ -92,50 +89,25 @@ def check(
             return None if steps is None else steps.of_leaf(i)
 
         found = _findings(owned, leaves, i, low_rank, trial)
-        if residual.scales_only:
-            _check_scales_only(trial(), f"residual={residual!r}")
         if waits and transport.moves:
-            raise UnsuitableError(
-                "moments that are moved may not be those of steps that were skipped: put "
-                "optax.apply_if_finite around galore, not inside"
+            raise CombinationError(
+                "moments that are moved may not be those of steps that were skipped",
+                "Put optax.apply_if_finite around galore, not inside.",
             )
         if limits:
-            _check_scales_only(trial(), "limit_norm_growth")
+            check_scales_only("limit_norm_growth", trial())
         if missing := [role for role in projector.reads if role not in found.roles]:
-            raise UnsuitableError(
+            raise CombinationError(
                 f"the projector {projector.name} needs the inner transformation to have a "
-                f"{missing[0]} moment, and it has none that is known. Use another projector, such "
-                "as power_iteration."
+                f"{missing[0]} moment, and it has none that is known",
+                "Use another projector, such as power_iteration.",
             )
-        if residual.absorbs and found.roles.get("first") != 1:
-            raise UnsuitableError(
-                f"residual={residual!r} needs one first moment, such as Adam's, and the inner "
-                f"transformation has {found.roles.get('first', 0)} that are known"
-            )
-        try:
-            transport.check(found)
-        except ValueError as error:
-            raise UnsuitableError(str(error)) from None
+        residual.check(found)
+        transport.check(found)
         if residual.wants_betas and betas is None:
             done = trial()
             betas = None if done is None else done.betas
     return Outcome(betas, trials() is not None if trials.cache_info().currsize else False)
-
-
-def _check_scales_only(found: Trial | None, what: str) -> None:
-    if found is None or (found.of_one > 0 and not found.uses_params):
-        return
-    reason = (
-        "uses the parameters, as weight decay does"
-        if found.uses_params
-        else f"makes {found.of_one:.3g} of a gradient of 1, so that it has the learning rate or "
-        "the sign already"
-    )
-    raise UnsuitableError(
-        f"{what} needs an inner transformation that only scales, and this one {reason}: put decay "
-        "and learning rate after galore(optax.scale_by_adam(), ...), or take a preset such as "
-        "galore_adamw, which does so"
-    )
 
 
 class _Step(NamedTuple):

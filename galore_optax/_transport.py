@@ -101,7 +101,7 @@ class Keep:
         return ABSENT
 
     def check(self, found: Findings) -> None:
-        """Raises a ValueError where the rule cannot go with the inner transformation.
+        """Raises a CombinationError where the rule cannot go with the inner transformation.
 
         Args:
           found: what was found out about it.

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from galore_optax._adam import Betas, Findings, check_betas
+from galore_optax._adam import Betas, Findings, check_betas, check_decay
+from galore_optax._errors import CombinationError
 from galore_optax._subspace import ABSENT
 from galore_optax._transport import Keep, Moments, Transport, Turn
 from galore_optax._types import Numeric, Step
@@ -56,7 +57,7 @@ class Reset(Keep):
         """Raises where moments of zero are no fresh start; see `Keep`."""
         _check_known("reset", (*found.unknown, *found.others))
         if not found.roles:
-            raise ValueError(_NO_MOMENTS.format(transport="reset"))
+            raise _without_moments("reset")
         trial = found.trial()
         if trial is None or math.isnan(trial.afresh):
             return  # the learning rate may be zero at first, as in a warm-up
@@ -77,9 +78,10 @@ class Reset(Keep):
             else f"Give transport=galore_optax.Reset(b1={own.b1}, b2={own.b2}), or take a preset, "
             "which does so."
         )
-        raise ValueError(
-            f'transport="reset" would not make the inner transformation begin anew: with moments '
-            f"of zero its second step is {trial.afresh * factor:.3g} times its first. {remedy}"
+        raise CombinationError(
+            'transport="reset" would not make the inner transformation begin anew: with moments of '
+            f"zero its second step is {trial.afresh * factor:.3g} times its first",
+            remedy,
         )
 
     def move(self, moments: Moments, state: PyTree, turn: Turn) -> tuple[Moments, PyTree]:
@@ -123,7 +125,7 @@ class Project(Keep):
         """Raises where there is no first moment; see `Keep`."""
         _check_known("project", found.unknown)
         if "first" not in found.roles:
-            raise ValueError(_NO_MOMENTS.format(transport="project"))
+            raise _without_moments("project")
 
     def move(self, moments: Moments, state: PyTree, turn: Turn) -> tuple[Moments, PyTree]:
         """Returns the moments in the new subspace; see `Keep`."""
@@ -191,22 +193,16 @@ class Rotate(Keep):
         if trial is None and found.roles.get("first") == found.roles.get("second") == 1:
             return
         if trial is None or trial.betas is None:
-            raise ValueError(
+            raise CombinationError(
                 'transport="rotate" is for the moments of optax.adam, adamw, nadam, lamb and '
                 "scale_by_adam, averages of gradients and of their squares; the inner "
-                f"transformation has other ones, or none ({dict(found.roles)}). Those of AdaMax, "
-                "Yogi, RAdam and AdaBelief are called alike and are not supported. Use "
-                'transport="project" or "keep".'
+                f"transformation has other ones, or none ({dict(found.roles)})",
+                "Those of AdaMax, Yogi, RAdam and AdaBelief are called alike and are not "
+                'supported. Use transport="project" or "keep".',
             )
-        for name, given, own in (
-            ("b1", self.b1, trial.betas.b1),
-            ("b2", self.b2, trial.betas.b2),
-        ):
-            if isinstance(given, int | float) and abs(given - own) > 0.05 * (1 - own) + 1e-5:
-                raise ValueError(
-                    f"{name} of Rotate is {given}, and the moments of the inner transformation "
-                    f"decay by {own:.4g}: give Rotate(b1={trial.betas.b1}, b2={trial.betas.b2})"
-                )
+        remedy = f"Rotate(b1={trial.betas.b1}, b2={trial.betas.b2})"
+        check_decay("Rotate", "b1", self.b1, trial.betas.b1, remedy)
+        check_decay("Rotate", "b2", self.b2, trial.betas.b2, remedy)
 
     def move(self, moments: Moments, state: PyTree, turn: Turn) -> tuple[Moments, PyTree]:
         """Returns the moments in the new subspace; see `Keep`."""
@@ -233,20 +229,21 @@ def _check_both(name: str, b1: Numeric | None, b2: Numeric | None) -> None:
     check_betas(name, b1, b2)
 
 
-_NO_MOMENTS = (
-    'transport="{transport}" needs moments, and the inner transformation has none that are known '
-    "by the names mu, nu, m, v or trace, as optax.adam, lion, adan and momentum have. Use "
-    'transport="keep".'
-)
+def _without_moments(name: str) -> CombinationError:
+    return CombinationError(
+        f'transport="{name}" needs moments, and the inner transformation has none that are known '
+        "by the names mu, nu, m, v or trace, as optax.adam, lion, adan and momentum have",
+        'Use transport="keep".',
+    )
 
 
 def _check_known(name: str, unknown: tuple[str, ...]) -> None:
     """Raises an error where the inner state has arrays that nobody moves."""
     if unknown:
-        raise ValueError(
+        raise CombinationError(
             f'transport="{name}" does not know what {", ".join(unknown)} in the state of the '
-            "inner transformation is, and would leave it in the old subspace. It knows the moments "
-            "of optax.adam, adamw, nadam, lamb, lion, sgd and rmsprop."
+            "inner transformation is, and would leave it in the old subspace",
+            "It knows the moments of optax.adam, adamw, nadam, lamb, lion, sgd and rmsprop.",
         )
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree, PyTreeDef
 from galore_optax._accumulate import accumulate, init_accumulator, is_first
 from galore_optax._adam import Betas
 from galore_optax._core import Bases, Method
+from galore_optax._errors import CombinationError
 from galore_optax._excerpt import Excerpt, Ranks, ordinals
 from galore_optax._inner import Call, Inner
 from galore_optax._leaf import Lift
@@ -279,12 +280,12 @@ class _Galore:
           The decay rates of its moments, where the residual wants them and they could be found.
         """
         if final and method.residual.wants_betas:
-            raise ValueError(
+            raise CombinationError(
                 'subtract="scaled" of NormScaled needs the decay rates of the moments, which '
-                "could not be found out: give betas=(b1, b2), or take the preset fira_adamw"
+                "could not be found out",
+                "Give betas=(b1, b2), or take the preset fira_adamw.",
             )
-        residual = method.residual
-        asks = method.transport.moves or residual.scales_only or residual.absorbs
+        asks = method.transport.moves or method.residual.uses_gradient
         if not (asks or method.projector.reads or self._inner.limits(low_rank)):
             return None
         betas, tried = self._inner.check(

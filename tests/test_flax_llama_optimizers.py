@@ -13,6 +13,7 @@ from examples.flax_llama import optimizers
 from examples.flax_llama.config import RESIDUALS, TRANSPORTS, Config, UsageError
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.model import dimension_numbers
+from galore_optax import _residuals, _transports
 
 STEPS, LR = 10, 0.02
 
@@ -316,6 +317,11 @@ def test_micro_batches_are_averaged_at_rank_r_where_they_can_be(settings, expect
     found = config(**{"optimizer": "galore_adamw", "accumulate": 4, "batch": 8} | settings)
     assert optimizers.micro_batches_at_rank(found) == expected
     optimizers.make_optimizer(found)
+
+
+def test_choices_are_those_of_the_library():
+    assert tuple(_transports.TRANSPORTS) == TRANSPORTS
+    assert tuple(_residuals.RESIDUALS) == RESIDUALS
 
 
 @pytest.mark.parametrize("name", ["galore_adamw", pytest.param("ldadamw", marks=pytest.mark.ci)])

@@ -115,7 +115,7 @@ def test_reset_begins_anew_or_says_what_is_missing():
 
 def test_rates_that_are_not_those_of_the_moments():
     with pytest.raises(
-        ValueError, match=r"b2 of Rotate is 0.999, and .* decay by 0.99: give Rotat"
+        ValueError, match=r"b2 of Rotate is 0.999, and .* decay by 0.99. Give Rotat"
     ):
         galore_optax.galore(optax.adam(1e-3, b2=0.99), transport=Rotate(*BETAS))
     for b1, b2, says in (
@@ -156,12 +156,12 @@ def test_combinations_that_cannot_work_are_errors_at_construction():
     adam = optax.scale_by_adam()
     for options, says in (
         ({"residual": "norm_scaled", "accumulation_steps": 2}, "accumulation_steps must be 1 with"),
-        ({"residual": "error_feedback"}, "give residual=galore_optax.ErrorFeedback(b1=0.9)"),
+        ({"residual": "error_feedback"}, "Give residual=galore_optax.ErrorFeedback(b1=0.9)"),
         ({"residual": "norm_scaled", "side": "both"}, 'side="both" cannot go with residual='),
         ({"residual": "scale_gradient", "side": "both"}, 'ScaleGradient(per="tensor")'),
         ({"projector": "momentum_iteration"}, "needs projector_options={'b1': ...}"),
         ({"projector": "random_rows", "refresh": "lazy"}, "those of the projector random_rows are"),
-        ({"transport": "rotate"}, "give transport=galore_optax.Rotate(b1=0.9, b2=0.999)"),
+        ({"transport": "rotate"}, "Give transport=galore_optax.Rotate(b1=0.9, b2=0.999)"),
         (
             {"transport": Rotate(*BETAS), "projector": "gaussian"},
             "those of the projector gaussian are not",
@@ -274,7 +274,7 @@ def test_decay_rates_for_the_limiter_of_firas_code_are_found_out():
         chex.assert_trees_all_close(updates[0][0], updates[1][0], rtol=1e-5)
     momentum = optax.sgd(-1.0, momentum=0.9)
     tx = galore_optax.galore(momentum, rank=2, residual=NormScaled(subtract="scaled"))
-    with pytest.raises(ValueError, match=r"could not be found out: give betas=\(b1, b2\)"):
+    with pytest.raises(ValueError, match=r"could not be found out. Give betas=\(b1, b2\)"):
         tx.init(params())
 
 
@@ -285,6 +285,9 @@ def test_a_projector_needs_the_moments_that_it_reads():
         )
 
 
-def test_error_feedback_needs_a_first_moment():
+def test_error_feedback_needs_a_first_moment_of_its_decay_rate():
+    init(optax.adam(1e-3, b1=0.8), residual=galore_optax.ErrorFeedback(0.8))
+    with pytest.raises(ValueError, match=r"b1 of ErrorFeedback is 0.9, and .* decay by 0.8\. Give"):
+        galore_optax.galore(optax.adam(1e-3, b1=0.8), residual=galore_optax.ErrorFeedback(0.9))
     with pytest.raises(ValueError, match="needs one first moment, such as Adam's, and the inner"):
         galore_optax.galore(optax.sgd(0.1), residual=galore_optax.ErrorFeedback(0.9))

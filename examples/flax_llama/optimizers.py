@@ -1,7 +1,6 @@
 """The optimizers and learning-rate schedules that a training run can name."""
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import galore_optax
 from examples.flax_llama.config import RESIDUALS, TRANSPORTS, Config, UsageError, one_of
 from examples.flax_llama.methods import ADAMW_8BIT, GALORE, IN_GALORE, own
 from examples.flax_llama.model import Params, dimension_numbers, stacked_matrices
+from galore_optax import CombinationError
 
 Optimizer = Callable[[Config, optax.Schedule], optax.GradientTransformation]
 
@@ -249,8 +249,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     try:
         check_together(config)
         optimizer = OPTIMIZERS[config.optimizer](config, schedule)
-    except ValueError as error:
+    except CombinationError as error:
         raise UsageError(refusal(config, error)) from error
+    except ValueError as error:
+        raise UsageError(f"--optimizer {config.optimizer}: {error}") from error
     # With `layerwise` there is no whole gradient; it clips by itself.
     clips = config.clip and not config.layerwise
     optimizer = optax.chain(
@@ -262,7 +264,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def check_together(config: Config) -> None:
-    """Raises a ValueError where GaLore finds, at `init` only, that settings exclude each other."""
+    """Raises a CombinationError where GaLore finds, at `init` only, that settings clash."""
     if config.transport is None and config.residual is None:
         return  # the optimizer's own are right
     kernel = jax.ShapeDtypeStruct((config.layers, config.hidden, config.intermediate), jnp.float32)
@@ -273,7 +275,7 @@ def check_together(config: Config) -> None:
         jax.eval_shape(optimizer.init, {"blocks": {"kernel": kernel}})
 
 
-def refusal(config: Config, error: ValueError) -> str:
+def refusal(config: Config, error: CombinationError) -> str:
     """What to say of settings that the library refuses: the flags, and what would work."""
 
     def works(**settings: Any) -> bool:
@@ -291,10 +293,9 @@ def refusal(config: Config, error: ValueError) -> str:
             flags.append(f"--{name} {getattr(config, name)}")
             remedies += [f"--{name} {value}" for value in choices if works(**{name: value})]
     if not remedies:
-        return f"optimizer={config.optimizer!r}: {error}"
-    # The first sentence is the reason; those after it say what to write in Python.
-    reason = re.split(r"[.:] ", str(error))[0]
-    return f"{' '.join(flags)}: {reason}. What would work is {', '.join(remedies)}."
+        return f"--optimizer {config.optimizer}: {error}"
+    # The remedy of the library is for those who write Python.
+    return f"{' '.join(flags)}: {error.reason}. What would work is {', '.join(remedies)}."
 
 
 def field_of(state_type: str, field: str) -> Callable[[Any, Any], bool]:

@@ -5,6 +5,7 @@ from galore_optax._chain import chain
 from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
 from galore_optax._layerwise import Layerwise, layerwise
+from galore_optax._learning_rate import learning_rate_from_adamw
 from galore_optax._limiter import LimitNormGrowthState, limit_norm_growth
 from galore_optax._low_bit import LowBitState, low_bit
 from galore_optax._memory import LeafGroup, MemoryReport, compare_memory, memory_report
@@ -99,6 +100,7 @@ __all__ = [
     "layerwise",
     "ldadamw",
     "ldadamw_8bit",
+    "learning_rate_from_adamw",
     "limit_norm_growth",
     "low_bit",
     "memory_report",

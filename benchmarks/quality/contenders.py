@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +32,21 @@ class Contender:
         the rates of one contender are rates of another.
       ratio: factor of it for the layers' matrices, likewise, which is then swept too; None for 1.
       ranked: whether the rank makes a difference.
+      scale: the factor of the projected-back update.
+      residual: what becomes of the gradient outside of the subspace.
     """
 
     make: Make
     lr: float
     ratio: float | None = None
     ranked: bool = True
+    scale: float = SCALE
+    residual: str = "discard"
+
+    def lr_from_adamw(self, lr: float, rank: int | None, hidden: int) -> float:
+        """The rate that the library's rule makes of AdamW's for the matrices."""
+        fraction = (rank or 1) / hidden
+        return galore_optax.learning_rate_from_adamw(lr, fraction, self.scale, self.residual)
 
 
 def adamw(learning_rate: optax.ScalarOrSchedule, **options: Any) -> optax.GradientTransformation:
@@ -61,16 +71,17 @@ CONTENDERS = {
         fira(residual=galore_optax.NormScaled(beta=1 / SCALE, subtract="scaled")), lr=0.02
     ),
     "fira, rotate": Contender(fira(transport="rotate"), lr=0.02),
-    "apollo": Contender(preset(galore_optax.apollo_adamw), lr=0.02),
+    "apollo": Contender(preset(galore_optax.apollo_adamw), lr=0.02, scale=1.0),
     "apollo-mini": Contender(
         lambda lr, rank, **options: preset(galore_optax.apollo_mini_adamw)(lr, **options),
         lr=0.01,
         ranked=False,
+        scale=math.sqrt(128),
     ),
     "ldadam, no feedback": Contender(
         preset(galore_optax.ldadamw, update_proj_gap=1, scale=SCALE), lr=0.02
     ),
-    "frugal": Contender(preset(galore_optax.frugal_adamw, scale=SCALE), lr=0.02),
+    "frugal": Contender(preset(galore_optax.frugal_adamw, scale=SCALE), lr=0.02, residual="sign"),
 }
 # What all others are compared to.
 ADAMW, GALORE = "adamw", "galore"

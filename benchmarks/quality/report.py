@@ -60,8 +60,7 @@ def tables(summary: Summary) -> str:
             + ("-" if place["over_swept"] is None else f"{place['over_swept']:+.2f}")
             for place in row["places"]
         ]
-        rule = f"{row['contender']}: {row['factor']:g} times {row['of']}"
-        lines.append(f"| {rule} | {'; '.join(places)} |")
+        lines.append(f"| {row['contender']}, from {row['of']} | {'; '.join(places)} |")
     return "\n".join(lines)
 
 

@@ -180,23 +180,21 @@ def by_rule(bench: Bench, results: Results) -> list[Job]:
 
 
 class Transfer(NamedTuple):
-    """A rule that makes the learning rate of a contender out of that of a tuned AdamW.
+    """A contender at the learning rates that are made of those of a tuned AdamW.
 
     Attributes:
       contender: the name of the contender.
-      of: what the factor multiplies, in words.
-      factor: the power of two that is nearest to the swept rates of all widths and ranks.
+      of: which rate of AdamW, in words.
       pairs: of each width and rank the best of the sweep, and the run at the rate by the rule.
     """
 
     contender: str
     of: str
-    factor: float
     pairs: list[tuple[Run, Run]]
 
 
 def transfers(bench: Bench, results: Results) -> list[Transfer]:
-    """The rules for the finalists, from the sweeps that have been made."""
+    """The finalists at the rates by the rule, from the sweeps that have been made."""
     found = []
     for name in bench.chosen(results):
         cells = [cell for h in (bench.hidden, bench.wide) for cell in bench.cells(h, [name])]
@@ -205,13 +203,14 @@ def transfers(bench: Bench, results: Results) -> list[Transfer]:
             "the rate of an AdamW with one for all": ONE_RATE,
         }.items():
             runs = [(best(results, reference, c[1], None), best(results, *c)) for c in cells]
-            known = [(a.lr * a.ratio, lowest) for a, lowest in runs if a and lowest]
+            known = [(a.lr * a.ratio, x) for a, x in runs if a and x]
             if name == ADAMW or not known:
                 continue
-            # All rates are 0.01 times a power of two, exactly.
-            factor = 2.0 ** round(statistics.mean(math.log2(x.lr / rate) for rate, x in known))
-            pairs = [(x, dataclasses.replace(x, lr=factor * rate)) for rate, x in known]
-            found.append(Transfer(name, of, factor, pairs))
+            by_rule = BUILDERS[name].lr_from_adamw
+            pairs = [
+                (x, dataclasses.replace(x, lr=by_rule(rate, x.rank, x.hidden))) for rate, x in known
+            ]
+            found.append(Transfer(name, of, pairs))
     return found
 
 

@@ -130,9 +130,9 @@ def rule_row(results: Results, transfer: Any) -> Row:
     """By how many percent the losses at the rule's rates are over those of the swept ones."""
     places = []
     for swept, ruled in transfer.pairs:
-        known = ruled in results
-        percent = 100 * (loss_of(results[ruled]) / loss_of(results[swept]) - 1) if known else None
+        loss = loss_of(results[ruled]) if ruled in results else math.inf
+        # None where training diverged, too.
+        percent = 100 * (loss / loss_of(results[swept]) - 1) if math.isfinite(loss) else None
         places.append({"hidden": swept.hidden, "rank": swept.rank, "swept": swept.lr})
         places[-1] |= {"by_rule": ruled.lr, "over_swept": percent}
-    row = {"contender": transfer.contender, "of": transfer.of, "factor": transfer.factor}
-    return row | {"places": places}
+    return {"contender": transfer.contender, "of": transfer.of, "places": places}

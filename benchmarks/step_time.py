@@ -76,7 +76,8 @@ COLUMNS = (
 # Presets of the library; those that choose subspaces on every step have no other ones.
 FAMILY = (
     *("galore_adamw", "galore_adamw_8bit", "fira_adamw", "apollo_adamw", "apollo_mini_adamw"),
-    *("ldadamw", "frugal_adamw", "grass_adamw", "dct_adamw", "flora", "galore_muon"),
+    *("ldadamw", "tracked_adamw", "frugal_adamw", "grass_adamw", "dct_adamw", "flora"),
+    "galore_muon",
 )
 PEERS = ("same sides", *PROJECTORS, *STAGGERED, "torch", *FAMILY)
 

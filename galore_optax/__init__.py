@@ -30,6 +30,8 @@ from galore_optax._presets import (
     ldadamw,
     ldadamw_8bit,
     q_galore_adamw,
+    tracked_adamw,
+    tracked_adamw_8bit,
 )
 from galore_optax._quantized import QuantizedArray, quantize
 from galore_optax._quantized_params import (
@@ -111,5 +113,7 @@ __all__ = [
     "quantize",
     "quantize_params",
     "refresh",
+    "tracked_adamw",
+    "tracked_adamw_8bit",
     "value_and_grad",
 ]

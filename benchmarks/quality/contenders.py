@@ -65,7 +65,6 @@ fira = functools.partial(preset, galore_optax.fira_adamw, scale=SCALE)
 CONTENDERS = {
     "adamw": Contender(adamw, lr=0.04, ratio=0.0625, ranked=False),
     "galore": Contender(galore(), lr=0.02),
-    "galore, rotate": Contender(galore(transport="rotate"), lr=0.02),
     "fira": Contender(fira(), lr=0.02),
     "fira, as its code": Contender(
         fira(residual=galore_optax.NormScaled(beta=1 / SCALE, subtract="scaled")), lr=0.02
@@ -81,6 +80,7 @@ CONTENDERS = {
     "ldadam, no feedback": Contender(
         preset(galore_optax.ldadamw, update_proj_gap=1, scale=SCALE), lr=0.02
     ),
+    "tracked": Contender(preset(galore_optax.tracked_adamw, update_proj_gap=1), lr=0.02),
     "frugal": Contender(preset(galore_optax.frugal_adamw, scale=SCALE), lr=0.02, residual="sign"),
 }
 # What all others are compared to.

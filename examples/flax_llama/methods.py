@@ -10,7 +10,7 @@ import galore_optax
 # `optax.adamw`, and know the decay rates of its moments, which some settings need.
 ADAMW = (
     *("galore_adamw", "fira_adamw", "apollo_adamw", "apollo_mini_adamw"),
-    *("ldadamw", "frugal_adamw", "grass_adamw", "dct_adamw"),
+    *("ldadamw", "tracked_adamw", "frugal_adamw", "grass_adamw", "dct_adamw"),
 )
 ADAMW_8BIT = (*(f"{name}_8bit" for name in ADAMW), "q_galore_adamw")
 OTHERS = ("galore_adafactor", "galore_lion", "galore_sgd", "flora", "galore_muon")

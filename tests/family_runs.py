@@ -70,7 +70,10 @@ def run(tx, gradients, params=None):
     def step(carry, gradient):
         state, weights = carry
         updates, state = tx.update(gradient, state, weights)
-        return (state, weights if params is None else optax.apply_updates(weights, updates)), updates
+        return (
+            state,
+            weights if params is None else optax.apply_updates(weights, updates),
+        ), updates
 
     def loop(gradients, start):
         return jax.lax.scan(step, (tx.init(start), start), gradients)
@@ -79,28 +82,32 @@ def run(tx, gradients, params=None):
     return jax.tree.map(np.asarray, updates), state
 
 
-def bases_of(shapes, count, **options):
-    """The first bases of random projectors, {name: (layers, count, size, rank)}.
+def bases_of(gradients, **options):
+    """The bases of a projector after each step, {name: (layers, steps, size, rank)}.
 
-    A galore whose inner transformation remembers what it sees is given identity matrices.
+    A galore whose inner transformation remembers what it sees is given the gradients, and after
+    each of them identity matrices, which choose nothing.
     """
+    gradients = jax.tree.map(jnp.asarray, gradients)
+    identities = jax.tree.map(
+        lambda g: jnp.broadcast_to(jnp.eye(*g.shape[-2:]), g.shape[1:]), gradients
+    )
     remembers = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda seen, state, params=None: (seen, seen),
     )
-    tx = galore_optax.galore(
-        remembers, update_proj_gap=1, weight_dimension_numbers=LAST_TWO, **options
-    )
-    identities = {name: jnp.broadcast_to(jnp.eye(*s[-2:]), s) for name, s in shapes.items()}
+    tx = galore_optax.galore(remembers, weight_dimension_numbers=LAST_TWO, **options)
 
-    def step(state, _):
-        _, state = tx.update(identities, state)
-        return state, state.inner
+    def step(state, gradient):
+        _, state = tx.update(gradient, state)
+        _, seen = tx.update(identities, state, refresh=False)
+        return state, seen.inner
 
-    _, seen = jax.jit(lambda: jax.lax.scan(step, tx.init(identities), length=count))()
+    _, seen = jax.jit(lambda g: jax.lax.scan(step, tx.init(identities), g))(gradients)
     bases = {}
-    for name, (*_, m, n) in shapes.items():
-        low_rank = np.asarray(seen[name]).reshape(count, -1, *seen[name].shape[-2:])
+    for name, gradient in gradients.items():
+        steps, *_, m, n = gradient.shape
+        low_rank = np.asarray(seen[name]).reshape(steps, -1, *seen[name].shape[-2:])
         # P^T I, or I P, where the longer side of I is more than that of P.
         basis = low_rank[..., :n, :] if m > n else np.swapaxes(low_rank, -1, -2)[..., :m, :]
         bases[name] = np.swapaxes(basis, 0, 1)

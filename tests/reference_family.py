@@ -285,11 +285,12 @@ def trajectory(rule, gradients, phase=0, layer=0):
         moved = 0.0  # what the first moment lost when it was taken to another subspace
         due |= step == 0 or (step - phase) % (rule.gap * times) == 0
         if due and np.any(parts[0]):  # zeros choose nothing
-            before = bases.up(adam.m)
+            held, before = adam.m, bases.up(adam.m)
             left, right, similarity = bases.choose(parts[0], adam)
             TRANSPORTS[rule.transport](adam, left, right)
-            adam.keep(rule.rounded)
             moved, due = before - bases.up(adam.m), False
+            if adam.m is not held:
+                adam.keep(rule.rounded)
             alike += [similarity] if bases.number > 1 else []
             if rule.lazy and len(alike) >= rule.lazy.queue:
                 still = np.mean(alike[-rule.lazy.queue :]) >= rule.lazy.threshold

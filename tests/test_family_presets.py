@@ -9,7 +9,7 @@ import pytest
 import reference_family as reference
 from family_runs import LAST_TWO, bases_of, run
 from reference_family import Rule
-from test_family import SHAPES, STEPS, assert_same, gradients_of
+from test_family import SHAPES, assert_same, gradients_of
 
 import galore_optax
 
@@ -85,11 +85,11 @@ def directions_of(rule, projector=None):
     """
     rules = dict.fromkeys(SHAPES, rule)
     if projector is not None:
+        matrices = {name: gradients()[name] for name in SHAPES}
+        options = {"rank": rule.rank, "update_proj_gap": GAP, "seed": SEED}
         with jax.enable_x64(True):
-            drawn = bases_of(
-                SHAPES, -(-STEPS // GAP), rank=rule.rank, projector=projector, seed=SEED
-            )
-        rules = {k: rule.with_bases(drawn[k]) for k in SHAPES}
+            drawn = bases_of(matrices, projector=projector, **options)
+        rules = {k: rule.with_bases(drawn[k][:, ::GAP]) for k in SHAPES}
     found = {k: reference.of_matrices(rules[k], gradients()[k]) for k in SHAPES}
     return found | {"bias": reference.of_vector(rule, gradients()["bias"])}
 
@@ -111,9 +111,7 @@ def assert_as_in_numpy(tx, directions, tolerance=1e-9):
 )
 def test_every_step_of_adamw_is_that_of_numpy(name, changes):
     arguments, rule = PRESETS[name]
-    rule = reference.dataclasses.replace(
-        rule, residual=changes.get("residual", rule.residual)
-    )
+    rule = reference.dataclasses.replace(rule, residual=changes.get("residual", rule.residual))
     tx = getattr(galore_optax, name)(
         learning_rate, b1=B1, b2=B2, eps=EPS, **COMMON, **arguments, **changes
     )

@@ -1,0 +1,134 @@
+"""Transports and residuals with all else that galore can do, step for step against NumPy."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference_family as reference
+from family_runs import bases_of, galore, run
+from reference_family import Lazy, Rule
+from test_family import GAP, SHAPES, assert_same, given, gradients_of
+
+import galore_optax
+from galore_optax.projectors import PROJECTORS
+
+replace = reference.dataclasses.replace
+
+
+def gradients():
+    return gradients_of(tuple(SHAPES.items()))
+
+
+def assert_as_in_numpy(rule, phases=None, **options):
+    with jax.enable_x64(True):
+        updates, state = run(galore(rule, **options), gradients())
+        for name, gradient in gradients().items():
+            expected = reference.of_matrices(rule, gradient, phases and phases[name])
+            assert_same(updates[name], expected)
+    return state
+
+
+# Each transport and each residual; on two sides those that are for two.
+ONE_SIDE = {
+    "fira with rotate": Rule("rotate", "norm_scaled"),
+    "apollo with project": Rule("project", "scale_gradient"),
+    "frugal": Rule("reset", "sign"),
+    "ldadam": Rule("rotate", "error_feedback"),
+}
+TWO_SIDES = {
+    "galore": Rule(),
+    "apollo mini with project": Rule("project", "scale_gradient", per="tensor"),
+    "frugal with rotate": Rule("rotate", "sign"),
+    "error feedback with reset": Rule("reset", "error_feedback"),
+}
+
+
+@pytest.mark.parametrize("side", ["long", "right"])
+@pytest.mark.parametrize("name", ONE_SIDE)
+def test_sides(name, side):
+    assert_as_in_numpy(replace(ONE_SIDE[name], side=side))
+
+
+@pytest.mark.parametrize("name", TWO_SIDES)
+def test_both_sides(name):
+    """In subspaces that are given: in those of the singular vectors R would be diagonal."""
+    projector, basis = given(orthonormal=True)
+    assert_as_in_numpy(replace(TWO_SIDES[name], side="both", basis=basis), projector=projector)
+
+
+@functools.cache
+def phases(gap):
+    """By how many steps the refreshes of each matrix come later, in the order of their paths."""
+    counts = {name: math.prod(SHAPES[name][:-2]) for name in sorted(SHAPES)}
+    total, found, before = sum(counts.values()), {}, 0
+    for name, count in counts.items():
+        found[name] = [gap * (before + i) // total for i in range(count)]
+        before += count
+    return found
+
+
+def kept_in_8_bits(moment, kind):
+    """What low_bit keeps of a moment of one matrix."""
+    quantized = galore_optax.quantize(jnp.asarray(moment), kind, keep_positive=kind == "unsigned")
+    return np.asarray(quantized.dequantize())
+
+
+@pytest.mark.parametrize("name", ONE_SIDE)
+def test_refreshes_that_are_staggered_and_lazy(name):
+    rule = replace(ONE_SIDE[name], gap=5, lazy=Lazy(0.3, 2))
+    state = assert_as_in_numpy(rule, phases(5), stagger=True)
+    gaps = np.concatenate([x.ravel() for x in state.subspace.gaps.values()])
+    # What is fed back lies outside of the old subspace, so that none stands still.
+    assert (len(set(gaps)) == 1) == (rule.residual == "error_feedback")
+
+
+@pytest.mark.parametrize("name", ONE_SIDE)
+def test_moments_in_eight_bits(name):
+    """They are rounded after each step, and again where a refresh moves them."""
+    rule = replace(ONE_SIDE[name], gap=5, rounded=kept_in_8_bits)
+    adam = optax.scale_by_adam(rule.b1, rule.b2, rule.eps)
+    inner = galore_optax.low_bit(adam, min_size=0, stacked=lambda _, shape: len(shape) - 2)
+    assert_as_in_numpy(rule, inner=inner)
+
+
+# For each leaf what is to be done with it; the same with every projector.
+OF_LEAVES = {
+    "tall": Rule("project", "norm_scaled", gap=GAP),
+    "wide": Rule("keep", "scale_gradient", gap=GAP),
+    "square": Rule("project", gap=GAP),
+    "stack": Rule("keep", "sign", gap=GAP),
+}
+HELD = [(name, None) for name in PROJECTORS if name != "momentum_iteration"]
+
+
+@pytest.mark.parametrize(("projector", "dtype"), [*HELD, ("svd", "int4")])
+def test_residuals_with_every_projector(projector, dtype):
+    """In the subspaces that it chooses, whichever these are, and however they are held."""
+    options = {"projector": projector, "projector_dtype": dtype, "seed": 3}
+    # Moments turn with a basis that was not rounded yet.
+    rules = {k: replace(v, transport="keep") if dtype else v for k, v in OF_LEAVES.items()}
+    tx = optax.partition(
+        {name: galore(rule, **options) for name, rule in rules.items()},
+        lambda params: {name: name for name in params},
+    )
+    with jax.enable_x64(True):
+        updates, _ = run(tx, gradients())
+        bases = bases_of(gradients(), rank=3, update_proj_gap=GAP, **options)
+    for name, gradient in gradients().items():
+        rule = rules[name].with_bases(bases[name][:, ::GAP])
+        # Codes are read in float32, with other rounding errors in another program.
+        tolerance = 1e-6 if dtype else 1e-9
+        assert_same(updates[name], reference.of_matrices(rule, gradient), tolerance)
+
+
+ACCUMULATED = {name: Rule(name, gap=8, gradients_per_step=2) for name in reference.TRANSPORTS}
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_gradients_that_are_averaged_in_the_subspace(name):
+    """The first of each step chooses the subspace, if that is due, and moments move then."""
+    assert_as_in_numpy(ACCUMULATED[name])

@@ -14,8 +14,6 @@ import galore_optax
 from galore_optax.projectors import PROJECTORS
 
 replace = reference.dataclasses.replace
-
-
 SOME = ("stack", "tall")
 
 
@@ -23,10 +21,11 @@ def gradients(names=tuple(SHAPES)):
     return {name: gradients_of(tuple(SHAPES.items()))[name] for name in names}
 
 
-def assert_as_in_numpy(rule, names=SOME, phases=None, **options):
+def assert_as_in_numpy(rule, given=None, phases=None, **options):
+    given = gradients(SOME) if given is None else given
     with jax.enable_x64(True):
-        updates, state = run(galore(rule, **options), gradients(names))
-        for name, gradient in gradients(names).items():
+        updates, state = run(galore(rule, **options), given)
+        for name, gradient in given.items():
             expected = reference.of_matrices(rule, gradient, phases and phases[name])
             assert_same(updates[name], expected)
     return state
@@ -51,7 +50,8 @@ TWO_SIDES = {
     ("name", "side"), [*((name, "long") for name in ONE_SIDE), ("fira with rotate", "right")]
 )
 def test_sides(name, side):
-    assert_as_in_numpy(replace(ONE_SIDE[name], side=side), ("square", "tall", "wide"))
+    rule = replace(ONE_SIDE[name], side=side)
+    assert_as_in_numpy(rule, gradients(("square", "tall", "wide")))
 
 
 @pytest.mark.parametrize("name", TWO_SIDES)
@@ -70,13 +70,19 @@ def kept_in_8_bits(moment, kind):
 
 @pytest.mark.parametrize("name", ONE_SIDE)
 def test_staggered_and_lazy_refreshes_of_moments_in_eight_bits(name):
-    """Moments are rounded after each step, and again where a refresh moves them."""
+    """Moments are rounded after each step, and again where a refresh moves them.
+
+    Those of one column, or row, have no code that is small enough, but for the second ones 0.
+    """
+    tiny = {name: gradient.copy() for name, gradient in gradients(SOME).items()}
+    tiny["stack"][..., 0] *= 1e-5
+    tiny["tall"][:, 0] *= 1e-5
     rule = replace(ONE_SIDE[name], gap=5, lazy=Lazy(0.3, 2), rounded=kept_in_8_bits)
     # The refreshes of three matrices, in the order of their paths.
     phases = {"stack": [0, 5 // 3], "tall": [10 // 3]}
     adam = optax.scale_by_adam(rule.b1, rule.b2, rule.eps)
     inner = galore_optax.low_bit(adam, min_size=0, stacked=lambda _, shape: len(shape) - 2)
-    state = assert_as_in_numpy(rule, phases=phases, inner=inner, stagger=True)
+    state = assert_as_in_numpy(rule, tiny, phases, inner=inner, stagger=True)
     gaps = np.concatenate([x.ravel() for x in state.subspace.gaps.values()])
     # What is fed back lies outside of the old subspace, so that none stands still.
     assert (len(set(gaps)) == 1) == (rule.residual == "error_feedback")

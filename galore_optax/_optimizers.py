@@ -12,9 +12,11 @@ from galore_optax._decoded import decoded
 from galore_optax._galore import galore
 from galore_optax._options import GaloreOptions, shows_galore_options
 from galore_optax._ownership import Stacked
+from galore_optax._quantized import static_hint
 from galore_optax._select import Selection
+from galore_optax._state import inspection_in_progress
 from galore_optax._trees import logical
-from galore_optax._types import DType, Mask, Numeric, Params, Updates
+from galore_optax._types import DType, Mask, Numeric, Params, State, Updates
 from galore_optax._view import MatrixView
 
 
@@ -64,6 +66,7 @@ def galore_adafactor(
       >>> import galore_optax
       >>> tx = galore_optax.galore_adafactor(1e-3, multiply_by_parameter_scale=False, rank=8)
     """
+    _check_dim_size(min_dim_size_to_factor)
     return galore(
         optax.adafactor(
             learning_rate,
@@ -204,6 +207,7 @@ def flora(
     """
     given: GaloreOptions = _FLORA | options
     _check_accumulation("flora", given)
+    _check_dim_size(min_dim_size_to_factor)
     selection, clip, scale = _selection(given), clipping_threshold, given.get("scale", 1.0)
 
     def clipped(updates: Updates, params: Params | None = None) -> Updates:
@@ -313,12 +317,35 @@ def galore_muon(
         ]
         return treedef.unflatten([x * f for x, f in zip(leaves, factors, strict=True)])
 
-    matrices = optax.chain(galore(muon, **given), optax.stateless(widened))
-    return optax.chain(
+    # Leaves that are excluded are not there for this galore, which would say that none is.
+    in_galore = galore(muon, **(given | {"exclude": None}))
+    matrices = optax.chain(in_galore, optax.stateless(widened))
+    tx = optax.chain(
         optax.partition({"muon": matrices, "adam": adam}, labels),
         decoded(optax.add_decayed_weights(weight_decay, mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return _warning(tx, selection)
+
+
+def _warning(
+    tx: optax.GradientTransformationExtraArgs, selection: Selection
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation whose first ``init`` warns, as that of a galore of all leaves does.
+
+    It is for one that shows galore some leaves only.
+    """
+    warned = False
+
+    def init(params: Params) -> State:
+        nonlocal warned
+        views = selection.views(params)
+        if views and not warned and inspection_in_progress() is None:
+            warned = True
+            selection.warn(views, stacklevel=2)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def _check_accumulation(name: str, options: GaloreOptions) -> None:
@@ -331,6 +358,14 @@ def _check_accumulation(name: str, options: GaloreOptions) -> None:
         raise ValueError(
             f"accumulation_steps of {name} must be 1, since what follows galore in it counts "
             f"steps; got {steps!r}. Put optax.MultiSteps around it instead."
+        )
+
+
+def _check_dim_size(size: object) -> None:
+    if isinstance(size, jax.Array):
+        raise TypeError(
+            "min_dim_size_to_factor must be an int, since it decides the shapes of the state; got "
+            f"{size!r}{static_hint(size)}"
         )
 
 

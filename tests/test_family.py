@@ -24,7 +24,7 @@ def gradients_of(shapes):
     for name, shape in shapes:
         here, there, noise = (rng.normal(size=(n, *shape)) for n in (1, 1, STEPS))
         angle = np.linspace(0, np.pi / 2, STEPS).reshape(-1, *[1] * len(shape))
-        size = np.exp(rng.normal(size=(STEPS, *shape[:-2], 1, 1)))
+        size = np.exp(rng.normal(size=(STEPS, *shape[:-2], *[1] * len(shape[-2:]))))
         found[name] = size * (np.cos(angle) * here + np.sin(angle) * there + 0.5 * noise)
     return found
 
@@ -43,8 +43,9 @@ def given(orthonormal):
         bases = jnp.asarray(given_bases(matrix.shape[0], orthonormal), matrix.dtype)
         return bases[step // GAP][:, :rank]
 
-    def basis(matrix, rank, step):
-        return given_bases(matrix.shape[0], orthonormal)[step // GAP][:, :rank]
+    def basis(choice):
+        bases = given_bases(len(choice.matrix), orthonormal)
+        return reference.with_signs(bases[choice.number][:, : choice.rank], choice.old)
 
     return projector, basis
 
@@ -73,6 +74,8 @@ RULES = {
     "ldadam": Rule("rotate", "error_feedback", scale=1.0, gap=1),
     "ldadam, seldom": Rule("rotate", "error_feedback", scale=1.0),
 }
+# These are tested as users call them, in test_family_presets.
+AS_PRESETS = ("keep", "fira", "apollo", "apollo mini")
 GIVEN = {
     "project": (Rule("project"), True),
     "rotate": (Rule("rotate"), True),
@@ -85,13 +88,13 @@ GIVEN = {
 }
 
 
-def assert_same(found, expected):
-    """Agreement to nine digits of the largest entry of every step's update."""
+def assert_same(found, expected, tolerance=1e-9):
+    """Agreement to nine digits of the largest entry of every step's update, or to fewer."""
     assert found.shape == expected.shape
     assert found.dtype == np.float64
     axes = tuple(range(1, found.ndim))
     error, size = (np.abs(x).max(axes) for x in (found - expected, expected))
-    assert np.all(error <= 1e-9 * size), error
+    assert np.all(error <= tolerance * size), error / size
 
 
 def assert_as_in_numpy(rule, shapes=SHAPES, projector="svd"):
@@ -99,10 +102,10 @@ def assert_as_in_numpy(rule, shapes=SHAPES, projector="svd"):
     with jax.enable_x64(True):
         updates, _ = run(galore(rule, projector), gradients)
     for name, gradient in gradients.items():
-        assert_same(updates[name], reference.of_shorter_side(rule, gradient))
+        assert_same(updates[name], reference.of_matrices(rule, gradient))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name in RULES if name not in AS_PRESETS])
 def test_every_step_is_that_of_numpy(name):
     assert_as_in_numpy(RULES[name])
 
@@ -133,7 +136,7 @@ def test_gradients_of_zeros_choose_nothing_until_there_are_others(name):
     with jax.enable_x64(True):
         updates, state = run(galore(rule), gradients)
     for name, gradient in gradients.items():
-        assert_same(updates[name][3:], reference.of_shorter_side(rule, gradient)[3:])
+        assert_same(updates[name][3:], reference.of_matrices(rule, gradient)[3:])
         assert not updates[name][:3].any()
         assert state.subspace.refreshes[name] == 3
 
@@ -158,5 +161,5 @@ def test_the_gradients_tell_rules_apart(name, shape):
     other, changes = NEARLY[name]
     gradients = gradients_of(tuple(SHAPES.items()))[shape]
     rules = RULES[name], reference.dataclasses.replace(RULES[other], **changes)
-    found, unlike = (reference.of_shorter_side(rule, gradients) for rule in rules)
+    found, unlike = (reference.of_matrices(rule, gradients) for rule in rules)
     assert np.abs(found - unlike).max() > 1e-2 * np.abs(found).max()

@@ -525,13 +525,21 @@ def test_public_default_is_what_the_default_excludes():
 
 
 def warnings_of(params, count=1, **arguments):
-    tx = galore_optax.galore(optax.identity(), **{"rank": RANK, **arguments})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(count):
-            tx.init(params)
-    assert {w.category for w in caught} <= {UserWarning}
-    return [str(w.message) for w in caught]
+    """Those of galore, which are also those of a preset that shows it the matrices alone."""
+    arguments = {"rank": RANK, **arguments}
+    found = []
+    for tx in (
+        galore_optax.galore(optax.identity(), **arguments),
+        galore_optax.galore_muon(0.1, **arguments),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(count):
+                tx.init(params)
+        assert {(w.category, w.filename) for w in caught} <= {(UserWarning, __file__)}
+        found.append([str(w.message) for w in caught])
+    assert found[0] == found[1]
+    return found[0]
 
 
 def test_all_leaves_of_ambiguous_axes_are_named_in_one_warning():

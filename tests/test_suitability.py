@@ -234,11 +234,27 @@ def test_scale_multiplies_the_whole_update_of_a_matrix_and_nothing_else(name):
     chex.assert_trees_all_close(twice["bias"], once["bias"])
 
 
-@pytest.mark.parametrize("preset", [galore_optax.flora, galore_optax.galore_muon])
-def test_what_counts_steps_after_galore_is_given_one_gradient_for_each(preset):
-    with pytest.raises(ValueError, match="must be 1, since what follows galore in it counts steps"):
-        preset(1e-3, accumulation_steps=2)
+@pytest.mark.parametrize("name", SCALED)
+def test_gradients_are_averaged_by_presets_that_need_none_of_them_at_full_size(name):
+    preset = getattr(galore_optax, name)
     preset(1e-3, accumulation_steps=1)
+    reason = {
+        **dict.fromkeys(
+            ("flora", "galore_muon"), f"of {name} must be 1, since what follows galore"
+        ),
+        "fira_adamw": "must be 1 with residual=NormScaled(",
+        "apollo_adamw": "must be 1 with residual=ScaleGradient(",
+        "apollo_mini_adamw": "must be 1 with residual=ScaleGradient(",
+        "frugal_adamw": "must be 1 with residual=Sign(",
+    }.get(name)
+    if reason is None:
+        preset(1e-3, accumulation_steps=2)
+        reason, changes = "must be 1 with residual=ErrorFeedback(", {"residual": "error_feedback"}
+    else:
+        changes = {}
+    says = rf"accumulation_steps {re.escape(reason)}.*got 2\. Put optax.MultiSteps around"
+    with pytest.raises(ValueError, match=says):
+        preset(1e-3, accumulation_steps=2, **changes)
 
 
 def test_arguments_of_residuals():

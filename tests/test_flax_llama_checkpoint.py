@@ -391,10 +391,10 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(copy, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
-    message = (
-        r"^the checkpoint after update 9 could not be written to .*: the disk is full\. Whole "
-    )
-    with pytest.raises(CheckpointError, match=message + r"ones there: 4, 8\.$"):
+    message = r"^the checkpoint after update 9 could not be written: the disk is full\. Whole "
+    with pytest.raises(
+        CheckpointError, match=message + r"checkpoints in .*run/checkpoints: 4, 8\.$"
+    ):
         train.train(config)
     assert contents(copy.out / "checkpoints") == before
 
@@ -426,8 +426,8 @@ def test_a_write_that_fails_in_the_background_is_one_line_too(copy, tmp_path):
     process = start("-c", LIMITED, "--out", copy.out, "--resume", cache=tmp_path / "cache")
     output = finish(process, expected=1)
     assert re.fullmatch(
-        r"error: the checkpoint after update 12 could not be written to .*File too large.*\. Whole "
-        r"ones there: 4, 8\.\n",
+        r"error: the checkpoint after update 12 could not be written: .*File too large.*\. Whole "
+        r"checkpoints in .*run/checkpoints: 4, 8\.\n",
         output,
     )
     now = contents(copy.out / "checkpoints")

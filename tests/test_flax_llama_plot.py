@@ -143,5 +143,5 @@ def test_the_command_takes_several_directories_and_tells_errors_in_a_line(tmp_pa
     plot.main()
     assert "<svg" in (tmp_path / "both.svg").read_text()
     monkeypatch.setattr("sys.argv", [*command, "--smooth", "0"])
-    with pytest.raises(SystemExit, match=r"^error: smooth=0: expected at least 1"):
+    with pytest.raises(SystemExit, match=r"^error: --smooth 0: expected at least 1"):
         plot.main()

@@ -263,7 +263,7 @@ def test_an_out_that_is_not_an_empty_directory_is_refused_before_any_work(
 def test_usage_errors_of_the_command_line_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "kept").write_text("old")
     monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"^error: out=.* is not an empty directory"):
+    with pytest.raises(SystemExit, match=r"^error: --out .* is not an empty directory"):
         train.main()
 
 

@@ -20,6 +20,7 @@ import tyro
 import galore_optax
 from benchmarks.machine import machine
 from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
+from examples.flax_llama.command import program
 from examples.flax_llama.config import Config, UsageError, at_least_one
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
 from examples.flax_llama.report import Comparison, Run, write_report
@@ -220,11 +221,9 @@ def compare(
 
 def main() -> None:
     hide_abandoned_writes()
-    try:
+    with program(compare, Config, errors=(CheckpointError,)):
         comparison = tyro.cli(compare)
-    except (UsageError, CheckpointError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"Wrote {comparison.given.out}/report.md")
+        print(f"Wrote {comparison.given.out}/report.md")
 
 
 if __name__ == "__main__":

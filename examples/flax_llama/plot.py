@@ -15,8 +15,9 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from examples.flax_llama.command import program
 from examples.flax_llama.config import UsageError
-from examples.flax_llama.run_log import METRICS, Record, read_records
+from examples.flax_llama.records import METRICS, Record, read_records
 
 # Beneath the losses, where any run has them.
 PANELS = {
@@ -183,10 +184,8 @@ def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> None:
 
 
 def main() -> None:
-    try:
+    with program(plot):
         tyro.cli(plot)
-    except UsageError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

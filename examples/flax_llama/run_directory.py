@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.writing import write_whole
 
 SETTINGS = "config.json"
 PARTIAL = "config.json.partial"
@@ -84,9 +85,7 @@ def lock(out: Path) -> Iterator[None]:
 def write_settings(out: Path, config: Config, shape: LlamaConfig) -> None:
     """Writes the resolved configuration and the model's shape, whole or not at all."""
     settings = {"train": settings_of(config), "model": dataclasses.asdict(shape)}
-    partial = out / PARTIAL
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    partial.replace(out / SETTINGS)
+    write_whole(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def settings_of(config: Config) -> dict[str, Any]:

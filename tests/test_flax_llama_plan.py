@@ -324,11 +324,11 @@ def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refus
         ("--attention auto", "--attention auto: expected xla or cudnn"),
         (
             "--attention cudnn --device tpu_v5e",
-            "--attention cudnn needs an NVIDIA GPU and --dtype bf",
+            "--attention cudnn needs an NVIDIA GPU and --d",
         ),
         (
             "--attention cudnn --dtype float32",
-            "--attention cudnn needs an NVIDIA GPU and --dtype bf",
+            "--attention cudnn needs an NVIDIA GPU and --d",
         ),
         ("--batch 3 --accumulate 2", "--batch 3 does not divide into --accumulate 2"),
         ("--vocab-size 0", "--vocab-size 0"),

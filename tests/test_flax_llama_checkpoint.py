@@ -122,7 +122,7 @@ def test_checkpoints_that_are_not_there_are_listed(finished, step):
 def test_what_is_no_run_is_refused(tmp_path, text):
     with pytest.raises(UsageError, match=r"is not the directory of a run: it has no config.json"):
         load_run(tmp_path)
-    with pytest.raises(UsageError, match="holds no run to resume: leave resume out"):
+    with pytest.raises(UsageError, match="holds no run to resume: leave out resume=True"):
         train.train(tiny(text, out=tmp_path, resume=True))
 
 
@@ -221,8 +221,8 @@ def test_a_directory_in_use_is_refused_with_the_process_that_uses_it(copy):
     [
         ({"lr": 0.5}, r"of another configuration: lr was 0.03 and is 0.5\. "),
         ({"steps": 24, "seed": 1}, "seed was 0 and is 1|steps was 12 and is 24"),
-        ({"rank": 5}, r"rank was 4 and is 5 \(new_subspace allows that\)"),
-        ({"transport": "reset"}, r"transport was None and is 'reset' \(new_subspace allows that\)"),
+        ({"rank": 5}, r"rank was 4 and is 5 \(new_subspace=True allows that\)"),
+        ({"transport": "reset"}, r"transport was None and is 'reset' \(new_subspace=True allows"),
         ({"optimizer": "adamw", "new_subspace": True}, "optimizer was 'galore_adamw' and is 'adam"),
     ],
 )

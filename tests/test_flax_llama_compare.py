@@ -314,11 +314,11 @@ def test_a_rate_that_diverges_loses_and_is_not_trained_again(text, tmp_path, tra
 @pytest.mark.parametrize(
     ("settings", "words", "message"),
     [
-        ({"out": None}, (), "A comparison needs a directory: name it by out"),
+        ({"out": None}, (), "A comparison needs a directory: out=DIRECTORY"),
         ({"resume": True}, (), "resume: leave it out"),
         ({}, ("galore_adamw.rank=4,16",), "rank=16: expected 1 to 15"),
-        ({}, ("galore_adamw.projector=svd,none",), "projector must be one of svd"),
-        ({"residual": "sign"}, (), "residual needs an optimizer in GaLore, .*='adamw' is none"),
+        ({}, ("galore_adamw.projector=svd,none",), "projector='none': expected one of svd"),
+        ({"residual": "sign"}, (), "residual='sign' needs an optimizer .*='adamw' is none"),
         ({"batch": 0}, (), "batch=0: expected at least 1"),
     ],
 )

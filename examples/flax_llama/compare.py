@@ -23,7 +23,8 @@ from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_write
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config, UsageError, at_least_one
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
-from examples.flax_llama.report import Comparison, Run, write_report
+from examples.flax_llama.report import Comparison, Run
+from examples.flax_llama.report_pictures import write_report
 from examples.flax_llama.run_directory import (
     EMPTY,
     SETTINGS,
@@ -33,6 +34,7 @@ from examples.flax_llama.run_directory import (
 )
 from examples.flax_llama.step import check_divides, initial_params
 from examples.flax_llama.train import train
+from examples.flax_llama.writing import write_whole
 
 RESULTS = "results.json"
 # In the directory of a run that has ended.
@@ -142,9 +144,7 @@ def run(config: Config, out: Path) -> Run:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def compare(

@@ -36,6 +36,7 @@ def wsd(config: Config, updates: int) -> optax.Schedule:
     return optax.join_schedules(parts, [updates - decay])
 
 
+REFRESHES = ("periodic", "lazy")
 # What follows the warm-up, over the number of updates that are left.
 SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd}
 
@@ -245,6 +246,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         go with the projector, transport or residual.
     """
     one_of("optimizer", config.optimizer, OPTIMIZERS)
+    one_of("refresh", config.refresh, REFRESHES)
     schedule = learning_rate(config)
     try:
         check_together(config)
@@ -290,10 +292,17 @@ def refusal(config: Config, error: ValueError) -> str:
         if getattr(config, name) is not None:
             flags.append(f"--{name} {getattr(config, name)}")
             remedies += [f"--{name} {value}" for value in choices if works(**{name: value})]
+    if found := re.fullmatch(r"(\w+) must be (.*); got .*", str(error)):
+        name, expected = found.groups()
+        return f"{name}={getattr(config, name)!r}: expected {expected}."
     if not remedies:
         return f"optimizer={config.optimizer!r}: {error}"
-    # The first sentence is the reason; those after it say what to write in Python.
+    # The first sentence is the reason; those after it say what to write in Python, and in it a
+    # class may stand for its name.
     reason = re.split(r"[.:] ", str(error))[0]
+    reason = re.sub(
+        r"\b(transport|residual)=\w+", lambda m: f"{m[1]}={getattr(config, m[1])!r}", reason
+    )
     return f"{' '.join(flags)}: {reason}. What would work is {', '.join(remedies)}."
 
 

@@ -54,7 +54,7 @@ def check_contents(out: Path, *, resume: bool) -> None:
     if resume:
         if not (out / SETTINGS).is_file():
             raise UsageError(
-                f"out={out} holds no run to resume: leave resume out to start one there."
+                f"out={out} holds no run to resume: leave out resume=True to start one there."
             )
     elif out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= EMPTY):
         is_run = ", resume the run in it" if (out / SETTINGS).is_file() else ""
@@ -136,7 +136,7 @@ def check_same(stored: dict[str, Any], config: Config) -> None:
             for name in now
             if name in refused
         )
-        hint = " (new_subspace allows that)" if refused <= SUBSPACE else ""
+        hint = " (new_subspace=True allows that)" if refused <= SUBSPACE else ""
         raise UsageError(
             f"out={config.out} is of another configuration: {differences}{hint}. Resume with the "
             "same settings, which need not be repeated, or name another directory."

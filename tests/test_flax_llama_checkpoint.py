@@ -25,7 +25,7 @@ from flax_llama_runs import (
 )
 
 import galore_optax
-from examples.flax_llama import checkpoint, optimizers, run_directory, step, train
+from examples.flax_llama import checkpoint, optimizers, run_directory, run_log, step, train
 from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, load_run
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.evaluate import Evaluation
@@ -399,6 +399,29 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(copy, monk
     assert contents(copy.out / "checkpoints") == before
 
 
+def test_a_full_disk_is_told_whatever_file_meets_it(copy, monkeypatch):
+    """With the checkpoints that there are to go on from, and what is there can be gone on with."""
+    shutil.rmtree(copy.out / "checkpoints" / "12")
+    write = run_log.RunLog._write
+
+    def full(log, record):
+        if record["step"] == 10:
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            error.filename = str(log._path)
+            raise error
+        write(log, record)
+
+    monkeypatch.setattr(run_log.RunLog, "_write", full)
+    message = (
+        r"run/metrics\.jsonl: the disk is full\. Whole checkpoints in .*run/checkpoints: 4, 8\.$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        train.train(copy)
+    monkeypatch.undo()
+    train.train(copy)
+    assert steps(copy) == [4, 8, 12]
+
+
 # In the end it does what Orbax' other writes may do, by chance of timing, after the one that fails.
 LIMITED = """
 import asyncio, resource, signal
@@ -423,7 +446,8 @@ finally:
 def test_a_write_that_fails_in_the_background_is_one_line_too(copy, tmp_path):
     shutil.rmtree(copy.out / "checkpoints" / "12")
     before = contents(copy.out / "checkpoints")
-    process = start("-c", LIMITED, "--out", copy.out, "--resume", cache=tmp_path / "cache")
+    given = ("--out", copy.out, "--resume", "--tensorboard")
+    process = start("-c", LIMITED, *given, cache=tmp_path / "cache")
     output = finish(process, expected=1)
     assert re.fullmatch(
         r"error: the checkpoint after update 12 could not be written: .*File too large.*\. Whole "

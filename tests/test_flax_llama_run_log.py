@@ -1,9 +1,13 @@
 """The files and services that a run reports to."""
 
+import contextlib
+import gc
 import json
 import math
+import resource
 import struct
 import sys
+import threading
 import types
 
 import jax
@@ -119,6 +123,48 @@ def events(path):
         (length,) = struct.unpack_from("<Q", data, position)
         yield Event.FromString(data[position + 12 : position + 12 + length])
         position += length + 16
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As on a disk with so little room: writing beyond it is an error."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+def test_a_record_that_cannot_be_written_names_the_file_which_is_read_all_the_same(tmp_path):
+    with log_of(tmp_path) as log:
+        record(log, 1, 3.0)
+        log.flush()
+        record(log, 2, 2.0)
+        size = (tmp_path / METRICS).stat().st_size
+        with (
+            files_of_at_most(size + 10),
+            pytest.raises(OSError, match=r"too large.*metrics\.jsonl"),
+        ):
+            log.flush()
+    assert (tmp_path / METRICS).stat().st_size == size + 10
+    with log_of(tmp_path, start=1) as log:
+        assert [r["step"] for r in log.train] == [1]
+    assert [r["step"] for r in lines(tmp_path)] == [1]
+
+
+def test_tensorboard_that_cannot_be_written_is_an_error_of_this_thread(tmp_path, capfd):
+    def fill():
+        with sinks.tensorboard(tmp_path, 0) as sink, files_of_at_most(100):
+            for step in range(1000):
+                sink({"step": step, "loss": 1.0})
+
+    threads = threading.active_count()
+    with pytest.raises(OSError, match=r"too large.*tensorboard/events"):
+        fill()
+    gc.collect()
+    assert threading.active_count() == threads
+    assert capfd.readouterr() == ("", "")
 
 
 def test_tensorboard_has_every_number_at_its_update(tmp_path):

@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jax
 import tyro
@@ -57,6 +57,8 @@ SWEPT: dict[str, Callable[[str], Any]] = {
 }
 
 Settings = dict[str, Any]
+T = TypeVar("T")
+Decided = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
 
 
 def parse_sweep(words: Sequence[str], optimizers: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
@@ -76,7 +78,8 @@ def parse_sweep(words: Sequence[str], optimizers: Sequence[str]) -> dict[str, di
         except (KeyError, ValueError):
             raise UsageError(
                 f"sweep={word!r}: expected OPTIMIZER=RATE,RATE,... or OPTIMIZER.SETTING=VALUE,... "
-                f"with an optimizer of {', '.join(optimizers)} and a setting of {', '.join(SWEPT)}."
+                f"with an optimizer of {', '.join(optimizers)} and a setting of "
+                f"{', '.join(SWEPT).replace('_', '-')}."
             ) from None
     return grids
 
@@ -147,8 +150,18 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared(Config):
+    """A configuration of which a command line does not offer what a comparison decides itself."""
+
+    optimizer: Decided[str] = Config.optimizer
+    resume: Decided[bool] = Config.resume
+    new_subspace: Decided[bool] = Config.new_subspace
+    distributed: Decided[bool] = Config.distributed
+
+
 def compare(
-    shared: Annotated[Config, tyro.conf.arg(name="")],
+    shared: Annotated[Config, tyro.conf.arg(name="", constructor=Shared)],
     optimizers: tuple[str, ...] = ("adamw", "galore_adamw"),
     sweep: tuple[str, ...] = (),
     seeds: int = 1,
@@ -171,12 +184,12 @@ def compare(
     at_least_one("seeds", seeds)
     out = shared.out
     if out is None:
-        raise UsageError("A comparison needs a directory: name it by out.")
+        raise UsageError("A comparison needs a directory: out=DIRECTORY.")
     if shared.resume or shared.new_subspace:
-        raise UsageError("resume: leave it out; a comparison always goes on where it was.")
+        raise UsageError("resume=True: leave it out; a comparison always goes on where it was.")
     for name in optimizers:
         if name not in OPTIMIZERS:
-            raise UsageError(f"optimizers: {name!r} is none of {', '.join(OPTIMIZERS)}.")
+            raise UsageError(f"optimizers={name!r}: expected some of {', '.join(OPTIMIZERS)}.")
     grids = parse_sweep(sweep, optimizers)
     resolved = shared.resolve()
 

@@ -160,7 +160,7 @@ def test_flops_are_six_for_each_entry_that_multiplies_and_attention():
         ),
         ({"resume": True}, "resume=True needs the directory of the run"),
         ({"wandb": "project"}, "wandb='project' needs the directory of the run"),
-        ({"out": "runs/x", "new_subspace": True}, "new_subspace .* needs resume"),
+        ({"out": "runs/x", "new_subspace": True}, r"new_subspace=True .* needs resume=True"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):

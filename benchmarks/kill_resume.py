@@ -26,8 +26,8 @@ from flax import nnx
 
 from benchmarks.machine import machine
 from examples.flax_llama.checkpoint import load_run
+from examples.flax_llama.records import METRICS
 from examples.flax_llama.run_directory import SETTINGS
-from examples.flax_llama.run_log import METRICS
 
 COMMAND = [sys.executable, "-m", "examples.flax_llama.train"]
 STEPS, KILLS = 2000, 10

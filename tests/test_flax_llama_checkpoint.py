@@ -25,7 +25,7 @@ from flax_llama_runs import (
 )
 
 import galore_optax
-from examples.flax_llama import checkpoint, optimizers, run_directory, step, train
+from examples.flax_llama import checkpoint, optimizers, run_directory, run_log, step, train
 from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, load_run
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.evaluate import Evaluation
@@ -122,7 +122,7 @@ def test_checkpoints_that_are_not_there_are_listed(finished, step):
 def test_what_is_no_run_is_refused(tmp_path, text):
     with pytest.raises(UsageError, match=r"is not the directory of a run: it has no config.json"):
         load_run(tmp_path)
-    with pytest.raises(UsageError, match="holds no run to resume: leave resume out"):
+    with pytest.raises(UsageError, match="holds no run to resume: leave out resume=True"):
         train.train(tiny(text, out=tmp_path, resume=True))
 
 
@@ -221,8 +221,8 @@ def test_a_directory_in_use_is_refused_with_the_process_that_uses_it(copy):
     [
         ({"lr": 0.5}, r"of another configuration: lr was 0.03 and is 0.5\. "),
         ({"steps": 24, "seed": 1}, "seed was 0 and is 1|steps was 12 and is 24"),
-        ({"rank": 5}, r"rank was 4 and is 5 \(new_subspace allows that\)"),
-        ({"transport": "reset"}, r"transport was None and is 'reset' \(new_subspace allows that\)"),
+        ({"rank": 5}, r"rank was 4 and is 5 \(new_subspace=True allows that\)"),
+        ({"transport": "reset"}, r"transport was None and is 'reset' \(new_subspace=True allows"),
         ({"optimizer": "adamw", "new_subspace": True}, "optimizer was 'galore_adamw' and is 'adam"),
     ],
 )
@@ -391,12 +391,35 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(copy, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
-    message = (
-        r"^the checkpoint after update 9 could not be written to .*: the disk is full\. Whole "
-    )
-    with pytest.raises(CheckpointError, match=message + r"ones there: 4, 8\.$"):
+    message = r"^the checkpoint after update 9 could not be written: the disk is full\. Whole "
+    with pytest.raises(
+        CheckpointError, match=message + r"checkpoints in .*run/checkpoints: 4, 8\.$"
+    ):
         train.train(config)
     assert contents(copy.out / "checkpoints") == before
+
+
+def test_a_full_disk_is_told_whatever_file_meets_it(copy, monkeypatch):
+    """With the checkpoints that there are to go on from, and what is there can be gone on with."""
+    shutil.rmtree(copy.out / "checkpoints" / "12")
+    write = run_log.RunLog._write
+
+    def full(log, record):
+        if record["step"] == 10:
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            error.filename = str(log._path)
+            raise error
+        write(log, record)
+
+    monkeypatch.setattr(run_log.RunLog, "_write", full)
+    message = (
+        r"run/metrics\.jsonl: the disk is full\. Whole checkpoints in .*run/checkpoints: 4, 8\.$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        train.train(copy)
+    monkeypatch.undo()
+    train.train(copy)
+    assert steps(copy) == [4, 8, 12]
 
 
 # In the end it does what Orbax' other writes may do, by chance of timing, after the one that fails.
@@ -423,11 +446,12 @@ finally:
 def test_a_write_that_fails_in_the_background_is_one_line_too(copy, tmp_path):
     shutil.rmtree(copy.out / "checkpoints" / "12")
     before = contents(copy.out / "checkpoints")
-    process = start("-c", LIMITED, "--out", copy.out, "--resume", cache=tmp_path / "cache")
+    given = ("--out", copy.out, "--resume", "--tensorboard")
+    process = start("-c", LIMITED, *given, cache=tmp_path / "cache")
     output = finish(process, expected=1)
     assert re.fullmatch(
-        r"error: the checkpoint after update 12 could not be written to .*File too large.*\. Whole "
-        r"ones there: 4, 8\.\n",
+        r"error: the checkpoint after update 12 could not be written: .*File too large.*\. Whole "
+        r"checkpoints in .*run/checkpoints: 4, 8\.\n",
         output,
     )
     now = contents(copy.out / "checkpoints")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import shlex
 import sys
 
@@ -14,6 +15,7 @@ import pytest
 import tyro
 from flax import nnx
 from flax_llama_runs import metrics, pretend, tiny, write_text
+from matplotlib.figure import Figure
 
 from examples.flax_llama import compare as module
 from examples.flax_llama import train as training
@@ -21,7 +23,8 @@ from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.compare import compare, parse_sweep, search
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.report import mean_loss
+from examples.flax_llama.report import Comparison, Run, mean_loss
+from examples.flax_llama.report_pictures import draw_sweep, write_report
 from examples.flax_llama.step import initial_params
 
 OPTIMIZERS = ("adamw", "galore_adamw")
@@ -229,6 +232,80 @@ def test_the_report_shows_pictures_and_says_where_a_better_value_may_lie(done):
         assert all(f"{best:g}, is the {side} that was tried" in line for line in told)
 
 
+@pytest.fixture
+def pictures(monkeypatch):
+    """The figures of a report by the file that they are written to."""
+    figures, save = {}, Figure.savefig
+
+    def saved(figure, path, **options):
+        figures[path.name] = figure
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    return figures
+
+
+def test_pictures_cut_nothing_and_number_whole_updates(pretended, pictures):
+    shared, comparison = pretended
+    write_report(comparison, {}, shared.out)
+    (panel,) = pictures["losses.png"].axes
+    best = comparison.best["adamw"][0]
+    losses = [r["loss"] for r in metrics(shared.out / best.name) if "loss" in r]
+    low, high = panel.get_ylim()
+    valid, error = best.scores["valid_loss"], best.scores["standard_error"]
+    assert low < min(*losses, valid - error)
+    assert max(*losses, valid + error) < high
+    assert all(tick == round(tick) for tick in panel.get_xticks())
+
+
+def run_of(lr, ratio, loss):
+    settings = {"lr": lr, "matrix_lr_ratio": ratio}
+    scores = {"valid_loss": loss, "standard_error": 0.01} if loss < math.inf else {}
+    name = f"adamw-lr{lr}-ratio{ratio}"
+    return Run(name, "adamw", 0, settings, scores, None if scores else "diverged")
+
+
+@pytest.mark.parametrize("edge", [False, True])
+def test_the_best_of_a_sweep_is_seen_beside_its_neighbours_and_marked_at_an_edge(
+    text, tmp_path, pictures, edge
+):
+    """Its neighbour has the same learning rate, and nearly the same loss."""
+    best, neighbour = run_of(0.02, 0.5, 3.0), run_of(0.02, 0.25, 3.0001)
+    far, gone = run_of(0.04, 0.5, 9.0), run_of(0.08, 0.5, math.inf)
+    runs = [run_of(0.01, 0.5, 3.1), best, neighbour, far, gone]
+    rates = [0.02, 0.04, 0.08] if edge else [0.01, 0.02, 0.04, 0.08]
+    grids = {"adamw": {"lr": rates, "matrix_lr_ratio": [0.25, 0.5, 1.0]}}
+    comparison = Comparison(tiny(text), (), grids, runs[edge:], {"adamw": [best]})
+    draw_sweep(comparison, tmp_path)
+    figure = pictures["sweep.png"]
+    (panel,) = figure.axes
+    drawn = {line.get_label(): line for line in panel.get_lines()}
+    for box in panel.containers:
+        drawn[box.get_label()] = box[0]
+
+    def places(label):
+        """Where points are in the picture, in points of 1/72 inch."""
+        line = drawn[label]
+        return line.get_transform().transform(line.get_xydata()) * 72 / figure.dpi
+
+    (name,) = [label for label in drawn if label.startswith("best")]
+    assert name == ("best, smallest lr tried" if edge else "best")
+    star = drawn[name]
+    assert star.get_color() == ("red" if edge else "black")
+    assert star.get_fillstyle() == "none"
+    assert star.get_zorder() > max(line.get_zorder() for line in drawn.values() if line != star)
+    (middle,) = places(name)
+    own, others = places("matrix_lr_ratio 0.5"), places("matrix_lr_ratio 0.25")
+    assert np.abs(own - middle).max(axis=1).min() == pytest.approx(0, abs=1e-6)
+    apart = np.linalg.norm(others - middle, axis=1).min()
+    assert apart > (star.get_markersize() + drawn["matrix_lr_ratio 0.25"].get_markersize()) / 2
+    box = panel.get_window_extent().extents * 72 / figure.dpi
+    for x, y in (*own, *others):
+        assert box[0] < x < box[2]
+        assert box[1] < y < box[3]
+    assert [t.get_text().split("\n")[-1] for t in panel.texts] == ["9.00", "diverged"]
+
+
 def test_the_command_in_the_report_asks_for_the_same_comparison(done, text):
     shared, comparison = done
     results = json.loads((shared.out / "results.json").read_text())
@@ -243,7 +320,8 @@ def test_the_command_in_the_report_asks_for_the_same_comparison(done, text):
     take.__annotations__ = {k: v for k, v in compare.__annotations__.items() if k != "return"}
     take.__annotations__["given"] = take.__annotations__.pop("shared")
     tyro.cli(take, args=shlex.split(f"--{command}"))
-    assert asked == {"given": shared, "optimizers": OPTIMIZERS, "sweep": SWEEP, "seeds": 2}
+    assert dataclasses.asdict(asked.pop("given")) == dataclasses.asdict(shared)
+    assert asked == {"optimizers": OPTIMIZERS, "sweep": SWEEP, "seeds": 2}
     assert results["runs"] == [dataclasses.asdict(run) for run in comparison.runs]
 
 
@@ -314,11 +392,11 @@ def test_a_rate_that_diverges_loses_and_is_not_trained_again(text, tmp_path, tra
 @pytest.mark.parametrize(
     ("settings", "words", "message"),
     [
-        ({"out": None}, (), "A comparison needs a directory: name it by out"),
-        ({"resume": True}, (), "resume: leave it out"),
+        ({"out": None}, (), "A comparison needs a directory: out=DIRECTORY"),
+        ({"resume": True}, (), "resume=True: leave it out"),
         ({}, ("galore_adamw.rank=4,16",), "rank=16: expected 1 to 15"),
-        ({}, ("galore_adamw.projector=svd,none",), "projector must be one of svd"),
-        ({"residual": "sign"}, (), "residual needs an optimizer in GaLore, .*='adamw' is none"),
+        ({}, ("galore_adamw.projector=svd,none",), "projector='none': expected one of svd"),
+        ({"residual": "sign"}, (), "residual='sign' needs an optimizer .*='adamw' is none"),
         ({"batch": 0}, (), "batch=0: expected at least 1"),
     ],
 )
@@ -334,7 +412,7 @@ def test_what_cannot_work_is_refused_before_any_run(
 
 def test_an_unknown_optimizer_or_no_seed_is_refused(text, tmp_path):
     shared = tiny(text, out=tmp_path / "out")
-    with pytest.raises(UsageError, match=r"optimizers: 'adam' is none of adamw, adafactor"):
+    with pytest.raises(UsageError, match=r"optimizers='adam': expected some of adamw, adafactor"):
         compare(shared, ("adam",))
     with pytest.raises(UsageError, match="seeds=0: expected at least 1"):
         compare(shared, seeds=0)
@@ -353,9 +431,25 @@ def test_runs_with_other_settings_are_not_mixed(done):
         compare(dataclasses.replace(shared, steps=7), OPTIMIZERS, SWEEP)
 
 
+@pytest.mark.parametrize("flag", ["--optimizer=sgd", "--resume", "--new-subspace", "--distributed"])
+def test_flags_that_a_comparison_decides_itself_are_not_offered(monkeypatch, capsys, flag):
+    name = flag.split("=")[0]
+    monkeypatch.setattr("sys.argv", ["compare", "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    offered = capsys.readouterr().out
+    assert "--matrix-lr-ratio FLOAT" in offered
+    assert not re.search(rf"{name}\b(?!s)", offered)
+    monkeypatch.setattr("sys.argv", ["compare", flag])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    assert name in capsys.readouterr().err
+
+
 def test_errors_of_the_command_line_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["compare", "--sweep", "adamw", "--out", str(tmp_path / "x")])
-    with pytest.raises(SystemExit, match=r"^error: sweep='adamw'"):
+    with pytest.raises(SystemExit, match=r"^error: --sweep adamw: expected"):
         module.main()
 
 

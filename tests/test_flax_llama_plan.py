@@ -318,14 +318,20 @@ def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refus
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--device a100", "device='a100': expected one of rtx4060ti_16gb, rtx4090_24gb, h100_80gb"),
-        ("--model 8b", "model='8b': expected one of 9m"),
-        ("--optimizer adam", "optimizer='adam': expected one of adamw"),
-        ("--attention auto", "attention='auto': expected xla or cudnn"),
-        ("--attention cudnn --device tpu_v5e", "attention='cudnn' needs an NVIDIA GPU and dtype"),
-        ("--attention cudnn --dtype float32", "attention='cudnn' needs an NVIDIA GPU and dtype"),
-        ("--batch 3 --accumulate 2", "batch=3 does not divide into accumulate=2"),
-        ("--vocab-size 0", "vocab_size=0"),
+        ("--device a100", "--device a100: expected one of rtx4060ti_16gb, rtx4090_24gb, h100_80gb"),
+        ("--model 8b", "--model 8b: expected one of 9m"),
+        ("--optimizer adam", "--optimizer adam: expected one of adamw"),
+        ("--attention auto", "--attention auto: expected xla or cudnn"),
+        (
+            "--attention cudnn --device tpu_v5e",
+            "--attention cudnn needs an NVIDIA GPU and --d",
+        ),
+        (
+            "--attention cudnn --dtype float32",
+            "--attention cudnn needs an NVIDIA GPU and --d",
+        ),
+        ("--batch 3 --accumulate 2", "--batch 3 does not divide into --accumulate 2"),
+        ("--vocab-size 0", "--vocab-size 0"),
         (
             "--optimizer apollo_adamw --transport rotate",
             "error: --optimizer apollo_adamw --transport rotate: transport=Rotate is for bases of "
@@ -333,8 +339,8 @@ def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refus
             "--transport keep, --transport reset, --transport project.\n",
         ),
         ("--out no_such_directory/memory.png", "memory.png cannot be written"),
-        ("--out memory.pgn", "out=memory.pgn: expected a name that ends in one of"),
-        ("--out memory", "out=memory: expected a name that ends in one of"),
+        ("--out memory.pgn", "--out memory.pgn: expected a name that ends in one of"),
+        ("--out memory", "--out memory: expected a name that ends in one of"),
     ],
 )
 def test_settings_that_cannot_work(capsys, words, message):

@@ -14,7 +14,7 @@ from examples.flax_llama.config import UsageError
 pytestmark = pytest.mark.plain
 
 
-def write_run(out, steps=30, energy=False, every=10, **changed):
+def write_run(out, steps=30, energy=False, every=10, bytes_per_token=1, **changed):
     """Metrics as a run writes them, a line for each update and evaluation."""
     out.mkdir(parents=True)
     with open(out / "metrics.jsonl", "w") as file:
@@ -23,7 +23,9 @@ def write_run(out, steps=30, energy=False, every=10, **changed):
             record |= {"tokens_per_second": 100.0} | ({"captured_energy": 0.5} if energy else {})
             file.write(json.dumps(record | changed.get(f"at_{step}", {})) + "\n")
             if step % every == 0:
+                bits = 4 / step / math.log(2) / bytes_per_token
                 valid = {"step": step, "valid_loss": 4 / step, "standard_error": 0.1}
+                valid |= {"bits_per_byte": bits}
                 file.write(json.dumps(valid) + "\n")
     return out
 
@@ -67,6 +69,69 @@ def test_losses_and_held_out_points_with_their_errors_are_those_of_the_files(tmp
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def within(panel):
+    """Whether everything that is drawn of data lies within the axes."""
+    (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+    bars = [bar for box in panel.containers for bar in box[2][0].get_segments() if box[2]]
+    found = [line.get_xydata() for line in panel.get_lines()] + bars
+    x, y = np.concatenate([data[np.isfinite(data).all(axis=1)] for data in found]).T
+    return left <= x.min() and x.max() <= right and bottom <= y.min() and y.max() <= top
+
+
+def test_nothing_is_cut_and_the_second_half_has_a_panel_of_its_own(tmp_path, drawn):
+    high = {"at_1": {"loss": 50.0}, "at_20": {"loss": 9.0}}
+    plot.plot((write_run(tmp_path / "run", **high),), tmp_path / "run.png", smooth=4)
+    panels = drawn()
+    whole, half = panels["loss"], panels["after update 15"]
+    assert whole.get_ylim()[1] > 50 > half.get_ylim()[1] > 9
+    assert within(whole)
+    assert within(half)
+    (means, whole_means) = lines(half)["run"], lines(whole)["run"]
+    np.testing.assert_array_equal(means, whole_means[15:])
+    assert [x for x, _ in half.containers[0][0].get_xydata()] == [20, 30]
+
+
+@pytest.mark.parametrize("steps", [2, 3, 30])
+def test_updates_are_whole_on_every_axis(tmp_path, drawn, steps):
+    plot.plot((write_run(tmp_path / "run", steps),), tmp_path / "run.png")
+    for panel in drawn().values():
+        ticks = panel.get_xticks()
+        assert (ticks == ticks.round()).all()
+
+
+def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(tmp_path, drawn):
+    """Of text that has 4 bytes in a token of one, and 2 in one of the other."""
+    runs = [write_run(tmp_path / name, 30, bytes_per_token=k) for name, k in (("a", 4), ("b", 2))]
+    for run in runs:
+        (run / "tokenizer.json").write_text("the same")
+    told = plot.plot(tuple(runs), tmp_path / "same.png", smooth=1)
+    assert told == f"Wrote {tmp_path / 'same.png'}: losses in nats per token of a, b"
+    np.testing.assert_allclose(lines(drawn()["loss"])["a"][:, 1], 3 / np.arange(1, 31))
+    (runs[1] / "tokenizer.json").rename(runs[1] / "tokenizer.model")
+    (runs[1] / "tokenizer.model").write_text("another one")
+    told = plot.plot(tuple(runs), tmp_path / "other.png", smooth=1)
+    assert told == f"Wrote {tmp_path / 'other.png'}: losses in bits per byte of a, b"
+    panel = drawn()["loss"]
+    assert panel.get_ylabel() == "cross entropy, bits per byte"
+    for run, box, size in zip("ab", panel.containers, (4, 2), strict=False):
+        bits = 3 / np.arange(1, 31) / math.log(2) / size
+        np.testing.assert_allclose(lines(panel)[run][:, 1], bits)
+        held_out, _, (bars,) = box
+        expected = 4 / np.array([10, 20, 30]) / math.log(2) / size
+        np.testing.assert_allclose(held_out.get_ydata(), expected)
+        heights = [np.ptp(bar[:, 1]) for bar in bars.get_segments()]
+        np.testing.assert_allclose(heights, 0.2 / math.log(2) / size)
+
+
+def test_a_run_of_another_tokenizer_that_has_no_evaluation_is_not_compared(tmp_path):
+    runs = tuple(write_run(tmp_path / name, steps) for name, steps in (("a", 30), ("b", 3)))
+    for run in runs:
+        (run / "tokenizer.json").write_text(run.name)
+    with pytest.raises(UsageError, match=r"runs=b has another tokenizer .* no evaluation yet"):
+        plot.plot(runs, tmp_path / "both.png")
+    assert not (tmp_path / "both.png").exists()
+
+
 def test_speed_is_all_tokens_over_all_time(tmp_path, drawn):
     fast = {"at_2": {"tokens_per_second": 1e9}}
     plot.plot((write_run(tmp_path / "run", 2, **fast),), tmp_path / "run.png", smooth=2)
@@ -82,7 +147,7 @@ def test_panels_are_those_that_any_run_has_and_skip_the_others(tmp_path, drawn):
     galore = write_run(tmp_path / "galore", energy=True)
     plot.plot((plain, galore), tmp_path / "two.png")
     panels = drawn()
-    assert panels.keys() == {"loss", *plot.PANELS.values()}
+    assert panels.keys() == {"loss", "after update 15", *plot.PANELS.values()}
     empty, energy = panels[plot.PANELS["captured_energy"]].get_lines()
     assert len(empty.get_xydata()) == 0
     np.testing.assert_array_equal(energy.get_ydata(), 0.5)
@@ -136,12 +201,15 @@ def test_a_picture_that_cannot_be_written_is_a_usage_error(tmp_path, out):
         plot.plot((run,), tmp_path / out)
 
 
-def test_the_command_takes_several_directories_and_tells_errors_in_a_line(tmp_path, monkeypatch):
+def test_the_command_takes_several_directories_and_tells_errors_in_a_line(
+    tmp_path, monkeypatch, capsys
+):
     runs = [str(write_run(tmp_path / name, 3)) for name in ("a", "b")]
     command = ["plot", "--runs", *runs, "--out", str(tmp_path / "both.svg")]
     monkeypatch.setattr("sys.argv", command)
     plot.main()
     assert "<svg" in (tmp_path / "both.svg").read_text()
+    assert capsys.readouterr().out.startswith(f"Wrote {tmp_path / 'both.svg'}: ")
     monkeypatch.setattr("sys.argv", [*command, "--smooth", "0"])
-    with pytest.raises(SystemExit, match=r"^error: smooth=0: expected at least 1"):
+    with pytest.raises(SystemExit, match=r"^error: --smooth 0: expected at least 1"):
         plot.main()

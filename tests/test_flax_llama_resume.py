@@ -21,6 +21,7 @@ from flax_llama_runs import (
 )
 
 from examples.flax_llama import train
+from examples.flax_llama.interrupts import answered
 
 # A refresh is due every 2 updates: the checkpoint after 3 is in the middle of a gap.
 SAVED, STEPS, GAP = 3, 6, 2
@@ -34,6 +35,7 @@ import sys
 from pathlib import Path, PosixPath
 import jax
 from examples.flax_llama import train
+from examples.flax_llama.interrupts import answered
 from examples.flax_llama.config import Config
 for devices, config in eval(sys.argv[1]):
     mesh = jax.make_mesh(
@@ -73,7 +75,7 @@ def test_a_signal_saves_and_exits_with_zero_and_a_resumed_run_ends_like_one_that
 
     monkeypatch.setattr(train.RunLog, "update", signalled)
     for step in (2, 4):
-        with pytest.raises(SystemExit) as exit:
+        with answered(), pytest.raises(SystemExit) as exit:
             train.train(stopped)
         assert exit.value.code == 0
         output = capsys.readouterr().out

@@ -1,9 +1,13 @@
 """The files and services that a run reports to."""
 
+import contextlib
+import gc
 import json
 import math
+import resource
 import struct
 import sys
+import threading
 import types
 
 import jax
@@ -11,9 +15,10 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from examples.flax_llama import run_log
+from examples.flax_llama import run_log, sinks
 from examples.flax_llama.config import UsageError
-from examples.flax_llama.run_log import METRICS, RunLog
+from examples.flax_llama.records import METRICS, TAGS
+from examples.flax_llama.run_log import RunLog
 
 FINITE = {"lr": 0.5, "grad_norm": 1.0, "update_norm": 1.0, "tokens": 100}
 
@@ -25,6 +30,11 @@ def log_of(out, start=0, **settings):
 
 def record(log, step, loss, **more):
     log.update(step, {name: jnp.asarray(v) for name, v in {"loss": loss, **FINITE, **more}.items()})
+
+
+def evaluation(step, loss):
+    scores = {"standard_error": 0.1, "perplexity": math.exp(loss), "bits_per_byte": 1.5}
+    return {"step": step, "valid_loss": loss} | scores
 
 
 def lines(out):
@@ -48,7 +58,7 @@ def test_a_restart_drops_what_comes_after_it_and_half_a_line(tmp_path):
         for step in range(1, 6):
             record(log, step, 1.0)
             log.flush()
-            log.evaluation({"step": step, "valid_loss": 2.0})
+            log.evaluation(evaluation(step, 2.0))
     with open(tmp_path / METRICS, "a") as file:
         file.write('{"step": 6, "los')
     with log_of(tmp_path, start=3) as log:
@@ -115,12 +125,54 @@ def events(path):
         position += length + 16
 
 
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As on a disk with so little room: writing beyond it is an error."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+def test_a_record_that_cannot_be_written_names_the_file_which_is_read_all_the_same(tmp_path):
+    with log_of(tmp_path) as log:
+        record(log, 1, 3.0)
+        log.flush()
+        record(log, 2, 2.0)
+        size = (tmp_path / METRICS).stat().st_size
+        with (
+            files_of_at_most(size + 10),
+            pytest.raises(OSError, match=r"too large.*metrics\.jsonl"),
+        ):
+            log.flush()
+    assert (tmp_path / METRICS).stat().st_size == size + 10
+    with log_of(tmp_path, start=1) as log:
+        assert [r["step"] for r in log.train] == [1]
+    assert [r["step"] for r in lines(tmp_path)] == [1]
+
+
+def test_tensorboard_that_cannot_be_written_is_an_error_of_this_thread(tmp_path, capfd):
+    def fill():
+        with sinks.tensorboard(tmp_path, 0) as sink, files_of_at_most(100):
+            for step in range(1000):
+                sink({"step": step, "loss": 1.0})
+
+    threads = threading.active_count()
+    with pytest.raises(OSError, match=r"too large.*tensorboard/events"):
+        fill()
+    gc.collect()
+    assert threading.active_count() == threads
+    assert capfd.readouterr() == ("", "")
+
+
 def test_tensorboard_has_every_number_at_its_update(tmp_path):
-    with run_log.tensorboard(tmp_path, 0) as sink, log_of(tmp_path, sinks=[sink]) as log:
+    with sinks.tensorboard(tmp_path, 0) as sink, log_of(tmp_path, sinks=[sink]) as log:
         record(log, 1, 3.0)
         record(log, 2, 2.0)
         log.flush()
-        log.evaluation({"step": 2, "valid_loss": 2.5})
+        log.evaluation(evaluation(2, 2.5))
     (path,) = (tmp_path / "tensorboard").iterdir()
     shown = {
         (event.step, value.tag): value.simple_value
@@ -128,7 +180,7 @@ def test_tensorboard_has_every_number_at_its_update(tmp_path):
         for value in event.summary.value
     }
     expected = {
-        (int(r["step"]), name): pytest.approx(value)
+        (int(r["step"]), TAGS[name]): pytest.approx(value)
         for r in lines(tmp_path)
         for name, value in r.items()
         if name != "step"
@@ -147,7 +199,7 @@ def test_wandb_gets_every_record_of_one_run_and_is_closed(tmp_path, monkeypatch)
             calls.append("finished")
 
         def log(self, record, step):
-            calls.append((step, record["loss"]))
+            calls.append((step, record["train/loss"]))
 
     def init(**settings):
         calls.append(settings)
@@ -156,7 +208,7 @@ def test_wandb_gets_every_record_of_one_run_and_is_closed(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for start in (0, 1):
         with (
-            run_log.wandb("project", tmp_path, {"lr": 1.0}) as sink,
+            sinks.wandb("project", tmp_path, {"lr": 1.0}) as sink,
             log_of(tmp_path, start=start, sinks=[sink]) as log,
         ):
             record(log, start + 1, 3.0 + start)
@@ -171,6 +223,6 @@ def test_without_wandb_its_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with (
         pytest.raises(UsageError, match=r"wandb='p' needs .* pip install 'galore-optax\[wandb\]'"),
-        run_log.wandb("p", tmp_path, {}),
+        sinks.wandb("p", tmp_path, {}),
     ):
         pass

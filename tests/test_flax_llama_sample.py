@@ -181,10 +181,10 @@ def test_prompts_are_padded_to_powers_of_two_within_the_context(length, padded):
         ({"temperature": -0.1}, "temperature=-0.1: expected 0 or a positive number"),
         ({"temperature": math.nan}, "temperature=nan: expected 0 or a positive number"),
         ({"temperature": math.inf}, "temperature=inf: expected 0 or a positive number"),
-        ({"top_p": 0.0}, "top_p=0.0: expected a probability"),
-        ({"top_p": 1.1}, "top_p=1.1: expected a probability"),
-        ({"top_p": math.nan}, "top_p=nan: expected a probability"),
-        ({"prompt": ""}, "prompt is empty: give at least one character"),
+        ({"top_p": 0.0}, "top_p=0.0: expected more than 0"),
+        ({"top_p": 1.1}, "top_p=1.1: expected more than 0"),
+        ({"top_p": math.nan}, "top_p=nan: expected more than 0"),
+        ({"prompt": ""}, "prompt='' is empty: give at least one character"),
     ],
 )
 def test_errors_say_what_would_be_right(settings, message):

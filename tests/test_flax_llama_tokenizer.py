@@ -195,7 +195,7 @@ def test_a_tokenizer_for_training_has_not_seen_the_held_out_documents(corpus):
 def test_the_command_overwrites_nothing(corpus, tmp_path, monkeypatch, name, message):
     (tmp_path / "kept.json").write_text("old")
     monkeypatch.setattr("sys.argv", ["x", "--data", str(corpus), "--out", str(tmp_path / name)])
-    with pytest.raises(SystemExit, match=f"^error: out=.*{message}"):
+    with pytest.raises(SystemExit, match=f"^error: --out .*{message}"):
         train_tokenizer.main()
     assert (tmp_path / "kept.json").read_text() == "old"
     assert not (tmp_path / "tok.txt").exists()

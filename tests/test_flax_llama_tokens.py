@@ -83,7 +83,7 @@ def test_the_command_overwrites_nothing_and_finds_out_first(corpus, tmp_path, mo
         "sys.argv",
         ["x", "--data", corpus, "--tokenizer", "bpe:300", "--out", str(tmp_path / "kept")],
     )
-    with pytest.raises(SystemExit, match=r"^error: out=.*kept exists: name another one"):
+    with pytest.raises(SystemExit, match=r"^error: --out .*kept exists: name another one"):
         tokenize.main()
 
 

@@ -6,6 +6,8 @@ import functools
 import io
 import json
 import math
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,15 @@ import pytest
 from flax import nnx
 from flax_llama_runs import metrics, tiny, write_text
 
-from examples.flax_llama import step, train
+from examples.flax_llama import progress, step, train
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import OPTIMIZERS
+from examples.flax_llama.records import TAGS
+
+README = pathlib.Path(train.__file__).with_name("README.md")
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +245,7 @@ def test_updates_that_are_not_finite_are_skipped_on_request_until_ten_in_a_row(
     records = {record["step"]: record for record in metrics(tmp_path) if "loss" in record}
     assert [k for k, record in records.items() if record["update_norm"] == 0] == skipped + in_a_row
     assert records[23]["skipped"] == len(skipped + in_a_row)
+    assert records[23].keys() - {"step"} <= TAGS.keys()
     for k in skipped:
         assert records[k]["loss"] is None
         # The schedule is one of updates that were made.
@@ -263,7 +269,7 @@ def test_an_out_that_is_not_an_empty_directory_is_refused_before_any_work(
 def test_usage_errors_of_the_command_line_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "kept").write_text("old")
     monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"^error: out=.* is not an empty directory"):
+    with pytest.raises(SystemExit, match=r"^error: --out .* is not an empty directory"):
         train.main()
 
 
@@ -294,6 +300,17 @@ def test_a_batch_that_does_not_divide_among_devices_is_refused(text, monkeypatch
     step.check_divides(dataclasses.replace(config, batch=12))
 
 
+def test_the_metrics_of_a_run_are_those_of_the_readme(run):
+    _, result = run
+    logged = result.train[0].keys() | result.valid[0].keys()
+    table = re.findall(r"^\| `(\w+)` \| (\S+|\(the axis\)) \|", README.read_text(), re.MULTILINE)
+    tags = {name: tag.strip("`") for name, tag in table if name in TAGS or name == "step"}
+    assert len(table) == len(tags)
+    # With --on-nan skip, and where the device's peak is known: other tests have their runs.
+    assert tags.keys() == logged | {"skipped", "skipped_in_a_row", "mfu"}
+    assert {name: tag for name, tag in tags.items() if name != "step"} == TAGS
+
+
 def test_what_is_trained_is_told_before(run, printed):
     _, result = run
     output = printed.getvalue()
@@ -302,3 +319,16 @@ def test_what_is_trained_is_told_before(run, printed):
     assert f"LLaMA of {count:,} parameters" in output
     assert f"{shape.flops_per_token / 1e6:.1f} MFLOP per token" in output
     assert "20 updates of 8 x 20 tokens" in output
+    needed = progress.size(result.update_bytes)
+    assert re.search(rf"\nCompiled in 0:\d\d:\d\d; an update needs {needed} of memory\n", output)
+
+
+def test_each_evaluation_is_told_and_the_last_update(run, printed):
+    _, result = run
+    lines = printed.getvalue().splitlines()
+    for record in result.valid:
+        told = f"update {record['step']}: {progress.scores(record)}"
+        assert any(line.startswith(told) for line in lines)
+    loss = result.train[-1]["loss"]
+    assert any(line.startswith(f"update 20/20  loss {loss:.3f}  validation ") for line in lines)
+    assert "nan" not in printed.getvalue()

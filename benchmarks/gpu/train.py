@@ -27,7 +27,8 @@ from benchmarks.gpu.application import begin
 from benchmarks.gpu.record import ROOT
 from benchmarks.gpu.stage import SHARED_DEVICE, Item, Size, Unavailable
 from examples.flax_llama.config import Config
-from examples.flax_llama.run_log import METRICS, peak_flops, read_records
+from examples.flax_llama.records import METRICS, read_records
+from examples.flax_llama.run_log import peak_flops
 from examples.flax_llama.step import State, put_batch
 from examples.flax_llama.train import open_dataset, planned_bytes
 

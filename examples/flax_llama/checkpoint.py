@@ -5,12 +5,14 @@ There is no generator of random numbers to save: initial weights, the order of t
 projectors and rounding are functions of the seed, which is in the configuration, and of counts.
 """
 
+import contextlib
 import dataclasses
 import errno
 import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +211,28 @@ class Checkpoints:
                 f"{advice}; nothing has been changed."
             ) from error
 
+    @contextlib.contextmanager
+    def told_of_errors(self) -> Iterator[None]:
+        """Where something else of the run cannot be written, says what checkpoints there are.
+
+        Raises:
+          CheckpointError: in place of an error of the operating system.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise self._error(error.filename or "the run cannot go on", error) from error
+
     def _failed(self, error: Exception) -> CheckpointError:
-        full = os.strerror(errno.ENOSPC)
-        reason = "the disk is full" if full in str(error) else first_line(error)
-        whole = ", ".join(str(step) for step in self.steps if step != self._writing) or "none"
-        return CheckpointError(
-            f"the checkpoint after update {self._writing} could not be written to {self.path}: "
-            f"{reason}. Whole ones there: {whole}."
+        return self._error(
+            f"the checkpoint after update {self._writing} could not be written", error
         )
+
+    def _error(self, what: str, error: Exception) -> CheckpointError:
+        full = os.strerror(errno.ENOSPC) in str(error)
+        reason = "the disk is full" if full else getattr(error, "strerror", "") or first_line(error)
+        whole = ", ".join(str(step) for step in self.steps if step != self._writing) or "none"
+        return CheckpointError(f"{what}: {reason}. Whole checkpoints in {self.path}: {whole}.")
 
 
 def arrays(tree: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jax
 import tyro
@@ -20,9 +20,11 @@ import tyro
 import galore_optax
 from benchmarks.machine import machine
 from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
+from examples.flax_llama.command import program
 from examples.flax_llama.config import Config, UsageError, at_least_one
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
-from examples.flax_llama.report import Comparison, Run, write_report
+from examples.flax_llama.report import Comparison, Run
+from examples.flax_llama.report_pictures import write_report
 from examples.flax_llama.run_directory import (
     EMPTY,
     SETTINGS,
@@ -32,6 +34,7 @@ from examples.flax_llama.run_directory import (
 )
 from examples.flax_llama.step import check_divides, initial_params
 from examples.flax_llama.train import train
+from examples.flax_llama.writing import write_whole
 
 RESULTS = "results.json"
 # In the directory of a run that has ended.
@@ -54,6 +57,8 @@ SWEPT: dict[str, Callable[[str], Any]] = {
 }
 
 Settings = dict[str, Any]
+T = TypeVar("T")
+Decided = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
 
 
 def parse_sweep(words: Sequence[str], optimizers: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
@@ -73,7 +78,8 @@ def parse_sweep(words: Sequence[str], optimizers: Sequence[str]) -> dict[str, di
         except (KeyError, ValueError):
             raise UsageError(
                 f"sweep={word!r}: expected OPTIMIZER=RATE,RATE,... or OPTIMIZER.SETTING=VALUE,... "
-                f"with an optimizer of {', '.join(optimizers)} and a setting of {', '.join(SWEPT)}."
+                f"with an optimizer of {', '.join(optimizers)} and a setting of "
+                f"{', '.join(SWEPT).replace('_', '-')}."
             ) from None
     return grids
 
@@ -141,13 +147,21 @@ def run(config: Config, out: Path) -> Run:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(Config):
+    """A configuration of which a command line does not offer what a comparison decides itself."""
+
+    optimizer: Decided[str] = Config.optimizer
+    resume: Decided[bool] = Config.resume
+    new_subspace: Decided[bool] = Config.new_subspace
+    distributed: Decided[bool] = Config.distributed
 
 
 def compare(
-    shared: Annotated[Config, tyro.conf.arg(name="")],
+    shared: Annotated[Config, tyro.conf.arg(name="", constructor=Shared)],
     optimizers: tuple[str, ...] = ("adamw", "galore_adamw"),
     sweep: tuple[str, ...] = (),
     seeds: int = 1,
@@ -170,12 +184,12 @@ def compare(
     at_least_one("seeds", seeds)
     out = shared.out
     if out is None:
-        raise UsageError("A comparison needs a directory: name it by out.")
+        raise UsageError("A comparison needs a directory: out=DIRECTORY.")
     if shared.resume or shared.new_subspace:
-        raise UsageError("resume: leave it out; a comparison always goes on where it was.")
+        raise UsageError("resume=True: leave it out; a comparison always goes on where it was.")
     for name in optimizers:
         if name not in OPTIMIZERS:
-            raise UsageError(f"optimizers: {name!r} is none of {', '.join(OPTIMIZERS)}.")
+            raise UsageError(f"optimizers={name!r}: expected some of {', '.join(OPTIMIZERS)}.")
     grids = parse_sweep(sweep, optimizers)
     resolved = shared.resolve()
 
@@ -220,11 +234,9 @@ def compare(
 
 def main() -> None:
     hide_abandoned_writes()
-    try:
+    with program(compare, Config, errors=(CheckpointError,)):
         comparison = tyro.cli(compare)
-    except (UsageError, CheckpointError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"Wrote {comparison.given.out}/report.md")
+        print(f"Wrote {comparison.given.out}/report.md")
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ class Config:
     # Show no progress bar.
     quiet: bool = False
 
-    def __post_init__(self) -> None:
+    def _check_choices(self) -> None:
         for name, choices in {
             "preset": PRESETS,
             "dtype": DTYPES,
@@ -327,6 +327,7 @@ class Config:
         Raises:
           UsageError: a setting cannot work.
         """
+        self._check_choices()
         preset, recipe = PRESETS[self.preset], RECIPES[self.preset]
         filled: dict[str, Any] = {
             name: getattr(preset, name) for name in ("hidden", "intermediate", "layers", "heads")
@@ -370,6 +371,7 @@ class Config:
         )
 
     def _check(self) -> None:
+        at_least_one("seq", self.seq)
         self.shape(self.vocab_size or 1)
         if not (isinstance(self.rank, int) and 1 <= self.rank < self.hidden):
             raise UsageError(
@@ -377,7 +379,7 @@ class Config:
                 f"{self.hidden}, or a fraction of it."
             )
         for name in (
-            *("update_proj_gap", "steps", "batch", "accumulate", "seq"),
+            *("update_proj_gap", "steps", "batch", "accumulate"),
             *("eval_every", "save_every", "keep"),
         ):
             at_least_one(name, getattr(self, name))
@@ -396,23 +398,27 @@ class Config:
                 raise UsageError(f"{name}={getattr(self, name)}: expected 0 or more.")
         for name in ("warmup", "b1", "b2", "momentum"):
             if not 0 <= (getattr(self, name) or 0) < 1:
-                raise UsageError(f"{name}={getattr(self, name)}: expected 0 <= {name} < 1.")
+                raise UsageError(
+                    f"{name}={getattr(self, name)}: expected at least 0 and less than 1."
+                )
         for name in ("cooldown", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}={getattr(self, name)}: expected 0 <= {name} <= 1.")
+                raise UsageError(f"{name}={getattr(self, name)}: expected 0 to 1.")
         for name in ("int8_weights", "transport", "residual"):
             if getattr(self, name) and self.optimizer not in IN_GALORE:
                 raise UsageError(
-                    f"{name} needs an optimizer in GaLore, such as galore_adamw; "
-                    f"optimizer={self.optimizer!r} is none."
+                    f"{name}={getattr(self, name)!r} needs an optimizer in GaLore, such as "
+                    f"galore_adamw; optimizer={self.optimizer!r} is none."
                 )
         if self.layerwise and self.on_nan == "skip":
             raise UsageError(
-                "on_nan='skip' looks at the whole gradient before an update, which layerwise never "
-                "has: choose on_nan='stop'."
+                "on_nan='skip' looks at the whole gradient before an update, which layerwise=True "
+                "never has: choose on_nan='stop'."
             )
         if self.clip_by == "layer" and not self.layerwise:
-            raise UsageError("clip_by='layer' needs layerwise; clip_by='global' is for any run.")
+            raise UsageError(
+                "clip_by='layer' needs layerwise=True; clip_by='global' is for any run."
+            )
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise UsageError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} are more than all updates."
@@ -420,6 +426,9 @@ class Config:
         if self.out is None:
             for name in ("resume", "wandb"):
                 if getattr(self, name):
-                    raise UsageError(f"{name} needs the directory of the run: name it by out.")
+                    raise UsageError(
+                        f"{name}={getattr(self, name)!r} needs the directory of the run: "
+                        "out=DIRECTORY."
+                    )
         if self.new_subspace and not self.resume:
-            raise UsageError("new_subspace says how to resume: it needs resume as well.")
+            raise UsageError("new_subspace=True says how to resume: it needs resume=True as well.")

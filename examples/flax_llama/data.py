@@ -53,6 +53,8 @@ class Data:
     valid: Valid
     # (T,) all tokens of the training part; None where they are streamed.
     train_tokens: np.ndarray | None
+    # How many documents these are, likewise.
+    documents: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,8 @@ def open_data(
             groups, encoder, batch=batch // process_count, seq=seq, packing=packing
         )
     valid = read_valid(held_out, context, seq=seq, packing=packing, num_tokens=eval_tokens)
-    return Data(encoder, iter(batches), valid, train.ids if isinstance(train, Tokens) else None)
+    tokens, documents = (train.ids, len(train.ends)) if isinstance(train, Tokens) else (None, None)
+    return Data(encoder, iter(batches), valid, tokens, documents)
 
 
 def check_same(tokenizer: str | None, encoder: Tokenizer, data: str) -> None:

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 import galore_optax
-from examples.flax_llama.config import Config, UsageError
+from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
+from examples.flax_llama.command import program
+from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, unigram_loss
 from examples.flax_llama.generate import generate
 from examples.flax_llama.optimizers import make_optimizer
@@ -83,10 +85,9 @@ def demo(out: Path | None = None, steps: int = GALORE.steps) -> None:
 
 
 def main() -> None:
-    try:
+    hide_abandoned_writes()
+    with program(demo, errors=(CheckpointError, FloatingPointError)):
         tyro.cli(demo)
-    except UsageError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

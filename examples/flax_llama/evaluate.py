@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from examples.flax_llama.checkpoint import load_run
-from examples.flax_llama.config import UsageError, at_least_one
+from examples.flax_llama.command import program
+from examples.flax_llama.config import at_least_one
 from examples.flax_llama.data import open_data
 from examples.flax_llama.loss import token_losses
 from examples.flax_llama.model import Params
@@ -142,10 +143,8 @@ def evaluate(
 
 
 def main() -> None:
-    try:
+    with program(evaluate):
         scores = tyro.cli(evaluate)
-    except UsageError as error:
-        raise SystemExit(f"error: {error}") from None
     for name in ("loss", "perplexity"):
         print(f"{name:14} {scores[name]:.4f} +- {scores[f'{name}_standard_error']:.4f}")
     if "bits_per_byte" in scores:

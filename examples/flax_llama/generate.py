@@ -103,9 +103,9 @@ def check_sampling(prompt: np.ndarray, tokens: int, temperature: float, top_p: f
     if not 0 <= temperature < math.inf:
         raise UsageError(f"temperature={temperature}: expected 0 or a positive number.")
     if not 0 < top_p <= 1:
-        raise UsageError(f"top_p={top_p}: expected a probability, 0 < top_p <= 1.")
+        raise UsageError(f"top_p={top_p}: expected more than 0, and 1 at most.")
     if not len(prompt):
-        raise UsageError("prompt is empty: give at least one character to continue.")
+        raise UsageError("prompt='' is empty: give at least one character to continue.")
 
 
 def generate(

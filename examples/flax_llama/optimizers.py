@@ -36,6 +36,7 @@ def wsd(config: Config, updates: int) -> optax.Schedule:
     return optax.join_schedules(parts, [updates - decay])
 
 
+REFRESHES = ("periodic", "lazy")
 # What follows the warm-up, over the number of updates that are left.
 SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd}
 
@@ -245,6 +246,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         go with the projector, transport or residual.
     """
     one_of("optimizer", config.optimizer, OPTIMIZERS)
+    one_of("refresh", config.refresh, REFRESHES)
     schedule = learning_rate(config)
     try:
         check_together(config)
@@ -252,7 +254,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     except CombinationError as error:
         raise UsageError(refusal(config, error)) from error
     except ValueError as error:
-        raise UsageError(f"--optimizer {config.optimizer}: {error}") from error
+        found = re.fullmatch(r"(\w+) must be (.*); got .*", str(error))
+        if found and hasattr(config, found[1]):
+            value = getattr(config, found[1])
+            raise UsageError(f"{found[1]}={value!r}: expected {found[2]}.") from error
+        raise UsageError(f"optimizer={config.optimizer!r}: {error}") from error
     # With `layerwise` there is no whole gradient; it clips by itself.
     clips = config.clip and not config.layerwise
     optimizer = optax.chain(
@@ -293,9 +299,14 @@ def refusal(config: Config, error: CombinationError) -> str:
             flags.append(f"--{name} {getattr(config, name)}")
             remedies += [f"--{name} {value}" for value in choices if works(**{name: value})]
     if not remedies:
-        return f"--optimizer {config.optimizer}: {error}"
-    # The remedy of the library is for those who write Python.
-    return f"{' '.join(flags)}: {error.reason}. What would work is {', '.join(remedies)}."
+        return f"optimizer={config.optimizer!r}: {error}"
+    # The remedy of the library is for those who write Python; a class may stand for its name.
+    reason = re.sub(
+        r"\b(transport|residual)=\w+",
+        lambda found: f"{found[1]}={getattr(config, found[1])!r}",
+        error.reason,
+    )
+    return f"{' '.join(flags)}: {reason}. What would work is {', '.join(remedies)}."
 
 
 def field_of(state_type: str, field: str) -> Callable[[Any, Any], bool]:

@@ -8,13 +8,13 @@ The exit status is 0 if it fits, 3 if it does not, and 2 if a setting cannot wor
 
 import dataclasses
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from examples.flax_llama.command import program
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step
 from examples.flax_llama.config import PRESETS, Config, UsageError, at_least_one, one_of
 from examples.flax_llama.devices import GIB, Device, device_named
@@ -290,12 +290,8 @@ def plan(settings: Plan) -> bool:
 
 
 def main() -> None:
-    try:
-        with check_needs_driver():
-            fits = plan(tyro.cli(Plan, description=__doc__))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(ERROR) from None
+    with program(Plan, status=ERROR), check_needs_driver():
+        fits = plan(tyro.cli(Plan, description=__doc__))
     raise SystemExit(0 if fits else DOES_NOT_FIT)
 
 

@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from examples.flax_llama.command import program
 from examples.flax_llama.config import UsageError
-from examples.flax_llama.run_log import METRICS, Record, read_records
+from examples.flax_llama.records import METRICS, Record, read_records
 
 # Beneath the losses, where any run has them.
 PANELS = {
@@ -25,6 +26,8 @@ PANELS = {
     "tokens_per_second": "tokens per second",
     "captured_energy": "share of the gradient's energy in the subspace",
 }
+# Updates of the longest run, of which the second half has a panel of its own.
+FEWEST_TO_HALVE = 20
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -43,6 +46,8 @@ class Curves:
     # By number of updates, ascending.
     train: list[Record]
     valid: list[Record]
+    # What makes its tokens; None where the run does not tell.
+    tokenizer: bytes | None = None
 
     def of(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """Updates that have a training metric, and its values; nan where it was not finite."""
@@ -74,7 +79,49 @@ def read_curves(runs: Sequence[Path]) -> list[Curves]:
       UsageError: a directory has no metrics, or none yet.
     """
     common = Path(os.path.commonpath([run.absolute().parent for run in runs]))
-    return [Curves(str(run.absolute().relative_to(common)), *read_metrics(run)) for run in runs]
+    return [
+        Curves(str(run.absolute().relative_to(common)), *read_metrics(run), read_tokenizer(run))
+        for run in runs
+    ]
+
+
+def read_tokenizer(run: Path) -> bytes | None:
+    """The contents of the file that the run's tokenizer is in, None where there is none."""
+    paths = (run / f"tokenizer.{suffix}" for suffix in ("json", "model"))
+    return next((path.read_bytes() for path in paths if path.is_file()), None)
+
+
+def comparable(runs: Sequence[Curves]) -> tuple[list[Curves], str]:
+    """The runs in a unit in which their losses can be compared, and the name of that.
+
+    A nat per token of one tokenizer is not one of another, whose tokens may be longer. The bytes of
+    the text are the same: what a run logged says how many of them a token has in the text that it
+    was validated on, and losses of training are converted by that, too.
+
+    Raises:
+      UsageError: the tokenizers differ, and a run has not been evaluated yet.
+    """
+    if len({run.tokenizer for run in runs if run.tokenizer is not None}) < 2:
+        return list(runs), "nats per token"
+    return [in_bits_per_byte(run) for run in runs], "bits per byte"
+
+
+def in_bits_per_byte(run: Curves) -> Curves:
+    """The same with losses and standard errors in bits per byte."""
+    evaluated = [record for record in run.valid if math.isfinite(record["valid_loss"])]
+    if not evaluated:
+        raise UsageError(
+            f"runs={run.name} has another tokenizer than the others and no evaluation yet: its "
+            "nats per token cannot be compared with theirs."
+        )
+    unit = evaluated[-1]["bits_per_byte"] / evaluated[-1]["valid_loss"]
+    losses = ("loss", "valid_loss", "standard_error")
+
+    def convert(record: Record) -> Record:
+        return record | {name: unit * record[name] for name in losses if name in record}
+
+    train, valid = ([convert(record) for record in records] for records in (run.train, run.valid))
+    return dataclasses.replace(run, train=train, valid=valid)
 
 
 def read_metrics(run: Path) -> tuple[list[Record], list[Record]]:
@@ -95,29 +142,50 @@ def read_metrics(run: Path) -> tuple[list[Record], list[Record]]:
     return [train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)]
 
 
-def draw_losses(panel: Axes, runs: Sequence[Curves], width: int) -> None:
-    """Training losses as lines and held-out ones as points with bars of one standard error."""
-    shown = []
+def whole_updates(panel: Axes) -> None:
+    """Numbers updates on the horizontal axis, of which there is no half."""
+    panel.set_xlabel("update")
+    panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+
+def loss_panels(runs: Sequence[Curves]) -> list[int]:
+    """The updates after which the panels of the losses begin: none are left out, then a half.
+
+    The fall of the first updates presses the differences between the last ones together.
+    """
+    last = max(run.train[-1]["step"] for run in runs)
+    return [0, int(last) // 2] if last >= FEWEST_TO_HALVE else [0]
+
+
+def draw_losses(
+    panel: Axes, runs: Sequence[Curves], *, width: int, after: int = 0, unit: str
+) -> None:
+    """Training losses as lines and held-out ones as points with bars of one standard error.
+
+    Args:
+      panel: to draw in, which shows all that is drawn.
+      runs: to draw.
+      width: number of updates to average over.
+      after: number of updates that are left out.
+      unit: of the losses.
+    """
     for index, run in enumerate(runs):
         color = f"C{index % 10}"
         steps, losses = run.of("loss")
-        panel.plot(steps, losses, color=color, alpha=0.2, linewidth=0.7)
+        shown = steps > after
+        panel.plot(steps[shown], losses[shown], color=color, alpha=0.2, linewidth=0.7)
         losses = moving_mean(losses, width)
-        panel.plot(steps, losses, color=color, label=run.name)
+        panel.plot(steps[shown], losses[shown], color=color, label=run.name)
         steps, held_out = points(run.valid, "valid_loss")
-        errors = [record.get("standard_error", math.nan) for record in run.valid]
+        errors = np.array([record.get("standard_error", math.nan) for record in run.valid])
+        shown = steps > after
         style = {"fmt": "o", "markersize": 4, "capsize": 3, "zorder": 3}
-        panel.errorbar(steps, held_out, errors, color=color, **style)
-        shown += [losses[len(losses) // 20 :], held_out]
-    finite = np.concatenate(shown)
-    finite = finite[np.isfinite(finite)]
-    if len(finite):
-        # The fall of the first updates would press all else together.
-        margin = 0.05 * np.ptp(finite) or 0.1
-        panel.set_ylim(finite.min() - margin, finite.max() + margin)
+        panel.errorbar(steps[shown], held_out[shown], errors[shown], color=color, **style)
     # Of no data, for the legend.
     panel.errorbar([], [], [], fmt="o", color="gray", markersize=4, capsize=3, label="held out")
-    panel.set(xlabel="update", ylabel="cross entropy, nats per token")
+    panel.set_title(f"after update {after:,}" if after else "")
+    panel.set_ylabel(f"cross entropy, {unit}")
+    whole_updates(panel)
 
 
 def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> None:
@@ -132,7 +200,8 @@ def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> 
             panel.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
             values = moving_mean(values, width)
         panel.plot(steps, values, color=color)
-    panel.set(xlabel="update", title=PANELS[field])
+    panel.set_title(PANELS[field])
+    whole_updates(panel)
     if field == "grad_norm":
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -143,29 +212,37 @@ def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> 
         panel.yaxis.set_major_formatter(EngFormatter(sep="") if "tokens" in field else "{x:g}")
 
 
-def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> None:
+def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> str:
     """Draws what one or several runs have logged so far, finished or not.
 
-    Lines are training metrics, points the held-out loss with bars of one standard error.
+    Lines are training metrics, points the held-out loss with bars of one standard error. Runs with
+    different tokenizers are drawn in bits per byte, others in nats per token.
 
     Args:
       runs: the --out directories of training runs.
       out: picture to write; its suffix gives the format, such as .png, .svg or .pdf.
       smooth: number of updates that losses, gradient norms and speeds are averaged over; a
         fiftieth of the longest run by default.
+
+    Returns:
+      What was written, and where.
     """
     if not runs:
-        raise UsageError("runs: name at least one directory.")
+        raise UsageError("runs=DIRECTORY ...: name at least one.")
     if smooth is not None and smooth < 1:
         raise UsageError(f"smooth={smooth}: expected at least 1.")
-    curves = read_curves(runs)
+    curves, unit = comparable(read_curves(runs))
     width = smooth or max(1, max(len(run.train) for run in curves) // 50)
     fields = [field for field in PANELS if any(len(run.of(field)[0]) for run in curves)]
     rows = (len(fields) + 1) // 2
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(9, 4.5 + 2.2 * rows), layout="constrained")
         grid = figure.add_gridspec(1 + rows, 2, height_ratios=[2] + [1] * rows)
-        draw_losses(figure.add_subplot(grid[0, :]), curves, width)
+        parts = loss_panels(curves)
+        for column, after in enumerate(parts):
+            place = grid[0, column if len(parts) > 1 else slice(None)]
+            panel = figure.add_subplot(place)
+            draw_losses(panel, curves, width=width, after=after, unit=unit)
         for i, field in enumerate(fields):
             row, column = divmod(i, 2)
             alone = column == 0 and i == len(fields) - 1
@@ -173,20 +250,20 @@ def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> None:
             draw_metric(panel, curves, field, width)
         longest = max(len(run.name) for run in curves)
         columns = max(1, min(4, len(curves) + 1, 110 // (longest + 8)))
-        figure.legend(loc="outside upper center", ncols=columns)
+        handles = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=columns)
         try:
             figure.savefig(out, dpi=150)
         except (ValueError, OSError) as error:
             raise UsageError(f"out={out} cannot be written: {error}") from error
         finally:
             plt.close(figure)
+    return f"Wrote {out}: losses in {unit} of {', '.join(run.name for run in curves)}"
 
 
 def main() -> None:
-    try:
-        tyro.cli(plot)
-    except UsageError as error:
-        raise SystemExit(f"error: {error}") from None
+    with program(plot):
+        print(tyro.cli(plot))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
-"""What a comparison of optimizers found: a table in Markdown, and its pictures."""
+"""What a comparison of optimizers found, and a table of it in Markdown."""
 
 import dataclasses
 import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
-import numpy as np
 
 from examples.flax_llama.config import Config
-from examples.flax_llama.plot import STYLE, Curves, draw_losses, read_metrics
 from examples.flax_llama.run_directory import settings_of
 from examples.flax_llama.validation import perplexity
 
@@ -149,17 +145,24 @@ def table(comparison: Comparison) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def at_edge(comparison: Comparison, optimizer: str) -> dict[str, str]:
+    """The settings whose best value is the "smallest" or the "largest" that was tried."""
+    best = comparison.best[optimizer][0].settings
+    return {
+        setting: "smallest" if best[setting] == min(values) else "largest"
+        for setting, values in comparison.grids[optimizer].items()
+        if len(values) > 1 and not isinstance(values[0], str)
+        if best[setting] in (min(values), max(values))
+    }
+
+
 def edges(comparison: Comparison) -> list[str]:
     """Says where the best value is the last one that was tried in some direction."""
     return [
-        f"The best {setting} of {name}, {best:g}, is the "
-        f"{'smallest' if best == min(values) else 'largest'} that was tried: a better one may lie "
-        "beyond."
-        for name, grid in comparison.grids.items()
-        for setting, values in grid.items()
-        if len(values) > 1 and not isinstance(values[0], str)
-        for best in [comparison.best[name][0].settings[setting]]
-        if best in (min(values), max(values))
+        f"The best {setting} of {name}, {runs[0].settings[setting]:g}, is the {edge} that was "
+        "tried: a better one may lie beyond."
+        for name, runs in comparison.best.items()
+        for setting, edge in at_edge(comparison, name).items()
     ]
 
 
@@ -210,103 +213,3 @@ def markdown(comparison: Comparison, machine: Mapping[str, Any], pictures: Seque
     where = ", ".join(f"{name} {value}" for name, value in machine.items())
     lines += ["", "Made by", "", "```", comparison.command, "```", "", f"on {where}."]
     return "\n".join(lines) + "\n"
-
-
-def draw_curves(comparison: Comparison, out: Path) -> None:
-    """Losses of the best run of each optimizer, from the first seed."""
-    best = {name: runs[0].name for name, runs in comparison.best.items()}
-    curves = [Curves(name, *read_metrics(out / run)) for name, run in best.items()]
-    figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    draw_losses(panel, curves, width=max(1, comparison.given.resolve().steps // 50))
-    panel.legend()
-    figure.savefig(out / "losses.png", dpi=150)
-    plt.close(figure)
-
-
-def draw_sweep(comparison: Comparison, out: Path) -> None:
-    """Validation loss over the first setting of each sweep, a line per values of the others."""
-    grids = {
-        name: [setting for setting, values in grid.items() if len(values) > 1]
-        for name, grid in comparison.grids.items()
-    }
-    grids = {name: settings for name, settings in grids.items() if settings}
-    figure, panels = plt.subplots(
-        *(1, len(grids)),
-        figsize=(4.5 * len(grids), 4),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, (name, (x, *others)) in zip(panels[0], grids.items(), strict=True):
-        best = comparison.best[name][0]
-        runs = [run for run in comparison.runs if run.optimizer == name and run.seed == best.seed]
-        lines: dict[str, list[Run]] = {}
-        for run in runs:
-            label = ", ".join(f"{setting} {run.settings[setting]}" for setting in others)
-            lines.setdefault(label, []).append(run)
-        values = sorted({run.settings[x] for run in runs})
-        numeric = not isinstance(values[0], str)
-        places = values if numeric else range(len(values))
-        place = dict(zip(values, places, strict=True))
-        for label in sorted(lines):
-            points = sorted(
-                (place[run.settings[x]], run.loss, run.scores.get("standard_error", math.nan))
-                for run in lines[label]
-            )
-            panel.errorbar(*np.array(points).T, fmt="o-", label=label)
-        panel.plot(place[best.settings[x]], best.loss, "k*", markersize=14, label="best", zorder=3)
-        panel.set(title=name, xlabel=x, xscale="log" if numeric and values[0] > 0 else "linear")
-        panel.set_xticks(places, [f"{value:g}" if numeric else value for value in values])
-        panel.minorticks_off()
-        panel.legend()
-    losses = [run.loss for run in comparison.runs if math.isfinite(run.loss)]
-    chosen = [best[0].loss for best in comparison.best.values() if math.isfinite(best[0].loss)]
-    if chosen and max(losses) > (top := 1.25 * max(chosen)):
-        # What went wrong altogether would press all else together.
-        panels[0, 0].set_ylim(top=top)
-    panels[0, 0].set_ylabel("validation loss, nats per token")
-    figure.savefig(out / "sweep.png", dpi=150)
-    plt.close(figure)
-
-
-def draw_bytes(comparison: Comparison, out: Path) -> None:
-    """Bytes of parameters and optimizer state, and of all that an update needs."""
-    best = {name: runs[0].scores for name, runs in comparison.best.items() if runs[0].scores}
-    names = list(best)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 1.6 + 0.5 * len(names)), sharey=True, layout="constrained"
-    )
-    start = np.zeros(len(names))
-    for part, color in {"parameter": "C7", "moment": "C0", "projector": "C1"}.items():
-        width = np.array([scores[f"{part}_bytes"] / 1e6 for scores in best.values()])
-        left.barh(names, width, left=start, label=f"{part}s", color=color)
-        start += width
-    update = np.array([scores.get("update_bytes", 0) / 1e6 for scores in best.values()])
-    right.barh(names, update, color="C2")
-    left.set_title("parameters and optimizer state")
-    right.set_title("memory of an update, as XLA plans it")
-    left.invert_yaxis()
-    for panel, totals in ((left, start), (right, update)):
-        panel.grid(visible=False)
-        panel.set(xlabel="MB", xlim=(0, 1.15 * totals.max()))
-        for name, total in zip(names, totals, strict=True):
-            panel.annotate(
-                *(f"{total:,.1f}", (total, name)),
-                **{"xytext": (4, 0), "textcoords": "offset points", "va": "center"},
-            )
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(out / "bytes.png", dpi=150)
-    plt.close(figure)
-
-
-def write_report(comparison: Comparison, machine: Mapping[str, Any], out: Path) -> None:
-    """Writes report.md and its pictures."""
-    pictures = {"losses.png": draw_curves}
-    if any(len(values) > 1 for grid in comparison.grids.values() for values in grid.values()):
-        pictures["sweep.png"] = draw_sweep
-    if any(runs[0].scores for runs in comparison.best.values()):
-        pictures["bytes.png"] = draw_bytes
-    with plt.rc_context(STYLE):
-        for draw in pictures.values():
-            draw(comparison, out)
-    (out / "report.md").write_text(markdown(comparison, machine, list(pictures)))

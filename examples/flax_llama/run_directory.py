@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.writing import write_whole
 
 SETTINGS = "config.json"
 PARTIAL = "config.json.partial"
@@ -53,7 +54,7 @@ def check_contents(out: Path, *, resume: bool) -> None:
     if resume:
         if not (out / SETTINGS).is_file():
             raise UsageError(
-                f"out={out} holds no run to resume: leave resume out to start one there."
+                f"out={out} holds no run to resume: leave out resume=True to start one there."
             )
     elif out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= EMPTY):
         is_run = ", resume the run in it" if (out / SETTINGS).is_file() else ""
@@ -84,9 +85,7 @@ def lock(out: Path) -> Iterator[None]:
 def write_settings(out: Path, config: Config, shape: LlamaConfig) -> None:
     """Writes the resolved configuration and the model's shape, whole or not at all."""
     settings = {"train": settings_of(config), "model": dataclasses.asdict(shape)}
-    partial = out / PARTIAL
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    partial.replace(out / SETTINGS)
+    write_whole(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def check_same(stored: dict[str, Any], config: Config) -> None:
             for name in now
             if name in refused
         )
-        hint = " (new_subspace allows that)" if refused <= SUBSPACE else ""
+        hint = " (new_subspace=True allows that)" if refused <= SUBSPACE else ""
         raise UsageError(
             f"out={config.out} is of another configuration: {differences}{hint}. Resume with the "
             "same settings, which need not be repeated, or name another directory."

@@ -1,25 +1,18 @@
-"""What a training run reports: records kept, written to a file, shown on a progress bar."""
+"""What a training run reports: records kept, written to a file, shown, and sent to services."""
 
-import contextlib
-import json
 import math
 import re
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples.flax_llama.config import UsageError
+from examples.flax_llama.progress import Progress
+from examples.flax_llama.records import METRICS, Record, dump, restart
+from examples.flax_llama.sinks import Sink
+from examples.flax_llama.writing import naming
 
-Record = dict[str, float]
-# Takes a record to a service that draws it.
-Sink = Callable[[Record], None]
-
-METRICS = "metrics.jsonl"
 # Updates in a row that are left out before a run that skips them is stopped.
 MOST_SKIPPED = 10
 
@@ -54,7 +47,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class RunLog:
-    """Context manager that owns the records of one run, its metrics file and its progress bar.
+    """Context manager that owns the records of one run, its metrics file and what is shown of it.
 
     Args:
       out: the run's directory, or None to write nothing.
@@ -63,7 +56,7 @@ class RunLog:
       steps: number of updates in the end.
       flops_per_token: of the model.
       sinks: take each record too.
-      quiet: show no progress bar.
+      quiet: show nothing.
     """
 
     def __init__(
@@ -80,33 +73,26 @@ class RunLog:
         self.valid: list[Record] = []
         self._sinks, self._flops_per_token = sinks, flops_per_token
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        if out is None:
+        self._path = out and out / METRICS
+        if self._path is None:
             self._file = None
         else:
-            for record in restart(out / METRICS, start):
+            for record in restart(self._path, start):
                 (self.valid if "valid_loss" in record else self.train).append(record)
-            # Line by line, so that the file can be followed and survives a crash.
-            self._file = open(out / METRICS, "a", buffering=1)  # noqa: SIM115
+            # Without a buffer, so that the file can be followed and survives a crash.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
-        self._bar = Progress(
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]}"),
-            TimeRemainingColumn(),
-            disable=quiet,
-        )
-        self._task = self._bar.add_task(
-            "", total=steps, completed=start, loss=math.nan, speed="compiling"
-        )
+        best = min((record["valid_loss"] for record in self.valid), default=math.inf)
+        self.progress = Progress(start=start, steps=steps, best=best, quiet=quiet)
 
     def __enter__(self) -> "RunLog":
-        self._bar.start()
+        self.progress.__enter__()
         self.start_clock()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self.progress.__exit__()
         if self._file is not None:
             self._file.close()
 
@@ -135,19 +121,14 @@ class RunLog:
         self._clock = now
         self.train.append(record)
         self._write(record)
-        speed = f"{flops / self._peak:.0%} MFU" if self._peak else f"{flops / 1e12:.2g} TFLOP/s"
-        self._bar.update(
-            self._task,
-            completed=step,
-            loss=record["loss"],
-            speed=f"{record['tokens_per_second']:,.0f} tokens/s  {speed}",
-        )
+        self.progress.update(record)
         self._check_finite(record)
 
     def evaluation(self, record: Record) -> None:
         """Records an evaluation."""
         self.valid.append(record)
         self._write(record)
+        self.progress.evaluation(record)
 
     def start_clock(self) -> None:
         """Counts the time of the next update from here, after something that was no training."""
@@ -165,82 +146,11 @@ class RunLog:
             )
 
     def _write(self, record: Record) -> None:
-        if self._file is not None:
-            self._file.write(dump(record) + "\n")
+        if self._file is not None and self._path is not None:
+            with naming(self._path):
+                line = memoryview(f"{dump(record)}\n".encode())
+                # Where the disk is full, a part of it may be written before there is an error.
+                while line:
+                    line = line[self._file.write(line) :]
         for sink in self._sinks:
             sink(record)
-
-
-def dump(record: Record) -> str:
-    """One line of JSON, which has null in place of numbers that are not finite."""
-    return json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()})
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a metrics file, which may be of a run that goes on or that was killed.
-
-    Raises:
-      UsageError: a line is not a record.
-    """
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):  # being written, or never to be
-            break
-        try:
-            record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
-            record["step"] = int(record["step"])
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"{path}:{number} is not a record of a run: {line[:60]!r}") from error
-        records.append(record)
-    return records
-
-
-def restart(path: Path, start: int) -> list[Record]:
-    """Drops from a metrics file what is beyond `start` updates, and returns what is left."""
-    if not path.exists():
-        return []
-    records = [record for record in read_records(path) if record["step"] <= start]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(dump(record) + "\n" for record in records))
-    partial.replace(path)
-    return records
-
-
-@contextlib.contextmanager
-def tensorboard(out: Path, start: int) -> Iterator[Sink]:
-    """Writes TensorBoard's event files to `out`; what an earlier process wrote ends at `start`."""
-    from tensorboardX import SummaryWriter
-
-    with SummaryWriter(str(out / "tensorboard"), purge_step=start + 1) as writer:
-
-        def write(record: Record) -> None:
-            for name, value in record.items():
-                if name != "step":
-                    writer.add_scalar(name, value, int(record["step"]))
-
-        yield write
-
-
-@contextlib.contextmanager
-def wandb(project: str, out: Path, settings: dict[str, Any]) -> Iterator[Sink]:
-    """Sends records to Weights & Biases, to the same run when resumed.
-
-    Raises:
-      UsageError: wandb is not installed.
-    """
-    try:
-        import wandb as service  # pyrefly: ignore[missing-import]
-    except ImportError as error:
-        raise UsageError(
-            f"wandb={project!r} needs a package that is not installed: pip install "
-            "'galore-optax[wandb]'."
-        ) from error
-    with service.init(
-        project=project,
-        name=out.name,
-        dir=out,
-        config=settings,
-        id=uuid.uuid5(uuid.NAMESPACE_URL, out.absolute().as_uri()).hex,
-        resume="allow",
-    ) as run:
-        yield lambda record: run.log(record, step=int(record["step"]))

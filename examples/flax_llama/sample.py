@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from examples.flax_llama.checkpoint import load_run
-from examples.flax_llama.config import UsageError
+from examples.flax_llama.command import program
 from examples.flax_llama.generate import generate
 
 
@@ -45,10 +45,8 @@ def sample(
 
 
 def main() -> None:
-    try:
+    with program(sample):
         print(tyro.cli(sample))
-    except UsageError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

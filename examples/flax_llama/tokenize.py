@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.flax_llama.config import UsageError
+from examples.flax_llama.command import program
 from examples.flax_llama.documents import Shard, batched, open_shards, texts
 from examples.flax_llama.tokenizer import shard_tokenizer
 from examples.flax_llama.tokens import Tokens, check_new, write_tokens
@@ -58,10 +58,9 @@ def watched(shards: Sequence[Shard], progress: Progress) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    try:
+    # What it has written of a directory disappears.
+    with program(tokenize, at_once=False):
         tokens = tyro.cli(tokenize)
-    except (UsageError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
     print(f"{len(tokens.ids):,} tokens of {len(tokens.ends):,} documents")
 
 

@@ -6,32 +6,32 @@ python -m examples.flax_llama.train --out runs/galore --resume
 
 import contextlib
 import dataclasses
-import signal
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import tyro
 from flax import nnx
-from jax.experimental import multihost_utils
 
 import galore_optax
-from examples.flax_llama import run_log
+from examples.flax_llama import sinks
 from examples.flax_llama.checkpoint import (
     CheckpointError,
     Checkpoints,
     hide_abandoned_writes,
     last_settings,
 )
-from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.command import program
+from examples.flax_llama.config import Config, LlamaConfig
 from examples.flax_llama.data import Data, open_data
 from examples.flax_llama.evaluate import make_evaluate
-from examples.flax_llama.methods import IN_GALORE
+from examples.flax_llama.interrupts import stopping
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer, start_anew
+from examples.flax_llama.progress import Progress, duration, header, print_text, scores, size
+from examples.flax_llama.records import Record
 from examples.flax_llama.run_directory import (
     SETTINGS,
     SUBSPACE,
@@ -43,7 +43,7 @@ from examples.flax_llama.run_directory import (
     settings_of,
     write_settings,
 )
-from examples.flax_llama.run_log import Record, RunLog
+from examples.flax_llama.run_log import RunLog
 from examples.flax_llama.step import (
     State,
     check_divides,
@@ -54,6 +54,7 @@ from examples.flax_llama.step import (
     replicated,
 )
 from examples.flax_llama.tokenizer import Tokenizer
+from examples.flax_llama.writing import naming
 
 RESUME = "python -m examples.flax_llama.train --resume --out "
 
@@ -70,7 +71,8 @@ class Result:
     # One record per evaluation: step, valid_loss (nats per token), its standard_error, perplexity,
     # and bits_per_byte where the bytes are known.
     valid: list[Record]
-    # Of device memory for an update, as XLA planned it; None where it does not tell.
+    # Of device memory for an update, as XLA planned it; None where it does not tell, or where the
+    # run had been finished before.
     update_bytes: int | None
 
 
@@ -78,12 +80,13 @@ def train(config: Config) -> Result:
     """Trains one model; writes only if `config.out` is given, a directory that is new or empty.
 
     With `config.resume` it goes on with the run that is there, to the same end, bit for bit, as if
-    there had been no interruption. SIGTERM or Ctrl-C saves a checkpoint and exits the program.
+    there had been no interruption. Where the program answers signals, SIGTERM or Ctrl-C saves a
+    checkpoint and exits.
 
     Raises:
       UsageError: a setting cannot work; nothing has been written.
       FloatingPointError: the loss or a gradient is not finite any more; no checkpoint has it.
-      CheckpointError: a checkpoint could not be written.
+      CheckpointError: a checkpoint, or another file of the run, could not be written.
     """
     config = config.resolve()
     out = config.out
@@ -101,49 +104,76 @@ def train(config: Config) -> Result:
         params = initial_params(config, shape)
         return State(params, optimizer.init(params))
 
+    go_on = f"To go on:\n{RESUME}{out}"
     with contextlib.ExitStack() as stack:
         stack.callback(dataset.train.close)
-        stop, checkpoints, start = never, None, 0
+        stop, checkpoints, start, stopped = never, None, 0, False
         if out is not None:
-            stop = stack.enter_context(stop_signals())
+            stop = stack.enter_context(stopping(go_on))
             checkpoints = stack.enter_context(open_checkpoints(out, config, shape))
+            stack.enter_context(checkpoints.told_of_errors())
             start = max(checkpoints.steps, default=0)
         if checkpoints and start:
             state = restore(checkpoints, start, config, initial_state, dataset, mesh)
         else:
             state = jax.jit(initial_state, out_shardings=replicated(mesh))()
-        log = stack.enter_context(open_log(config, shape, dataset.tokenizer, start))
-        # Compiled ahead, so that the tokens per second of the first update are those of an update.
-        example = put_batch(any_batch(config), config.accumulate, mesh)
-        update = make_update(config, graphdef, optimizer, mesh).lower(state, example).compile()
+        log = stack.enter_context(open_log(config, shape, dataset, start))
+        update, needed = make_update(config, graphdef, optimizer, mesh), None
+        if start < config.steps:
+            update, needed = compile_update(update, state, config, mesh, log.progress)
         evaluate = make_evaluate(graphdef, mesh)
         valid = dataset.valid.batches(config.batch // config.accumulate)
         log.start_clock()
+        log.progress.begin()
         for step in range(start + 1, config.steps + 1):
             batch = put_batch(next(dataset.train), config.accumulate, mesh)
             state, metrics = update(state, batch)
             log.update(step, metrics)
-            last, stopping, loss = step == config.steps, stop(step), None
+            last, loss = step == config.steps, None
             if step % config.eval_every == 0 or last:
                 log.flush()
-                evaluation = evaluate(state.params, *valid)
+                with log.progress.doing("evaluating"):
+                    evaluation = evaluate(state.params, *valid)
                 loss = evaluation.loss
-                scores = {"valid_loss": loss, "standard_error": evaluation.standard_error}
-                log.evaluation({"step": step} | scores | dataset.valid.scores(loss))
+                found = {"valid_loss": loss, "standard_error": evaluation.standard_error}
+                log.evaluation({"step": step} | found | dataset.valid.scores(loss))
                 log.start_clock()
+            stopped = stop(step) and not last
             if checkpoints and (
-                step % config.save_every == 0 or last or stopping or checkpoints.improves(loss)
+                step % config.save_every == 0 or last or stopped or checkpoints.improves(loss)
             ):
                 # First what may raise: an update that is not finite is never saved.
                 log.flush()
                 checkpoints.save(step, state, dataset.train, config, loss)
-                if stopping and not last:
-                    checkpoints.wait()
-                    print(f"Stopped after update {step}, which is saved. To go on:\n{RESUME}{out}")
-                    raise SystemExit(0)
                 log.start_clock()
+            if stopped:
+                break
+    if stopped:
+        print(f"Stopped after update {step}, which is saved. {go_on}", flush=True)
+        raise SystemExit(0)
     model = nnx.merge(graphdef, galore_optax.dequantize_params(state.params))
-    return Result(model, dataset.tokenizer, log.train, log.valid, planned_bytes(update))
+    return Result(model, dataset.tokenizer, log.train, log.valid, needed)
+
+
+def compile_update(
+    update: jax.stages.Wrapped,
+    state: State,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    progress: Progress,
+) -> tuple[jax.stages.Compiled, int | None]:
+    """Compiles ahead, so that the speed of the first update is that of an update.
+
+    Also returns `planned_bytes`.
+    """
+    began = time.monotonic()
+    example = put_batch(any_batch(config), config.accumulate, mesh)
+    with progress.doing("compiling"):
+        compiled = update.lower(state, example).compile()
+    needed = planned_bytes(compiled)
+    memory = "" if needed is None else f"; an update needs {size(needed)} of memory"
+    progress.say(f"Compiled in {duration(time.monotonic() - began)}{memory}")
+    return compiled, needed
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
@@ -214,78 +244,34 @@ def restore(
 
 
 @contextlib.contextmanager
-def open_log(
-    config: Config, shape: LlamaConfig, tokenizer: Tokenizer, start: int
-) -> Iterator[RunLog]:
+def open_log(config: Config, shape: LlamaConfig, dataset: Data, start: int) -> Iterator[RunLog]:
     """The log of the run, on the first process, and what describes the run beside it."""
     out = config.out if jax.process_index() == 0 else None
-    quiet = config.quiet or jax.process_index() > 0
-    if not quiet:
-        print(summary(config, shape, start))
     with contextlib.ExitStack() as stack:
-        sinks = []
+        services = []
         if out is not None:
-            tokenizer.save(out)
+            with naming(out / dataset.tokenizer.file_name):
+                dataset.tokenizer.save(out)
             write_settings(out, config, shape)
             if config.tensorboard:
-                sinks.append(stack.enter_context(run_log.tensorboard(out, start)))
+                services.append(stack.enter_context(sinks.tensorboard(out, start)))
             if config.wandb:
                 settings = settings_of(config)
-                sinks.append(stack.enter_context(run_log.wandb(config.wandb, out, settings)))
-        yield stack.enter_context(
-            RunLog(
-                out,
-                start=start,
-                steps=config.steps,
-                flops_per_token=shape.flops_per_token,
-                sinks=sinks,
-                quiet=quiet,
-            )
+                services.append(stack.enter_context(sinks.wandb(config.wandb, out, settings)))
+        log = RunLog(
+            out,
+            start=start,
+            steps=config.steps,
+            flops_per_token=shape.flops_per_token,
+            sinks=services,
+            quiet=config.quiet or jax.process_index() > 0,
         )
-
-
-def summary(config: Config, shape: LlamaConfig, start: int) -> str:
-    """What is about to be trained, in a few lines."""
-    rank = f", rank {config.rank}" if config.optimizer in IN_GALORE else ""
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    lines = [
-        f"LLaMA of {shape.num_params:,} parameters ({config.preset}), vocabulary "
-        f"{shape.vocab_size:,}; {shape.flops_per_token / 1e6:,.1f} MFLOP per token",
-        f"{config.optimizer}{rank}, peak learning rate {config.lr:g}; {config.steps:,} updates of "
-        f"{config.batch} x {config.seq} tokens, on {device}",
-    ]
-    if config.resume:
-        lines.append(f"Resuming after update {start}" if start else "No checkpoint yet: from 0")
-    return "\n".join(lines)
+        log.progress.say(header(config, shape, dataset, start))
+        yield stack.enter_context(log)
 
 
 def never(step: int) -> bool:
     return False
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Yields whether, by some update, SIGTERM or a first Ctrl-C has come; a second one kills."""
-    if jax.process_count() > 1:
-        # All must stop after the same update; JAX's own handler of SIGTERM sees to that.
-        yield multihost_utils.reached_preemption_sync_point
-    elif threading.current_thread() is not threading.main_thread():
-        yield never  # Python has signals in the main thread only
-    else:
-        received: list[int] = []
-        previous: dict[int, Any] = {}
-
-        def receive(number: int, _: object) -> None:
-            received.append(number)
-            signal.signal(number, previous[number])
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, receive)
-        try:
-            yield lambda step: bool(received)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def from_command_line(args: Sequence[str] | None = None) -> Config:
@@ -300,14 +286,12 @@ def from_command_line(args: Sequence[str] | None = None) -> Config:
 
 def main() -> None:
     hide_abandoned_writes()
-    try:
+    with program(Config, errors=(CheckpointError, FloatingPointError)):
         config = from_command_line()
         if config.distributed:
             jax.distributed.initialize()
         result = train(config)
-    except (UsageError, CheckpointError, FloatingPointError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(" ".join(f"{name} {value:.4g}" for name, value in result.valid[-1].items()))
+        print_text(f"Finished: {scores(result.valid[-1])}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from examples.flax_llama.command import program
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.documents import open_shards, sample
 from examples.flax_llama.tokenizer import Tokenizer, train_tokenizer
@@ -42,10 +43,8 @@ def train(
 
 
 def main() -> None:
-    try:
+    with program(train):
         tokenizer = tyro.cli(train)
-    except (UsageError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
     print(f"{tokenizer.vocab_size:,} tokens")
 
 

@@ -1,0 +1,81 @@
+"""What all commands have in common: signals and errors answered in a line, and an exit status."""
+
+import contextlib
+import dataclasses
+import inspect
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from examples.flax_llama.config import UsageError
+from examples.flax_llama.interrupts import answered
+
+# A setting of a message and its value, if it has one: name='value', name=True, name=value, name.
+SETTING = r"(?<![\w/.'-])({names})(?:=('[^']*'|\"[^\"]*\"|True\b|False\b)|(=)|(?![\w/]|\.\w))"
+
+
+@contextlib.contextmanager
+def program(
+    *settings: Callable[..., Any],
+    errors: tuple[type[Exception], ...] = (),
+    status: int = 1,
+    at_once: bool = True,
+) -> Iterator[None]:
+    """Runs a command: an error that a user can do something about is a line that names the flags.
+
+    Args:
+      settings: functions and dataclasses whose arguments are the command's flags.
+      errors: of which a line is enough, besides those of usage and of the operating system.
+      status: with which the program exits after one of them.
+      at_once: Ctrl-C and SIGTERM are answered at once, even where nothing can be cleaned up.
+    """
+    flags = {name: default for each in settings for name, default in defaults(each).items()}
+    with answered() if at_once else contextlib.nullcontext():
+        try:
+            yield
+        except (UsageError, OSError, *errors) as error:
+            line = f"error: {as_typed(str(error), flags)}"
+            if status == 1:
+                raise SystemExit(line) from None
+            print(line, file=sys.stderr)
+            raise SystemExit(status) from None
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
+
+
+def defaults(settings: Callable[..., Any]) -> dict[str, Any]:
+    """The defaults of the arguments of a function or of the fields of a dataclass, by name."""
+    if dataclasses.is_dataclass(settings):
+        return {field.name: field.default for field in dataclasses.fields(settings)}
+    return {name: each.default for name, each in inspect.signature(settings).parameters.items()}
+
+
+def as_typed(message: str, flags: dict[str, Any]) -> str:
+    """A message whose settings are written as on the command line, not as in Python.
+
+    A setting is what has a value, such as rank=4, or a name of several words. Other words may be
+    English: a message that means the flag says resume=True.
+
+    Args:
+      message: of an error.
+      flags: the default of each setting, by name.
+    """
+
+    def typed(match: re.Match[str]) -> str:
+        name, value, equals = match.groups()
+        flag = f"--{name.replace('_', '-')}"
+        if value is None:
+            # "lr" alone may be a word; "lr=0.5" is not, nor is "weight_decay".
+            return f"{flag} " if equals else flag if "_" in name else name
+        if value in ("True", "False"):
+            if not isinstance(flags[name], bool):
+                return f"{flag} {value}"
+            return flag if value == "True" else f"--no-{flag[2:]}"
+        return f"{flag} {shlex.quote(value[1:-1])}"
+
+    names = "|".join(sorted(flags, key=len, reverse=True))
+    return re.sub(SETTING.format(names=names), typed, message)

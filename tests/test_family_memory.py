@@ -163,6 +163,7 @@ FORMULAE = {
         {"rank": own, "residual": "error_feedback"},
         of_adam(with_error, 0, own),
     ),
+    "tracked_adamw": ({"rank": own}, of_adam(dense, LIMITER, own)),
     "frugal_adamw": ({}, of_adam(numbers, SINCE, quarter)),
     "grass_adamw": ({"rank": own}, of_adam(numbers, SINCE, own)),
     "grass_adamw, sampled": (
@@ -181,6 +182,7 @@ FORMULAE = {
     "apollo_adamw_8bit": ({}, of_adam(nothing, LIMITER, quarter, moment=blocks)),
     "apollo_mini_adamw_8bit": ({}, of_adam(nothing, LIMITER, 1, moment=blocks)),
     "ldadamw_8bit": ({"rank": own}, of_adam(dense, 0, own, moment=blocks)),
+    "tracked_adamw_8bit": ({"rank": own}, of_adam(dense, LIMITER, own, moment=blocks)),
     "frugal_adamw_8bit": ({}, of_adam(numbers, SINCE, quarter, moment=blocks)),
     "grass_adamw_8bit": ({"rank": own}, of_adam(numbers, SINCE, own, moment=blocks)),
     "dct_adamw_8bit": ({"rank": own}, of_adam(numbers, 0, own, moment=blocks)),

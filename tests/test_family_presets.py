@@ -51,6 +51,10 @@ PRESETS = {
         of_paper("keep", "scale_gradient", scale=128**0.5, rank=1, per="tensor"),
     ),
     "ldadamw": (RANK, of_paper("rotate", scale=1.0, gap=1, basis=reference.momentum_iteration)),
+    "tracked_adamw": (
+        RANK,
+        of_paper("rotate", "norm_scaled", beta=2.0, gap=1, basis=reference.momentum_iteration),
+    ),
     "frugal_adamw": (SELDOM, of_paper("reset", "sign", scale=1.0, rank=2)),
     "grass_adamw": (SELDOM | RANK, of_paper("reset", basis=reference.largest_rows)),
     "dct_adamw": (RANK, of_paper("rotate", scale=1.0, gap=1, basis=reference.cosines)),

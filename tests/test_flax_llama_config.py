@@ -56,6 +56,7 @@ RESOLVED = {
     "apollo_adamw": (1024, 500, 1.0, "gaussian"),
     "apollo_mini_adamw_8bit": (1, 500, 128**0.5, "gaussian"),
     "ldadamw": (1024, 1, 1.0, "momentum_iteration"),
+    "tracked_adamw": (1024, 1, 0.25, "momentum_iteration"),
     "frugal_adamw": (1024, 500, 1.0, "random_rows"),
     "grass_adamw": (1024, 500, 0.25, "rows"),
     "dct_adamw_8bit": (1024, 1, 1.0, "dct"),

@@ -14,7 +14,7 @@ from family_runs import run
 from programs import programs
 
 import galore_optax
-from galore_optax import DimensionNumbers, Project, Reset, Rotate, ScaleGradient, galore
+from galore_optax import DimensionNumbers, NormScaled, Project, Reset, Rotate, ScaleGradient, galore
 from galore_optax._options import GaloreOptions
 from galore_optax._residual import Discard
 
@@ -40,6 +40,12 @@ ADAMW = {
         "scale": 1.0,
         "projector": "momentum_iteration",
         "transport": "rotate",
+    },
+    "tracked_adamw": {
+        "update_proj_gap": 1,
+        "projector": "momentum_iteration",
+        "transport": "rotate",
+        "residual": NormScaled(beta=2.0),
     },
     "frugal_adamw": RANDOM_ROWS | {"transport": "reset", "residual": "sign"},
     "grass_adamw": {"projector": "rows", "transport": "reset"},

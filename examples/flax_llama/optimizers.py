@@ -1,6 +1,7 @@
 """The optimizers and learning-rate schedules that a training run can name."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any

@@ -1,0 +1,17 @@
+"""What is said of settings that cannot work."""
+
+from typing import Any
+
+
+class UsageError(ValueError):
+    """A setting that cannot work; the message says what would."""
+
+
+def one_of(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise UsageError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+
+
+def at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name}={value}: expected at least 1.")

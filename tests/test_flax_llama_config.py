@@ -105,6 +105,7 @@ def test_what_is_given_goes_before_the_preset():
         for field in dataclasses.fields(config)
         if field.name not in {"vocab_size", "valid_data", "tokenizer", "eval_tokens", "b2"}
         and field.name not in {"out", "wandb", "projector_dtype", "transport", "residual"}
+        and field.name != "init_from"
     ]
 
 
@@ -160,7 +161,11 @@ def test_flops_are_six_for_each_entry_that_multiplies_and_attention():
         ),
         ({"resume": True}, "resume needs the directory of the run"),
         ({"wandb": "project"}, "wandb needs the directory of the run"),
-        ({"out": "runs/x", "new_subspace": True}, "new_subspace .* needs resume"),
+        ({"out": "runs/x", "new_data": True}, "new_data .* needs resume"),
+        ({"weights_only": True}, "weights_only .* needs init_from"),
+        ({"on_bad_line": "ignore"}, "on_bad_line='ignore': expected one of error, skip"),
+        ({"max_bad_lines": -1}, "max_bad_lines=-1: expected 0 or more"),
+        ({"text_field": "meta..content"}, "text_field='meta..content': expected the name of a"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):

@@ -19,6 +19,7 @@ import tyro
 
 import galore_optax
 from benchmarks.machine import machine
+from examples.flax_llama.changes import check_same
 from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
 from examples.flax_llama.config import Config, UsageError, at_least_one
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
@@ -26,7 +27,6 @@ from examples.flax_llama.report import Comparison, Run, write_report
 from examples.flax_llama.run_directory import (
     EMPTY,
     SETTINGS,
-    check_same,
     lock,
     read_settings,
 )
@@ -39,8 +39,11 @@ RESULT = "result.json"
 
 
 def rank(word: str) -> int | float:
-    """A rank, or a fraction of the hidden size."""
-    return float(word) if "." in word else int(word)
+    """A rank, or a fraction of the hidden size, as the --rank of a training run."""
+    try:
+        return int(word)
+    except ValueError:
+        return float(word)
 
 
 # What may differ between the optimizers: nothing that changes the tokens, or how many there are.
@@ -171,7 +174,7 @@ def compare(
     out = shared.out
     if out is None:
         raise UsageError("A comparison needs a directory: name it by out.")
-    if shared.resume or shared.new_subspace:
+    if shared.resume or shared.new_data:
         raise UsageError("resume: leave it out; a comparison always goes on where it was.")
     for name in optimizers:
         if name not in OPTIMIZERS:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from examples.flax_llama.methods import GALORE, IN_GALORE, own
+from examples.flax_llama.reading import Reading
 from examples.flax_llama.shapes import ATTENTIONS, DTYPES, PRESETS, RECIPES, LlamaConfig
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
@@ -43,12 +44,20 @@ class Config:
     # Vocabulary of the model; the tokenizer's by default, and never smaller.
     vocab_size: int | None = None
 
-    # Text to train on: "austen" (built in); a file or a glob, several with commas between, of plain
-    # text (.txt) or JSON lines (.jsonl, field "text"), also as .gz, .xz or .zst; a directory made
-    # by examples.flax_llama.tokenize; "hf:NAME[:CONFIG[:SPLIT]]", streamed from Hugging Face.
+    # Text to train on: "austen" (built in); a file, a glob or a directory, several with commas
+    # between, of plain text (.txt) or JSON lines (.jsonl), also as .gz, .xz or .zst; a directory
+    # made by examples.flax_llama.tokenize; "hf:NAME[:CONFIG[:SPLIT]]", streamed from Hugging Face.
+    # Of a directory all such files in it and below it, but for hidden ones, README* and LICENSE*.
     data: str = "austen"
     # Text to validate on, likewise; by default a part of `data` that is then not trained on.
     valid_data: str | None = None
+    # Field of JSON lines, and of Hugging Face data, that has the text; a dot goes into an object,
+    # as in meta.content.
+    text_field: str = "text"
+    # At a line that is no JSON, has no text, or is not UTF-8: "error", or "skip" it.
+    on_bad_line: str = "error"
+    # With --on-bad-line skip, so many are left out; one more is an error.
+    max_bad_lines: int = 100
     # "bytes", "bpe:SIZE" for a byte-level BPE trained on the training text, or the path of a
     # tokenizer.json or of a SentencePiece model; by default bpe:2048, or that of tokenized data.
     tokenizer: str | None = None
@@ -168,11 +177,19 @@ class Config:
     # Last checkpoints to keep, besides the one of lowest validation loss.
     keep: int = 2
     # Go on with the run in `out`, from its last checkpoint; its settings need not be repeated.
+    # Those that are given, such as more `steps`, another `lr`, `batch`, `optimizer` or `rank`, or
+    # another place of the same `data`, hold from there on; README.md says what comes of each.
     resume: bool = False
-    # With --resume, take another rank, projector, projector_dtype, transport, residual, refresh,
-    # stagger, update_proj_gap or scale: moments start anew; parameters, position in the data and
-    # learning-rate schedule go on.
-    new_subspace: bool = False
+    # With --resume, go on with data that is not what it was, and read it from its start.
+    new_data: bool = False
+    # Begin a new run from the weights of another one, the --out directory of that, with the state
+    # of its optimizer; the learning rate and the data begin at their start. The model and the
+    # tokenizer are those of the other run, and need not be repeated.
+    init_from: Path | None = None
+    # With --init-from, its checkpoint: "last", "best", or the number of updates.
+    init_step: str = "last"
+    # With --init-from, take the weights alone: the optimizer may be another one.
+    weights_only: bool = False
     # Write TensorBoard's files to `out` too.
     tensorboard: bool = True
     # Project at Weights & Biases to send metrics to.
@@ -229,6 +246,14 @@ class Config:
             config = dataclasses.replace(config, rank=max(1, round(config.rank * config.hidden)))
         config._check()
         return config
+
+    def without_defaults(self) -> "Config":
+        """A resolved configuration with None for what is its optimizer's or preset's default."""
+        names = ("lr", "rank", "update_proj_gap", "scale", "projector", "projector_dtype")
+        names += ("refresh", "int8_weights")
+        default = dataclasses.replace(self, **dict.fromkeys(names)).resolve()
+        same = [name for name in names if getattr(default, name) == getattr(self, name)]
+        return dataclasses.replace(self, **dict.fromkeys(same))
 
     def shape(self, vocab_size: int) -> LlamaConfig:
         """The model of a resolved configuration, for a tokenizer with so many tokens.
@@ -300,5 +325,8 @@ class Config:
             for name in ("resume", "wandb"):
                 if getattr(self, name):
                     raise UsageError(f"{name} needs the directory of the run: name it by out.")
-        if self.new_subspace and not self.resume:
-            raise UsageError("new_subspace says how to resume: it needs resume as well.")
+        Reading(self.text_field, self.on_bad_line, self.max_bad_lines)
+        if self.new_data and not self.resume:
+            raise UsageError("new_data says how to go on with a run: it needs resume=True.")
+        if self.weights_only and self.init_from is None:
+            raise UsageError("weights_only says what to begin with: it needs init_from=RUN.")

@@ -6,6 +6,7 @@ python -m examples.flax_llama.plot --runs runs/galore runs/adamw --out runs/curv
 import dataclasses
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from examples.flax_llama.config import UsageError
+from examples.flax_llama.history import marks
 from examples.flax_llama.run_log import METRICS, Record, read_records
 
 # Beneath the losses, where any run has them.
@@ -43,6 +45,8 @@ class Curves:
     # By number of updates, ascending.
     train: list[Record]
     valid: list[Record]
+    # After how many updates the run went on with other settings, and which.
+    changes: Sequence[tuple[int, str]] = ()
 
     def of(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """Updates that have a training metric, and its values; nan where it was not finite."""
@@ -74,7 +78,10 @@ def read_curves(runs: Sequence[Path]) -> list[Curves]:
       UsageError: a directory has no metrics, or none yet.
     """
     common = Path(os.path.commonpath([run.absolute().parent for run in runs]))
-    return [Curves(str(run.absolute().relative_to(common)), *read_metrics(run)) for run in runs]
+    names = [str(run.absolute().relative_to(common)) for run in runs]
+    return [
+        Curves(name, *read_metrics(run), marks(run)) for name, run in zip(names, runs, strict=True)
+    ]
 
 
 def read_metrics(run: Path) -> tuple[list[Record], list[Record]]:
@@ -109,6 +116,12 @@ def draw_losses(panel: Axes, runs: Sequence[Curves], width: int) -> None:
         style = {"fmt": "o", "markersize": 4, "capsize": 3, "zorder": 3}
         panel.errorbar(steps, held_out, errors, color=color, **style)
         shown += [losses[len(losses) // 20 :], held_out]
+        for step, what in draw_changes(panel, run, color):
+            panel.text(
+                *(step, 0.98, f"{textwrap.shorten(what, 60, placeholder=' ...')} "),
+                transform=panel.get_xaxis_transform(),
+                **{"rotation": 90, "ha": "right", "va": "top", "size": "x-small", "color": color},
+            )
     finite = np.concatenate(shown)
     finite = finite[np.isfinite(finite)]
     if len(finite):
@@ -118,6 +131,14 @@ def draw_losses(panel: Axes, runs: Sequence[Curves], width: int) -> None:
     # Of no data, for the legend.
     panel.errorbar([], [], [], fmt="o", color="gray", markersize=4, capsize=3, label="held out")
     panel.set(xlabel="update", ylabel="cross entropy, nats per token")
+
+
+def draw_changes(panel: Axes, run: Curves, color: str) -> list[tuple[float, str]]:
+    """Lines between the updates where a run changed, and what is to be said of each."""
+    places = [(step + 0.5, what) for step, what in run.changes]
+    for step, _ in places:
+        panel.axvline(step, color=color, linestyle="--", linewidth=0.8)
+    return places
 
 
 def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> None:
@@ -132,6 +153,7 @@ def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> 
             panel.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
             values = moving_mean(values, width)
         panel.plot(steps, values, color=color)
+        draw_changes(panel, run, color)
     panel.set(xlabel="update", title=PANELS[field])
     if field == "grad_norm":
         panel.set_yscale("log")
@@ -146,7 +168,8 @@ def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> 
 def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> None:
     """Draws what one or several runs have logged so far, finished or not.
 
-    Lines are training metrics, points the held-out loss with bars of one standard error.
+    Lines are training metrics, points the held-out loss with bars of one standard error. A dashed
+    line is where a run went on with other settings, which its history.json has.
 
     Args:
       runs: the --out directories of training runs.

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from examples.flax_llama.changes import settings_of
 from examples.flax_llama.config import Config
 from examples.flax_llama.plot import STYLE, Curves, draw_losses, read_metrics
-from examples.flax_llama.run_directory import settings_of
 from examples.flax_llama.validation import perplexity
 
 

@@ -15,3 +15,8 @@ def one_of(name: str, value: str, choices: Any) -> None:
 def at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise UsageError(f"{name}={value}: expected at least 1.")
+
+
+def cannot_be_read(what: str, error: OSError) -> UsageError:
+    """What to say of a file that the system does not let us read, whatever is in it."""
+    return UsageError(f"{what} cannot be read: {error.strerror or error}.")

@@ -28,14 +28,18 @@ STEPS, SAVED = 6, 3
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Twenty files, and a run on them of 6 updates with checkpoints after 3 and 6."""
+    """Twenty files with a bad line, and a run on them of 6 updates, saved after 3 and 6."""
     root = tmp_path_factory.mktemp("changes")
     (root / "text").mkdir()
     lines = Path(write_text(root)).read_text().splitlines(keepends=True)
     for number in range(20):
-        (root / "text" / f"{number:02}.jsonl").write_text("".join(lines[number::20]))
+        inside = [f'{{"meta": {line.rstrip()}}}\n' for line in lines[number::20]]
+        (root / "text" / f"{number:02}.jsonl").write_text("".join(inside))
+    with open(root / "text" / "13.jsonl", "a") as file:
+        file.write('{"text": "of another field"}\n')
+    reading = {"text_field": "meta.text", "on_bad_line": "skip"}
     shape = {"steps": STEPS, "eval_every": SAVED, "keep": 9, "update_proj_gap": 2}
-    train.train(tiny(str(root / "text"), out=root / "run", **shape))
+    train.train(tiny(str(root / "text"), out=root / "run", **shape, **reading))
     return root
 
 
@@ -97,6 +101,7 @@ def test_a_finished_run_goes_on_with_more_steps_another_rate_and_other_validatio
         "steps 6 → 8 lr 0.03 → 0.01 schedule cosine → linear",
         f"Note: the learning rate of update 7 would have been {before:.3g} and is 0.00213.",
         "Note: validation losses before and after are of other tokens",
+        "Left out 1 line that is no text.",
     ):
         assert line in output
     first, second = history.read_history(run)
@@ -265,8 +270,8 @@ def test_changed_files_are_named_and_nothing_is_changed(run, change):
     with pytest.raises(UsageError, match=message):
         train.train(arguments(run, "--steps", "8"))
     assert contents(run) == before
-    with pytest.raises(UsageError, match="text_field was 'text' and is 'content'"):
-        begin(arguments(run, "--text-field", "content"))
+    with pytest.raises(UsageError, match=r"text_field was 'meta.text' and is 'text'"):
+        begin(arguments(run, "--text-field", "text"))
     found = begin(arguments(run, "--steps", "8", "--new-data"))
     assert found.new_data
     assert re.search(CHANGED[change], found.changes["data"][1])
@@ -327,7 +332,7 @@ def test_other_text_to_validate_on_is_a_change_and_changed_text_is_not(run, tmp_
 def test_a_run_of_an_earlier_version_goes_on(run):
     for name in ("data.json", "history.json"):
         (run / name).unlink()
-    known = {"text_field", "on_bad_line", "max_bad_lines", "init_from", "init_step", "new_data"}
+    known = {"max_bad_lines", "init_from", "init_step", "new_data"}
     for path in (run / "config.json", run / "checkpoints" / "6" / "settings" / "metadata"):
         stored = json.loads(path.read_text())
         settings = stored.get("train", stored)
@@ -358,6 +363,7 @@ def test_another_machine_or_version_is_told(run):
 def new_run(root, tmp_path, *given):
     words = ["--init-from", str(root / "run"), "--out", str(tmp_path / "new"), "--quiet"]
     words += ["--data", str(root / "text"), "--batch", "8", "--seq", "20", "--no-tensorboard"]
+    words += ["--text-field", "meta.text", "--on-bad-line", "skip"]
     return train.from_command_line([*words, "--eval-tokens", "200", *given])
 
 

@@ -268,6 +268,17 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(copy,
     assert contents(copy.out) == before
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "there")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", denied)
+    with pytest.raises(
+        UsageError, match=r"12 cannot be read: Permission denied .* been changed\.$"
+    ):
+        train.train(copy)
+
+
 @pytest.fixture(scope="module")
 def eight_bit(text, tmp_path_factory):
     """A checkpoint in few bits, of a vocabulary whose moments are large enough for codes."""

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from examples.flax_llama import plot
+from examples.flax_llama import history, plot
 from examples.flax_llama.config import UsageError
 
 # No version of JAX has a part in it.
@@ -65,6 +65,21 @@ def test_losses_and_held_out_points_with_their_errors_are_those_of_the_files(tmp
     heights = [np.ptp(bar[:, 1]) for bar in bars.get_segments()]
     np.testing.assert_allclose(heights, 0.2)
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dashed_line_is_where_a_run_went_on_with_other_settings(tmp_path, drawn):
+    changed, other = write_run(tmp_path / "changed"), write_run(tmp_path / "other")
+    changes = {"lr": [0.1, 0.05], "keep": [2, 3], "optimizer": ["adamw", "lion"]}
+    history.add_entry(changed, history.Entry(0))
+    history.add_entry(changed, history.Entry(20, changes, marked=["lr", "optimizer"]))
+    plot.plot((other, changed), tmp_path / "run.png")
+    for panel in drawn().values():
+        dashed = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
+        assert [list(line.get_xdata()) for line in dashed] == [[20.5, 20.5]]
+        assert dashed[0].get_color() == "C1"
+    (text,) = drawn()["loss"].texts
+    assert text.get_text().strip() == "lr 0.1 → 0.05, optimizer adamw → lion"
+    assert text.get_position()[0] == 20.5
 
 
 def test_speed_is_all_tokens_over_all_time(tmp_path, drawn):

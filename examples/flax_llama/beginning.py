@@ -163,6 +163,11 @@ def remarks(found: Beginning, config: Config, out: Path, before: Fingerprint | N
         )
     if found.new_data:
         said.append("the data is not what it was, and is read from its start")
+    if found.new_validation:
+        said.append(
+            "validation losses before and after are of other tokens, and the best checkpoint is "
+            "one of those after"
+        )
     if before is None:
         said.append(
             "an earlier version made this run, and kept no fingerprint of the data: whether it is "

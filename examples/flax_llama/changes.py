@@ -40,7 +40,6 @@ def rules(kind: Kind, *names: str, note: str = "") -> dict[str, Rule]:
 
 ROUND_OFF = "with another {name}, what is computed is the same to round-off, not bit for bit"
 WEIGHTS = "init_from=RUN with weights_only=True starts a new run from the weights of this one"
-OTHER_VALIDATION = "validation losses before and after are of other tokens, and so is the best one"
 
 RULES: dict[str, Rule] = {
     **rules(Kind.PROCESS, "out", "resume", "new_data", "distributed", "quiet"),
@@ -51,7 +50,7 @@ RULES: dict[str, Rule] = {
     **rules(Kind.NOW, "clip", "clip_by", "on_nan", "batch"),
     **rules(Kind.NOW, "scale", "update_proj_gap", "stochastic_rounding", "dtype"),
     **rules(Kind.NOW, "accumulate", "layerwise", "remat", "attention", note=ROUND_OFF),
-    **rules(Kind.NOW, "eval_tokens", note=OTHER_VALIDATION),
+    **rules(Kind.NOW, "eval_tokens"),
     **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "transport"),
     **rules(Kind.ANEW, "residual", "refresh", "stagger"),
     **rules(Kind.DATA, "data", "valid_data", "text_field", "tokenizer"),

@@ -188,6 +188,10 @@ def compare(
         return dataclasses.replace(shared, **changed).resolve()
 
     for optimizer, grid in grids.items():
+        if "rank" in grid:
+            # A fraction is the rank that it comes to, which the report knows; two may be one.
+            ranks = [configure(optimizer, shared.seed, {"rank": r}).rank for r in grid["rank"]]
+            grid["rank"] = list(dict.fromkeys(ranks))
         for values in itertools.product(*grid.values()):
             config = configure(optimizer, shared.seed, dict(zip(grid, values, strict=True)))
             make_optimizer(config.resolve())

@@ -61,9 +61,9 @@ def restore(
         dataset.train.set_state(position)
         if skipped:
             beginning.notes.append(f"{skipped} rows are left out, up to the next whole batch")
-    optimizer = make_optimizer(config)
     if not beginning.changes:
         return state
+    optimizer = make_optimizer(config)
     return State(state.params, going_on(state, optimizer, beginning, config, mesh))
 
 

@@ -268,12 +268,15 @@ def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         )
 
 
-def commit(out: Path, beginning: Beginning, config: Config, shape: LlamaConfig) -> None:
-    """Writes that a run has begun, or goes on, in this way; each file whole or not at all.
+def commit(beginning: Beginning, config: Config, shape: LlamaConfig) -> None:
+    """Writes, on the first process, that a run has begun or goes on in this way.
 
-    Whatever is written when a process ends in between: a resumed run compares with its last
-    checkpoint, and finds the same changes again.
+    Each file is written whole or not at all. Wherever a process ends in between, a resumed run
+    compares with its last checkpoint, and finds the same changes again.
     """
+    out = config.out
+    if out is None or jax.process_index() > 0:
+        return
     write_fingerprint(out, beginning.fingerprint)
     write_settings(out, config, shape)
     add_entry(out, beginning.entry)

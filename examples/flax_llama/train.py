@@ -98,7 +98,8 @@ def train(config: Config) -> Result:
     check_divides(config)
     optimizer, mesh = make_optimizer(config), data_mesh()
     dataset = open_dataset(own_tokenizer(config, beginning))
-    check_same_tokenizer(config, dataset.tokenizer)
+    if not beginning.step:
+        check_same_tokenizer(config, dataset.tokenizer)
     shape = config.shape(dataset.tokenizer.vocab_size)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
 
@@ -119,14 +120,13 @@ def train(config: Config) -> Result:
         update = make_update(config, graphdef, optimizer, mesh).lower(state, example).compile()
         evaluate = make_evaluate(graphdef, mesh)
         valid = dataset.valid.batches(config.batch // config.accumulate)
-
         log.start_clock()
         for step in range(beginning.step + 1, config.steps + 1):
             batch = put_batch(next(dataset.train), config.accumulate, mesh)
             state, metrics = update(state, batch)
             if step == beginning.step + 1:
                 jax.block_until_ready(state)
-                commit_once(beginning, config, shape)
+                commit(beginning, config, shape)
             log.update(step, metrics)
             last, stopping, loss = step == config.steps, stop(step), None
             if step % config.eval_every == 0 or last:
@@ -148,17 +148,11 @@ def train(config: Config) -> Result:
                     raise SystemExit(0)
                 log.start_clock()
         if beginning.step == config.steps and beginning.changes:
-            commit_once(beginning, config, shape)  # of a finished run
+            commit(beginning, config, shape)  # of a finished run
     if not config.quiet and dataset.reading.bad_lines:
         print(dataset.reading.summary())
     model = nnx.merge(graphdef, galore_optax.dequantize_params(state.params))
     return Result(model, dataset.tokenizer, log.train, log.valid, planned_bytes(update))
-
-
-def commit_once(beginning: Beginning, config: Config, shape: LlamaConfig) -> None:
-    """Writes, on the first process, that the run has begun or goes on in this way."""
-    if config.out is not None and jax.process_index() == 0:
-        commit(config.out, beginning, config, shape)
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
@@ -215,7 +209,7 @@ def open_checkpoints(
         checkpoints = Checkpoints(out, keep=config.keep, validated_since=since)
         stack.enter_context(checkpoints)
         if max(checkpoints.steps, default=0) != beginning.step:
-            raise UsageError(f"--out {out}: another process has gone on with the run meanwhile.")
+            raise UsageError(f"out={out}: another process has gone on with the run meanwhile.")
         yield checkpoints
 
 

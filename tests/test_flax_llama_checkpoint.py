@@ -94,6 +94,19 @@ def test_the_last_checkpoints_and_the_best_are_kept(watched):
         assert (checkpoints.find("best"), checkpoints.find("last")) == (4, 10)
 
 
+def test_losses_over_other_tokens_are_not_compared(tmp_path):
+    """Those before the second update are lower, which says nothing."""
+    state = step.State({"p": jax.numpy.ones(2)}, {"m": jax.numpy.ones(2)})
+    for since, losses in {0: {1: 2.0}, 1: {2: 3.0, 3: 3.5}}.items():
+        with Checkpoints(tmp_path, validated_since=since) as checkpoints:
+            for number, loss in losses.items():
+                checkpoints.save(number, state, checkpoint.Position(), {}, loss)
+            checkpoints.wait()
+            assert (checkpoints.improves(3.2), checkpoints.improves(1.9)) == (False, True)
+    assert checkpoints.steps == [2, 3]
+    assert checkpoints.find("best") == 2
+
+
 def test_a_run_is_locked_while_it_trains_and_no_longer(watched):
     config, holders = watched
     assert holders == [f"{os.getpid()}\n"] * 5

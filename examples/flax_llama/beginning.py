@@ -49,7 +49,7 @@ from examples.flax_llama.tokenizer import (
 )
 from examples.flax_llama.usage import UsageError
 
-# The settings of a model that a run has from the one it begins with the weights of.
+# What fixes the shapes of the weights.
 MODEL = ("preset", "hidden", "intermediate", "layers", "heads", "vocab_size")
 LEARNING_RATE = {"steps", "lr", "schedule", "warmup", "cooldown", "final_lr"}
 # On a GPU, sums come out the same each time only with it.
@@ -233,6 +233,14 @@ def check_tokenizer(config: Config, stored: Config, out: Path) -> None:
         refuse(config, {"tokenizer": "the weights are those of other tokens"}, differ)
 
 
+def of_the_source(*, weights_only: bool) -> list[str]:
+    """The settings that a run has from the one whose weights, and moments, it begins with."""
+    if weights_only:
+        return list(MODEL)
+    of_state = [name for name, rule in RULES.items() if rule.kind is Kind.ANEW]
+    return [*MODEL, *of_state, "param_dtype", "int8_weights"]
+
+
 def check_source(config: Config, source: Path) -> None:
     """Refuses to begin with the weights of a run that has another model, or another optimizer.
 
@@ -242,10 +250,7 @@ def check_source(config: Config, source: Path) -> None:
     with open_run(source) as checkpoints:
         stored = config_of(checkpoints.settings(checkpoints.find(config.init_step)))
     differ = changes(stored, config)
-    names = set(MODEL)
-    if not config.weights_only:
-        names |= {name for name, rule in RULES.items() if rule.kind is Kind.ANEW}
-        names |= {"param_dtype", "int8_weights"}
+    names = of_the_source(weights_only=config.weights_only)
     if found := [name for name in differ if name in names]:
         said = "; ".join(
             f"{name} was {differ[name][0]!r} and is {differ[name][1]!r}" for name in found

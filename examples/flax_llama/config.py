@@ -183,8 +183,8 @@ class Config:
     # With --resume, go on with data that is not what it was, and read it from its start.
     new_data: bool = False
     # Begin a new run from the weights of another one, the --out directory of that, with the state
-    # of its optimizer; the learning rate and the data begin at their start. The model and the
-    # tokenizer are those of the other run, and need not be repeated.
+    # of its optimizer; the learning rate and the data begin at their start. Model, tokenizer,
+    # optimizer, rank and projector are those of the other run, and need not be repeated.
     init_from: Path | None = None
     # With --init-from, its checkpoint: "last", "best", or the number of updates.
     init_step: str = "last"

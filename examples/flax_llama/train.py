@@ -21,11 +21,11 @@ from jax.experimental import multihost_utils
 import galore_optax
 from examples.flax_llama import run_log
 from examples.flax_llama.beginning import (
-    MODEL,
     Beginning,
     begin,
     check_same_tokenizer,
     commit,
+    of_the_source,
     validation_began,
 )
 from examples.flax_llama.changes import config_of, settings_of
@@ -292,7 +292,7 @@ def from_command_line(args: Sequence[str] | None = None) -> Config:
     """The settings given.
 
     Where a run is resumed, all others are its own; but what its optimizer had by default is another
-    optimizer's own. Where one begins with another run's weights, the model is that of the other.
+    optimizer's own. Where one begins with another run, its model and optimizer are that one's.
     """
     config = tyro.cli(Config, args=args)
     if config.resume and config.out is not None and (config.out / SETTINGS).is_file():
@@ -303,8 +303,9 @@ def from_command_line(args: Sequence[str] | None = None) -> Config:
             config = tyro.cli(Config, args=args, default=own.without_defaults())
     elif config.init_from is not None:
         source = config_of(read_settings(config.init_from)["train"])
-        model = {name: getattr(source, name) for name in MODEL}
-        default = Config(**model, tokenizer=str(config.init_from))
+        names = of_the_source(weights_only=config.weights_only)
+        same = {name: getattr(source, name) for name in names}
+        default = Config(**same, tokenizer=str(config.init_from))
         config = tyro.cli(Config, args=args, default=default)
     return config
 

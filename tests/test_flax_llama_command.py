@@ -21,7 +21,7 @@ from examples.flax_llama.config import Config, UsageError
         ("rank=16: expected 1 to 15", "--rank 16: expected 1 to 15"),
         ("optimizer='adam': expected", "--optimizer adam: expected"),
         ("data='no/*.txt' matches no file", "--data 'no/*.txt' matches no file"),
-        ("new_subspace=True needs resume=True.", "--new-subspace needs --resume."),
+        ("new_data=True needs resume=True.", "--new-data needs --resume."),
         ("packing=False is for rows", "--no-packing is for rows"),
         ("int8_weights=True needs", "--int8-weights True needs"),
         ("see update_proj_gap, valid_data.", "see --update-proj-gap, --valid-data."),
@@ -43,7 +43,7 @@ WRONG = """
 --matrix-lr-ratio 0|--schedule step|--warmup 2|--final-lr 2|--weight-decay -1|--b2 2|--eps 0
 --clip-by x|--rank 1000|--update-proj-gap 0|--scale 0|--projector none|--transport none
 --residual none|--projector-dtype int2|--refresh never|--steps 0|--dtype int8|--param-dtype float16
---attention flash|--on-nan x|--eval-every 0|--new-subspace|--resume|--wandb p
+--attention flash|--on-nan x|--eval-every 0|--new-data|--resume|--wandb p
 --optimizer adamw --residual sign|--layerwise --on-nan skip|--clip-by layer
 --optimizer apollo_adamw --transport rotate|--optimizer galore_lion --transport rotate
 """

@@ -112,6 +112,16 @@ def test_sweeps_are_of_the_learning_rate_unless_they_name_a_setting():
     }
 
 
+def test_ranks_may_be_fractions_which_are_the_ranks_that_they_come_to(text, tmp_path, trained):
+    """Of a hidden size of 16, where 0.25 and 4 are the same."""
+    words = ("galore_adamw.rank=125e-3,0.25,4,8",)
+    comparison = compare(tiny(text, out=tmp_path / "out"), ("galore_adamw",), words)
+    assert sorted(run.settings["rank"] for run in comparison.runs) == [2, 4, 8]
+    assert len(trained) == 3
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "The best rank of galore_adamw, 2, is the smallest" in report
+
+
 @pytest.mark.parametrize(
     "word",
     ["adamw", "adamw=", "adamw=fast", "lion=0.1", "adamw.batch=4", "adamw.rank=half", "=0.1"],
@@ -431,7 +441,7 @@ def test_runs_with_other_settings_are_not_mixed(done):
         compare(dataclasses.replace(shared, steps=7), OPTIMIZERS, SWEEP)
 
 
-@pytest.mark.parametrize("flag", ["--optimizer=sgd", "--resume", "--new-subspace", "--distributed"])
+@pytest.mark.parametrize("flag", ["--optimizer=sgd", "--resume", "--new-data", "--distributed"])
 def test_flags_that_a_comparison_decides_itself_are_not_offered(monkeypatch, capsys, flag):
     name = flag.split("=")[0]
     monkeypatch.setattr("sys.argv", ["compare", "--help"])

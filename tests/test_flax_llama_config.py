@@ -106,6 +106,7 @@ def test_what_is_given_goes_before_the_preset():
         for field in dataclasses.fields(config)
         if field.name not in {"vocab_size", "valid_data", "tokenizer", "eval_tokens", "b2"}
         and field.name not in {"out", "wandb", "projector_dtype", "transport", "residual"}
+        and field.name != "init_from"
     ]
 
 
@@ -161,7 +162,11 @@ def test_flops_are_six_for_each_entry_that_multiplies_and_attention():
         ),
         ({"resume": True}, "resume=True needs the directory of the run"),
         ({"wandb": "project"}, "wandb='project' needs the directory of the run"),
-        ({"out": "runs/x", "new_subspace": True}, r"new_subspace=True .* needs resume=True"),
+        ({"out": "runs/x", "new_data": True}, r"new_data=True .* needs resume=True"),
+        ({"weights_only": True}, r"weights_only=True .* needs init_from"),
+        ({"on_bad_line": "ignore"}, "on_bad_line='ignore': expected one of error, skip"),
+        ({"max_bad_lines": -1}, "max_bad_lines=-1: expected 0 or more"),
+        ({"text_field": "meta..content"}, "text_field='meta..content': expected the name of a"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):

@@ -436,9 +436,9 @@ def test_a_batch_larger_than_the_data_is_refused(sources, kind, packing):
             "There are only 350 tokens to validate on, of 400 asked for",
         ),
         ("files", {"data": "none.txt"}, "data=none.txt does not exist"),
-        ("files", {"valid_data": "none.txt"}, "data=none.txt does not exist"),
-        ("hub", {"valid_data": "hf:."}, "data='hf:.', split 'validation'"),
-        ("tokens", {"tokenizer": "bytes"}, "tokenizer='bytes': data=.* has another one of its own"),
+        ("files", {"valid_data": "none.txt"}, "valid_data=none.txt does not exist"),
+        ("hub", {"valid_data": "hf:."}, "valid_data=hf:., split 'validation'"),
+        ("tokens", {"tokenizer": "bytes"}, "data=.* was made by another tokenizer than bytes"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

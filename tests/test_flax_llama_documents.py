@@ -1,15 +1,19 @@
 """Documents as they come out of files and of the hub, and what is said of those that cannot."""
 
+import builtins
+import errno
 import gzip
 import json
 import lzma
+import os
 import sys
 
 import pytest
 import zstandard
 
 from examples.flax_llama import documents, files, hub
-from examples.flax_llama.config import UsageError
+from examples.flax_llama.reading import Reading
+from examples.flax_llama.usage import UsageError
 
 # No version of JAX has a part in it.
 pytestmark = pytest.mark.plain
@@ -184,7 +188,7 @@ def test_globs_and_lists_are_expanded_in_order(tmp_path):
         ("empty.txt", "empty.txt is empty"),
         ("table.csv", r"table.csv: expected a name that ends in one of .txt, .*.jsonl"),
         ("table.csv.gz", r"table.csv.gz: expected a name"),
-        ("folder", r"folder is a directory, .* '.*folder/\*.jsonl.gz'"),
+        ("folder", r"folder: there is no file in it or below it whose name ends in one of .txt"),
     ],
 )
 def test_what_is_no_file_of_documents_is_refused(tmp_path, name, message):
@@ -267,13 +271,14 @@ def test_the_hub_goes_on_from_every_position(c4):
 
 
 def test_hub_errors_name_the_data_set(c4):
-    with pytest.raises(UsageError, match=r"data='hf:.*', split 'test': .*train.*validation"):
+    with pytest.raises(UsageError, match=r"data=hf:.*, split 'test': .*train.*validation"):
         documents.open_shards(f"hf:{c4}", split="test")
-    with pytest.raises(UsageError, match=r"data='hf:.*:big', .*big"):
+    with pytest.raises(UsageError, match=r"data=hf:.*:big, .*big"):
         documents.open_shards(f"hf:{c4}:big")
     for path in c4.glob("*train*"):
         write(path, b'{"content": "a"}\n')
-    with pytest.raises(UsageError, match=r"hf:.*: expected a string 'text' .*'content'"):
+    message = r"hf:.*: shard 0, document 1: .* string 'text', .*text_field=NAME could name content"
+    with pytest.raises(UsageError, match=message):
         list(documents.texts(documents.open_shards(f"hf:{c4}")))
 
 
@@ -288,4 +293,99 @@ def test_a_broken_shard_of_the_hub_is_named(c4):
 def test_without_datasets_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"needs the extra huggingface: pip install"):
-        hub.open_shards("hf:allenai/c4:en", "train")
+        hub.open_shards("hf:allenai/c4:en", "train", Reading())
+
+
+def nested(texts):
+    return "".join(json.dumps({"meta": {"content": t}, "id": "x"}) + "\n" for t in texts).encode()
+
+
+def test_the_field_of_the_text_may_be_inside_of_an_object(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", nested(TEXTS))
+    (shard,) = documents.open_shards(str(path), reading=Reading("meta.content"))
+    assert [text for text, _ in shard.documents()] == TEXTS
+    with pytest.raises(UsageError, match=r"line 1: .*'text'.*NAME could name meta\.content, id"):
+        read(path)
+    with pytest.raises(UsageError, match=r"a string 'meta\.content\.more'"):
+        list(files.File(path, Reading("meta.content.more")).documents())
+
+
+def test_the_hub_has_fields_too(c4):
+    for path in c4.glob("*train*"):
+        write(path, nested([path.name]))
+    shards = documents.open_shards(f"hf:{c4}", reading=Reading("meta.content"))
+    assert list(documents.texts(shards)) == sorted(path.name for path in c4.glob("*train*"))
+
+
+BAD_LINES = [b"{]", b'{"text": 1}', b"\xff", b'{"text": "\\ud83d"}', b"[]", b"{", b"1"]
+
+
+def test_bad_lines_are_left_out_and_counted_once_where_that_is_asked_for(tmp_path, capsys):
+    lines = [b'{"text": "%d"}' % number for number in range(8)]
+    mixed = b"\n".join(line for pair in zip(lines, [*BAD_LINES, b""], strict=True) for line in pair)
+    reading = Reading(on_bad_line="skip", max_bad_lines=len(BAD_LINES))
+    shard = files.File(write(tmp_path / "a.jsonl", mixed), reading)
+    for before, after in resumed(shard):
+        assert before + after == [str(number) for number in range(8)]
+    assert reading.summary() == "Left out 7 lines that are no text."
+    # Every other line, and the first ones are shown.
+    assert [int(where.split()[-1]) for where in reading.bad_lines] == list(range(2, 15, 2))
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in shown] == [
+        f"left out {tmp_path}/a.jsonl, line {number}" for number in (2, 4, 6, 8, 10)
+    ]
+    few = files.File(shard.path, Reading(on_bad_line="skip", max_bad_lines=6))
+    message = r"line 14: .* one more than max_bad_lines=6; the first is .*a.jsonl, line 2\."
+    with pytest.raises(UsageError, match=message):
+        list(few.documents())
+
+
+def test_a_bad_line_of_a_text_and_of_the_hub_is_left_out_alone(tmp_path, c4, capsys):
+    reading = Reading(on_bad_line="skip")
+    path = write(tmp_path / "a.txt", b"one\ntwo \xff\nthree\n")
+    for _ in range(2):
+        assert [text for text, _ in files.File(path, reading).documents()] == ["one\nthree\n"]
+    first, *_ = sorted(c4.glob("*train*"))
+    write(first, b'{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+    shard, *_ = documents.open_shards(f"hf:{c4}", reading=reading)
+    assert [text for text, _ in shard.documents()] == ["a", "b"]
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert list(reading.bad_lines) == [f"{path}, line 2", f"hf:{c4}: shard 0, document 2"]
+
+
+def test_a_directory_is_all_documents_in_it_and_below(tmp_path):
+    names = ("b.txt", "a/d.jsonl.gz", "a/c.txt", "z.json")
+    others = ("README.md", "LICENSE.txt", ".hidden.txt", ".git/e.txt", "table.csv")
+    for name in names + others:
+        (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "text" / name, json_lines([name]))
+    shards = documents.open_shards(f"{tmp_path}/text")
+    found = [str(shard.path.relative_to(tmp_path / "text")) for shard in shards]
+    assert found == sorted(names)
+    # A glob that finds a directory and what is in it reads nothing twice.
+    both = documents.open_shards(f"{tmp_path}/text/a/**")
+    assert [shard.path.name for shard in both] == ["c.txt", "d.jsonl.gz"]
+
+
+def denied(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied", "there")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.txt.zst"])
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, name):
+    path = write(tmp_path / name, json_lines("a"))
+    monkeypatch.setattr(builtins, "open", denied)
+    with pytest.raises(UsageError, match=rf"^data={path} cannot be read: Permission denied\.$"):
+        documents.open_shards(str(path))
+    with pytest.raises(UsageError, match=rf"^{path}, after line 0, cannot be read: Permission de"):
+        list(files.File(path).documents())
+
+
+def test_directories_that_may_not_be_looked_into_are_named(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", denied)
+        with pytest.raises(UsageError, match=r"valid_data=there cannot be read: Permission denied"):
+            documents.open_shards(str(tmp_path), name="valid_data")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UsageError, match=rf"cannot be read: no permission for {tmp_path}\."):
+        documents.open_shards(f"{tmp_path}/*.txt")

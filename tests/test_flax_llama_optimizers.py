@@ -13,6 +13,7 @@ from examples.flax_llama import optimizers
 from examples.flax_llama.config import RESIDUALS, TRANSPORTS, Config, UsageError
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.model import dimension_numbers
+from examples.flax_llama.optimizer_state import start_anew
 from galore_optax import _residuals, _transports
 
 STEPS, LR = 10, 0.02
@@ -269,7 +270,7 @@ def test_a_state_started_anew_keeps_its_positions_alone(params):
         _, old = update(gradients_at(params, step), old, params)
     tx = optimizers.make_optimizer(config(rank=3))
     fresh = jax.jit(tx.init)(params)
-    state = optimizers.start_anew(fresh, old, config(rank=3))
+    state = start_anew(fresh, old, config(rank=3))
     assert optimizers.schedule_count(state) == optax.tree.get(state, "step") == 5
     assert optimizers.schedule_count(fresh) == 0
     for name in ("mu", "nu", "subspace"):
@@ -288,7 +289,7 @@ def test_galore_counts_from_zero_where_its_count_is_that_of_the_moments(params):
         _, old = update(gradients_at(params, step), old, params)
     settings = constant(transport="reset")
     tx = optimizers.make_optimizer(settings)
-    state = optimizers.start_anew(jax.jit(tx.init)(params), old, settings)
+    state = start_anew(jax.jit(tx.init)(params), old, settings)
     assert optimizers.schedule_count(state) == 3
     assert optax.tree.get(state, "step") == 0
 

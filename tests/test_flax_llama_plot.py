@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from examples.flax_llama import plot
+from examples.flax_llama import history, plot
 from examples.flax_llama.config import UsageError
 
 # No version of JAX has a part in it.
@@ -130,6 +130,21 @@ def test_a_run_of_another_tokenizer_that_has_no_evaluation_is_not_compared(tmp_p
     with pytest.raises(UsageError, match=r"runs=b has another tokenizer .* no evaluation yet"):
         plot.plot(runs, tmp_path / "both.png")
     assert not (tmp_path / "both.png").exists()
+
+
+def test_a_dashed_line_is_where_a_run_went_on_with_other_settings(tmp_path, drawn):
+    changed, other = write_run(tmp_path / "changed"), write_run(tmp_path / "other")
+    changes = {"lr": [0.1, 0.05], "keep": [2, 3], "optimizer": ["adamw", "lion"]}
+    history.add_entry(changed, history.Entry(0))
+    history.add_entry(changed, history.Entry(20, changes, marked=["lr", "optimizer"]))
+    plot.plot((other, changed), tmp_path / "run.png")
+    for panel in drawn().values():
+        dashed = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
+        assert [list(line.get_xdata()) for line in dashed] == [[20.5, 20.5]]
+        assert dashed[0].get_color() == "C1"
+    (text,) = drawn()["loss"].texts
+    assert text.get_text().strip() == "lr 0.1 → 0.05, optimizer adamw → lion"
+    assert text.get_position()[0] == 20.5
 
 
 def test_speed_is_all_tokens_over_all_time(tmp_path, drawn):

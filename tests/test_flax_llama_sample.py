@@ -17,6 +17,7 @@ from examples.flax_llama.generate import (
     draw,
     generate,
     generate_ids,
+    keep_top_k,
     keep_top_p,
     padded_length,
     prefill,
@@ -109,13 +110,17 @@ def test_top_p_keeps_the_smallest_set_whose_probability_reaches_it(top_p, spread
     np.testing.assert_array_equal(cut[kept], logits[kept])
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7)])
-def test_tokens_are_drawn_with_their_probabilities(temperature, top_p):
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 6), (0.5, 1.0, 3), (2.0, 0.7, 6), (1.0, 0.6, 3)]
+)
+def test_tokens_are_drawn_with_their_probabilities(temperature, top_p, top_k):
     logits = np.array([2.0, -1.0, 0.0, 1.0, 1.5, -3.0], np.float32)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    tokens = jax.vmap(lambda key: draw(jnp.asarray(logits), temperature, top_p, key))(keys)
-    p = np.exp(logits / temperature)
-    p[[token not in nucleus(logits / temperature, top_p) for token in range(6)]] = 0
+    tokens = jax.vmap(lambda key: draw(jnp.asarray(logits), temperature, top_p, key, top_k))(keys)
+    # First the likeliest, then what is kept of their share of the probability.
+    cut = np.where(logits >= np.sort(logits)[-top_k], logits, -np.inf)
+    p = np.exp(cut / temperature)
+    p[[token not in nucleus(cut / temperature, top_p) for token in range(6)]] = 0
     p /= p.sum()
     frequencies = np.bincount(tokens, minlength=6) / len(keys)
     assert not frequencies[p == 0].any()
@@ -183,6 +188,7 @@ def test_prompts_are_padded_to_powers_of_two_within_the_context(length, padded):
         ({"temperature": math.inf}, "temperature=inf: expected 0 or a positive number"),
         ({"top_p": 0.0}, "top_p=0.0: expected more than 0"),
         ({"top_p": 1.1}, "top_p=1.1: expected more than 0"),
+        ({"top_k": 0}, "top_k=0: expected at least 1"),
         ({"top_p": math.nan}, "top_p=nan: expected more than 0"),
         ({"prompt": ""}, "prompt='' is empty: give at least one character"),
     ],
@@ -199,10 +205,10 @@ def test_the_command_prints_the_text_of_a_checkpoint(monkeypatch, capsys):
         sample, "load_run", lambda *args: asked.append(args) or (model(), tokenizer())
     )
     for step in ("best", "40"):
-        command = f"sample --run runs/a --prompt Emma --step {step} --tokens 9 --seed 3"
+        command = f"sample --run runs/a --prompt Emma --step {step} --tokens 9 --seed 3 --top-k 4"
         monkeypatch.setattr("sys.argv", command.split())
         sample.main()
-        expected = generate(model(), tokenizer(), "Emma", tokens=9, seed=3)
+        expected = generate(model(), tokenizer(), "Emma", tokens=9, seed=3, top_k=4)
         assert capsys.readouterr().out == expected + "\n"
     assert [(str(run), step) for run, step in asked] == [("runs/a", "best"), ("runs/a", 40)]
 
@@ -211,3 +217,13 @@ def test_an_error_of_the_command_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["sample", "--run", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"^error: "):
         sample.main()
+
+
+def test_of_the_likeliest_tokens_only_and_of_equal_ones_the_first():
+    stream = generate_ids(model(), np.array([1]), temperature=9.0, top_p=1.0, seed=0, top_k=1)
+    assert [next(stream) for _ in range(9)] == likeliest_tokens([1], 9)
+    equal = np.asarray(keep_top_k(jnp.array([0.0, 1.0, 1.0, 1.0]), 2))
+    assert np.flatnonzero(np.isfinite(equal)).tolist() == [1, 2]
+    assert generate(model(), tokenizer(), TEXT, tokens=9, top_k=10**9) == generate(
+        model(), tokenizer(), TEXT, tokens=9
+    )

@@ -23,11 +23,14 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 import galore_optax
-from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.changes import config_of
 from examples.flax_llama.model import Llama
-from examples.flax_llama.run_directory import config_of, read_settings, settings_of
+from examples.flax_llama.optimizer_state import arrays
+from examples.flax_llama.run_directory import read_settings
+from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.step import State, initial_params
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
+from examples.flax_llama.usage import UsageError
 
 DIRECTORY = "checkpoints"
 
@@ -57,25 +60,51 @@ def hide_abandoned_writes() -> None:
     )
 
 
+class Position(grain.DatasetIterator):
+    """Takes a position in the data out of a checkpoint, and goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state: Any = None
+
+    def __next__(self) -> Any:
+        raise StopIteration
+
+    def get_state(self) -> Any:
+        return self._state
+
+    def set_state(self, state: Any) -> None:
+        self._state = state
+
+
 class Checkpoints:
     """Context manager of the checkpoints of a run: the last `keep` ones and the best.
 
     Leaving it waits until all are written.
+
+    Args:
+      out: the run's directory.
+      keep: how many of the last ones there are to be.
+      read_only: leave everything as it is.
+      validated_since: after how many updates the validation losses began that can be compared. The
+        best checkpoint is of the last losses that can.
     """
 
-    def __init__(self, out: Path, *, keep: int = 1, read_only: bool = False):
-        def valid_loss(metrics: dict[str, float]) -> float:
-            return metrics["valid_loss"]
+    def __init__(
+        self, out: Path, *, keep: int = 1, read_only: bool = False, validated_since: int = 0
+    ):
+        def rank(metrics: dict[str, float]) -> Any:
+            return -metrics.get("validated_since", 0), metrics["valid_loss"]
 
         best = checkpoint_managers.BestN(
-            get_metric_fn=valid_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         policies = [checkpoint_managers.LatestN(keep), best]
         self.path = out.absolute() / DIRECTORY
         self._manager = ocp.CheckpointManager(
             self.path,
             options=ocp.CheckpointManagerOptions(
-                best_fn=valid_loss,
+                best_fn=rank,
                 best_mode="min",
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=not read_only,
@@ -83,6 +112,7 @@ class Checkpoints:
                 read_only=read_only,
             ),
         )
+        self._validated_since = validated_since
         self._writing: int | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -116,18 +146,22 @@ class Checkpoints:
         return step
 
     def improves(self, valid_loss: float | None) -> bool:
-        """Whether a validation loss, if there is one, is lower than those of all checkpoints."""
+        """Whether a validation loss, if there is one, is lower than all that it compares with."""
         if valid_loss is None:
             return False
-        losses = [self._manager.metrics(step) for step in self.steps]
-        return all(valid_loss < loss["valid_loss"] for loss in losses if loss)
+        found = [self._manager.metrics(step) for step in self.steps]
+        return all(
+            valid_loss < metrics["valid_loss"]
+            for metrics in found
+            if metrics and metrics.get("validated_since", 0) == self._validated_since
+        )
 
     def save(
         self,
         step: int,
         state: State,
         batches: grain.DatasetIterator,
-        config: Config,
+        settings: dict[str, Any],
         valid_loss: float | None = None,
     ) -> None:
         """Copies everything, then writes in the background; the next update may donate `state`.
@@ -140,10 +174,11 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer),
             data=grain.checkpoint.CheckpointSave(batches),
-            settings=ocp.args.JsonSave(settings_of(config)),
+            settings=ocp.args.JsonSave(settings),
         )
         finite = valid_loss is not None and math.isfinite(valid_loss)
-        metrics = {"valid_loss": valid_loss} if finite else None
+        comparable = {"valid_loss": valid_loss, "validated_since": self._validated_since}
+        metrics = comparable if finite else None
         self._writing = step
         try:
             self._manager.save(step, args=items, metrics=metrics)
@@ -162,30 +197,30 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def settings(self, step: int) -> dict[str, Any]:
-        """The configuration a checkpoint was made with, as JSON."""
+        """The settings that a checkpoint was saved with."""
         return self._restore(step, settings=ocp.args.JsonRestore())["settings"]
 
-    def restore(self, step: int, like: State, batches: grain.DatasetIterator) -> State:
-        """The state after `step` updates; moves `batches` to the batch after them.
+    def restore(self, step: int, like: State) -> tuple[State, Any]:
+        """The state after `step` updates, and the position in the data.
 
         Args:
           step: of an existing checkpoint.
           like: shapes, dtypes and shardings to restore to.
-          batches: of the same data.
 
         Raises:
           UsageError: the checkpoint cannot be read, or holds other arrays than these.
         """
-        optimizer = like.optimizer
+        optimizer, position = like.optimizer, Position()
         if not has_version(self.path / str(step) / "optimizer"):
             optimizer = galore_optax.as_version(optimizer, 1)
         items = self._restore(
             step,
             params=ocp.args.StandardRestore(like.params),
             optimizer=ocp.args.StandardRestore(optimizer),
-            data=grain.checkpoint.CheckpointRestore(batches),
+            data=grain.checkpoint.CheckpointRestore(position),
         )
-        return State(items["params"], galore_optax.migrate(items["optimizer"]))
+        state = State(items["params"], galore_optax.migrate(items["optimizer"]))
+        return state, position.get_state()
 
     def restore_params(self, step: int, like: Any) -> Any:
         """The parameters alone; otherwise as `restore`."""
@@ -200,6 +235,11 @@ class Checkpoints:
         except UsageError:
             raise
         except Exception as error:
+            if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):
+                raise UsageError(
+                    f"checkpoint {self.path / str(step)} cannot be read: Permission denied "
+                    f"({first_line(error)}). Nothing has been changed."
+                ) from error
             others = [other for other in self.steps if other != step]
             advice = (
                 f"To go on from update {others[-1]}, move that directory out of {self.path} first"
@@ -233,14 +273,6 @@ class Checkpoints:
         reason = "the disk is full" if full else getattr(error, "strerror", "") or first_line(error)
         whole = ", ".join(str(step) for step in self.steps if step != self._writing) or "none"
         return CheckpointError(f"{what}: {reason}. Whole checkpoints in {self.path}: {whole}.")
-
-
-def arrays(tree: Any) -> dict[str, str]:
-    """The dtype and shape of each array of a tree, by path."""
-    return {
-        jax.tree_util.keystr(key, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}"
-        for key, x in jax.tree.leaves_with_path(tree)
-    }
 
 
 def stored_arrays(path: Path) -> dict[str, str]:
@@ -288,38 +320,63 @@ def first_line(error: Exception) -> str:
     return line if len(line) <= 200 else f"{line[:80]} ... {line[-110:]}"
 
 
-def last_settings(out: Path) -> dict[str, Any]:
-    """The configuration of the last checkpoint of a run; of its start where there is none yet."""
+def last_checkpoint(out: Path) -> tuple[int, dict[str, Any]]:
+    """The number of updates of a run's last checkpoint, and the settings that it was saved with.
+
+    Where there is none yet these are 0 and the settings of the run.
+    """
     if (out / DIRECTORY).is_dir():
         with Checkpoints(out, read_only=True) as checkpoints:
             if checkpoints.steps:
-                return checkpoints.settings(checkpoints.steps[-1])
-    return read_settings(out)["train"]
+                step = checkpoints.steps[-1]
+                return step, checkpoints.settings(step)
+    return 0, read_settings(out)["train"]
 
 
-def load_run(directory: Path, step: int | str = "last") -> tuple[Llama, Tokenizer]:
-    """The model, on one device, and the tokenizer of a run.
+def on(sharding: jax.sharding.Sharding, tree: Any) -> Any:
+    """The shapes of a tree, to be restored to a placement."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def load_params(directory: Path, step: int | str, sharding: jax.sharding.Sharding) -> Any:
+    """The parameters of a run's checkpoint, as they are kept there.
 
     Args:
       directory: the `out` of a run, which may go on meanwhile.
       step: number of updates of a checkpoint; or "last", or "best" for the lowest validation loss.
+      sharding: where to put them.
 
     Raises:
       UsageError: there is no such run or checkpoint, or it cannot be read.
     """
     settings = read_settings(directory)
-    # The machine may be another one than that of the run.
-    shape = dataclasses.replace(LlamaConfig(**settings["model"]), attention="auto")
-    config = config_of(settings["train"])
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(lambda: initial_params(config, shape)),
-    )
+    config, shape = config_of(settings["train"]), model_of(settings)
+    like = on(sharding, jax.eval_shape(lambda: initial_params(config, shape)))
+    with open_run(directory) as checkpoints:
+        return checkpoints.restore_params(checkpoints.find(step), like)
+
+
+def open_run(directory: Path) -> Checkpoints:
+    """The checkpoints of a run, to be read.
+
+    Raises:
+      UsageError: there are none yet.
+    """
     if not (directory / DIRECTORY).is_dir():
         raise UsageError(f"{directory} has no checkpoint yet.")
-    with Checkpoints(directory, read_only=True) as checkpoints:
-        params = checkpoints.restore_params(checkpoints.find(step), like)
+    return Checkpoints(directory, read_only=True)
+
+
+def model_of(settings: dict[str, Any]) -> LlamaConfig:
+    """The shape of a run's model, on a machine that may be another one than that of the run."""
+    return dataclasses.replace(LlamaConfig(**settings["model"]), attention="auto")
+
+
+def load_run(directory: Path, step: int | str = "last") -> tuple[Llama, Tokenizer]:
+    """The model, on one device, and the tokenizer of a run; see `load_params`."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = load_params(directory, step, device)
+    shape = model_of(read_settings(directory))
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
     model = nnx.merge(graphdef, galore_optax.dequantize_params(params))
     return model, load_tokenizer(directory)

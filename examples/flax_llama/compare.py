@@ -19,6 +19,7 @@ import tyro
 
 import galore_optax
 from benchmarks.machine import machine
+from examples.flax_llama.changes import check_same
 from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config, UsageError, at_least_one
@@ -28,7 +29,6 @@ from examples.flax_llama.report_pictures import write_report
 from examples.flax_llama.run_directory import (
     EMPTY,
     SETTINGS,
-    check_same,
     lock,
     read_settings,
 )
@@ -42,8 +42,11 @@ RESULT = "result.json"
 
 
 def rank(word: str) -> int | float:
-    """A rank, or a fraction of the hidden size."""
-    return float(word) if "." in word else int(word)
+    """A rank, or a fraction of the hidden size, as the --rank of a training run."""
+    try:
+        return int(word)
+    except ValueError:
+        return float(word)
 
 
 # What may differ between the optimizers: nothing that changes the tokens, or how many there are.
@@ -156,7 +159,7 @@ class Shared(Config):
 
     optimizer: Decided[str] = Config.optimizer
     resume: Decided[bool] = Config.resume
-    new_subspace: Decided[bool] = Config.new_subspace
+    new_data: Decided[bool] = Config.new_data
     distributed: Decided[bool] = Config.distributed
 
 
@@ -185,7 +188,7 @@ def compare(
     out = shared.out
     if out is None:
         raise UsageError("A comparison needs a directory: out=DIRECTORY.")
-    if shared.resume or shared.new_subspace:
+    if shared.resume or shared.new_data:
         raise UsageError("resume=True: leave it out; a comparison always goes on where it was.")
     for name in optimizers:
         if name not in OPTIMIZERS:
@@ -199,6 +202,10 @@ def compare(
         return dataclasses.replace(shared, **changed).resolve()
 
     for optimizer, grid in grids.items():
+        if "rank" in grid:
+            # A fraction is the rank that it comes to, which the report knows; two may be one.
+            ranks = [configure(optimizer, shared.seed, {"rank": r}).rank for r in grid["rank"]]
+            grid["rank"] = list(dict.fromkeys(ranks))
         for values in itertools.product(*grid.values()):
             config = configure(optimizer, shared.seed, dict(zip(grid, values, strict=True)))
             make_optimizer(config.resolve())

@@ -1,4 +1,4 @@
-"""Settings: the shape of a LLaMA, the published shapes and recipes, and a training run."""
+"""The settings of a training run."""
 
 import dataclasses
 import math
@@ -6,134 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from examples.flax_llama.methods import GALORE, IN_GALORE, own
+from examples.flax_llama.reading import Reading
+from examples.flax_llama.shapes import ATTENTIONS, DTYPES, PRESETS, RECIPES, LlamaConfig
+from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
-DTYPES = ("float32", "bfloat16")
-ATTENTIONS = ("auto", "xla", "cudnn")
 ON_NAN = ("stop", "skip")
 CLIP_BY = ("global", "layer")
 TRANSPORTS = ("keep", "reset", "project", "rotate")
 RESIDUALS = ("discard", "norm_scaled", "scale_gradient", "sign", "error_feedback")
-
-
-class UsageError(ValueError):
-    """A setting that cannot work; the message says what would."""
-
-
-def one_of(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise UsageError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
-
-
-def at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise UsageError(f"{name}={value}: expected at least 1.")
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Everything that fixes the parameters and the forward pass of a `Llama`."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    vocab_size: int = 32_000
-    # Longest sequence trained on, and the context that sampling keeps.
-    max_seq: int = 256
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    # Of activations; norms, softmax and loss are computed in float32 whatever it is.
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    # "auto", "xla" or "cudnn"; auto is cudnn on an NVIDIA GPU with 16-bit activations.
-    attention: str = "auto"
-    # Keep only the input of each layer and compute the rest again in the backward pass.
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("param_dtype", self.param_dtype, DTYPES)
-        one_of("attention", self.attention, ATTENTIONS)
-        for name in ("hidden", "intermediate", "layers", "heads", "vocab_size", "max_seq"):
-            at_least_one(name, getattr(self, name))
-        if self.hidden % (2 * self.heads):
-            raise UsageError(
-                f"hidden={self.hidden} does not divide into heads={self.heads} heads of an even "
-                "size, which rotary embeddings need."
-            )
-
-    @property
-    def num_params(self) -> int:
-        """Number of parameters, embedding, untied head and norms included."""
-        norms = (2 * self.layers + 1) * self.hidden
-        return self._matrix_entries + self.vocab_size * self.hidden + norms
-
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per token of a whole sequence.
-
-        6 for each entry of a matrix that multiplies (the embedding is looked up), and 12 S D in
-        each layer for attention, whose causal half is counted too: what PaLM (arXiv:2204.02311,
-        appendix B) calls model FLOPs. Rematerialization does not count.
-        """
-        return 6 * self._matrix_entries + 12 * self.layers * self.hidden * self.max_seq
-
-    @property
-    def _matrix_entries(self) -> int:
-        """Entries of the attention and MLP kernels and of the head."""
-        layer = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.vocab_size * self.hidden
-
-
-# Zhao et al., "GaLore" (arXiv:2403.03507), and the reference implementation's smaller siblings;
-# 13b is LLaMA's (arXiv:2302.13971).
-PRESETS = {
-    "9m": LlamaConfig(hidden=128, intermediate=352, layers=4, heads=4),
-    "20m": LlamaConfig(hidden=256, intermediate=688, layers=4, heads=4),
-    "35m": LlamaConfig(hidden=384, intermediate=1024, layers=6, heads=8),
-    "60m": LlamaConfig(hidden=512, intermediate=1376, layers=8, heads=8),
-    "130m": LlamaConfig(hidden=768, intermediate=2048, layers=12, heads=12),
-    "250m": LlamaConfig(hidden=768, intermediate=2560, layers=24, heads=16),
-    "350m": LlamaConfig(hidden=1024, intermediate=2736, layers=24, heads=16),
-    "1b": LlamaConfig(hidden=2048, intermediate=5461, layers=24, heads=32),
-    "3b": LlamaConfig(hidden=2560, intermediate=6848, layers=32, heads=32),
-    "7b": LlamaConfig(hidden=4096, intermediate=11008, layers=32, heads=32),
-    "13b": LlamaConfig(hidden=5120, intermediate=13824, layers=40, heads=40),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a preset is trained with GaLore, unless a setting says otherwise."""
-
-    rank: int
-    steps: int
-    batch: int = 512
-    lr: float = 0.01
-    update_proj_gap: int = 200
-    # 0 does not clip.
-    clip: float = 0.0
-    q_galore_lr: float = 0.015
-
-
-# 60m to 7b are published (same paper and its scripts); 250m borrows from 350m, 3b from 1b, 13b from
-# 7b. The three smallest have no published recipe: a quarter of the hidden size, and minutes on one
-# machine.
-RECIPES = {
-    "9m": Recipe(rank=32, steps=1000, batch=16, clip=1.0),
-    "20m": Recipe(rank=64, steps=1000, batch=16, clip=1.0),
-    "35m": Recipe(rank=96, steps=1000, batch=16, clip=1.0),
-    "60m": Recipe(rank=128, steps=10_000),
-    "130m": Recipe(rank=256, steps=20_000),
-    "250m": Recipe(rank=256, steps=60_000, q_galore_lr=0.01),
-    "350m": Recipe(rank=256, steps=60_000, q_galore_lr=0.01),
-    "1b": Recipe(rank=512, steps=100_000, q_galore_lr=0.01),
-    "3b": Recipe(rank=512, steps=100_000, q_galore_lr=0.01),
-    "7b": Recipe(
-        rank=1024, steps=150_000, lr=0.005, q_galore_lr=0.004, update_proj_gap=500, clip=1.0
-    ),
-}
-RECIPES["13b"] = RECIPES["7b"]
 
 # None in a `Config` as it is given, a value in a resolved one, which a type cannot tell apart.
 T = TypeVar("T")
@@ -164,12 +44,20 @@ class Config:
     # Vocabulary of the model; the tokenizer's by default, and never smaller.
     vocab_size: int | None = None
 
-    # Text to train on: "austen" (built in); a file or a glob, several with commas between, of plain
-    # text (.txt) or JSON lines (.jsonl, field "text"), also as .gz, .xz or .zst; a directory made
-    # by examples.flax_llama.tokenize; "hf:NAME[:CONFIG[:SPLIT]]", streamed from Hugging Face.
+    # Text to train on: "austen" (built in); a file, a glob or a directory, several with commas
+    # between, of plain text (.txt) or JSON lines (.jsonl), also as .gz, .xz or .zst; a directory
+    # made by examples.flax_llama.tokenize; "hf:NAME[:CONFIG[:SPLIT]]", streamed from Hugging Face.
+    # Of a directory all such files in it and below it, but for hidden ones, README* and LICENSE*.
     data: str = "austen"
     # Text to validate on, likewise; by default a part of `data` that is then not trained on.
     valid_data: str | None = None
+    # Field of JSON lines, and of Hugging Face data, that has the text; a dot goes into an object,
+    # as in meta.content.
+    text_field: str = "text"
+    # At a line that is no JSON, has no text, or is not UTF-8: "error", or "skip" it.
+    on_bad_line: str = "error"
+    # With --on-bad-line skip, so many are left out; one more is an error.
+    max_bad_lines: int = 100
     # "bytes", "bpe:SIZE" for a byte-level BPE trained on the training text, or the path of a
     # tokenizer.json or of a SentencePiece model; by default bpe:2048, or that of tokenized data.
     tokenizer: str | None = None
@@ -289,11 +177,19 @@ class Config:
     # Last checkpoints to keep, besides the one of lowest validation loss.
     keep: int = 2
     # Go on with the run in `out`, from its last checkpoint; its settings need not be repeated.
+    # Those that are given, such as more `steps`, another `lr`, `batch`, `optimizer` or `rank`, or
+    # another place of the same `data`, hold from there on; README.md says what comes of each.
     resume: bool = False
-    # With --resume, take another rank, projector, projector_dtype, transport, residual, refresh,
-    # stagger, update_proj_gap or scale: moments start anew; parameters, position in the data and
-    # learning-rate schedule go on.
-    new_subspace: bool = False
+    # With --resume, go on with data that is not what it was, and read it from its start.
+    new_data: bool = False
+    # Begin a new run from the weights of another one, the --out directory of that, with the state
+    # of its optimizer; the learning rate and the data begin at their start. Model, tokenizer,
+    # optimizer, rank and projector are those of the other run, and need not be repeated.
+    init_from: Path | None = None
+    # With --init-from, its checkpoint: "last", "best", or the number of updates.
+    init_step: str = "last"
+    # With --init-from, take the weights alone: the optimizer may be another one.
+    weights_only: bool = False
     # Write TensorBoard's files to `out` too.
     tensorboard: bool = True
     # Project at Weights & Biases to send metrics to.
@@ -351,6 +247,14 @@ class Config:
             config = dataclasses.replace(config, rank=max(1, round(config.rank * config.hidden)))
         config._check()
         return config
+
+    def without_defaults(self) -> "Config":
+        """A resolved configuration with None for what is its optimizer's or preset's default."""
+        names = ("lr", "rank", "update_proj_gap", "scale", "projector", "projector_dtype")
+        names += ("refresh", "int8_weights")
+        default = dataclasses.replace(self, **dict.fromkeys(names)).resolve()
+        same = [name for name in names if getattr(default, name) == getattr(self, name)]
+        return dataclasses.replace(self, **dict.fromkeys(same))
 
     def shape(self, vocab_size: int) -> LlamaConfig:
         """The model of a resolved configuration, for a tokenizer with so many tokens.
@@ -430,5 +334,10 @@ class Config:
                         f"{name}={getattr(self, name)!r} needs the directory of the run: "
                         "out=DIRECTORY."
                     )
-        if self.new_subspace and not self.resume:
-            raise UsageError("new_subspace=True says how to resume: it needs resume=True as well.")
+        Reading(self.text_field, self.on_bad_line, self.max_bad_lines)
+        if self.new_data and not self.resume:
+            raise UsageError(
+                "new_data=True says how to go on with a run: it needs resume=True as well."
+            )
+        if self.weights_only and self.init_from is None:
+            raise UsageError("weights_only=True says what to begin with: it needs init_from=RUN.")

@@ -7,14 +7,15 @@ Either way, the seed gives all batches and their order.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 
-from examples.flax_llama.config import UsageError
 from examples.flax_llama.documents import BUILT_IN, open_shards, read_split, texts
+from examples.flax_llama.reading import Reading
 from examples.flax_llama.rows import Row, Rows, TokenRows
 from examples.flax_llama.stream import DocumentGroups
 from examples.flax_llama.tokenizer import (
@@ -25,6 +26,7 @@ from examples.flax_llama.tokenizer import (
     train_tokenizer,
 )
 from examples.flax_llama.tokens import Tokens, is_tokenized, load_tokens
+from examples.flax_llama.usage import UsageError
 from examples.flax_llama.validation import (
     Group,
     Valid,
@@ -55,6 +57,8 @@ class Data:
     train_tokens: np.ndarray | None
     # How many documents these are, likewise.
     documents: int | None
+    # Knows the lines that were left out.
+    reading: Reading = dataclasses.field(default_factory=Reading)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +85,16 @@ def load_corpus(tokenizer: str) -> Corpus:
 
 
 def open_data(
-    data: str = BUILT_IN,
+    data: str | Sequence[Path] = BUILT_IN,
     *,
-    valid_data: str | None = None,
+    valid_data: str | Sequence[Path] | None = None,
     tokenizer: str | None = None,
     batch: int,
     seq: int,
     packing: bool = True,
     seed: int = 0,
     eval_tokens: int | None = None,
+    reading: Reading | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Data:
@@ -97,7 +102,8 @@ def open_data(
 
     Args:
       data: "austen", the built-in text; files of text or JSON lines, a comma-separated list of
-        paths and globs; a directory made by the tokenize command; or "hf:NAME[:CONFIG[:SPLIT]]".
+        paths, globs and directories, or the files themselves; a directory made by the tokenize
+        command; or "hf:NAME[:CONFIG[:SPLIT]]".
       valid_data: the same to validate on. By default the end of each built-in novel; the last
         documents of a tokenized directory; one document in twenty of files, which is then not
         trained on; and the split "validation" from the hub.
@@ -109,17 +115,19 @@ def open_data(
       seed: of the order.
       eval_tokens: tokens to validate on; by default all there are, of files and of the hub about
         the first million.
+      reading: where the texts of files and of the hub are, and what becomes of lines without one.
       process_index: which host this is.
       process_count: number of hosts.
 
     Raises:
       UsageError: something cannot be read, is too small, or does not fit together.
     """
+    reading = reading or Reading()
     if batch < 1 or batch % process_count:
         raise UsageError(f"batch={batch}: expected a multiple of {process_count} processes.")
     if not 0 <= seed < 1 << 32:
         raise UsageError(f"seed={seed}: expected 0 to {(1 << 32) - 1}.")
-    if valid_data is None and data.startswith("hf:"):
+    if valid_data is None and isinstance(data, str) and data.startswith("hf:"):
         name, config, *_ = [*data.removeprefix("hf:").split(":"), ""]
         valid_data = f"hf:{name}:{config}:validation"
 
@@ -127,19 +135,19 @@ def open_data(
     if data == BUILT_IN:
         corpus = load_corpus(tokenizer or DEFAULT_TOKENIZER)
         encoder, train, held_out = corpus.tokenizer, corpus.train, token_groups(corpus.valid)
-    elif is_tokenized(data):
+    elif isinstance(data, str) and is_tokenized(data):
         train, encoder = load_tokens(Path(data))
         check_same(tokenizer, encoder, data)
         if valid_data is None:
             train, last = train.split()
             held_out = token_groups(last)
     else:
-        train = open_shards(data)
+        train = open_shards(data, reading=reading)
         spec = tokenizer or DEFAULT_TOKENIZER
         encoder = shard_tokenizer(spec, train, skip_held_out=valid_data is None)
         held_out = encode_groups(texts(train, held_out=True), encoder, eval_tokens)
     if valid_data is not None:
-        held_out = open_groups(valid_data, encoder, eval_tokens)
+        held_out = open_groups(valid_data, encoder, eval_tokens, reading)
 
     host = {"process_index": process_index, "process_count": process_count}
     context = [] if encoder.eos_id is None else [encoder.eos_id]
@@ -153,7 +161,7 @@ def open_data(
         )
     valid = read_valid(held_out, context, seq=seq, packing=packing, num_tokens=eval_tokens)
     tokens, documents = (train.ids, len(train.ends)) if isinstance(train, Tokens) else (None, None)
-    return Data(encoder, iter(batches), valid, tokens, documents)
+    return Data(encoder, iter(batches), valid, tokens, documents, reading)
 
 
 def check_same(tokenizer: str | None, encoder: Tokenizer, data: str) -> None:
@@ -161,9 +169,7 @@ def check_same(tokenizer: str | None, encoder: Tokenizer, data: str) -> None:
     if tokenizer is None:
         return
     if is_trained_here(tokenizer) or load_tokenizer(tokenizer).to_bytes() != encoder.to_bytes():
-        raise UsageError(
-            f"tokenizer={tokenizer!r}: data={data} has another one of its own; leave this out."
-        )
+        raise UsageError(f"data={data} was made by another tokenizer than {tokenizer}.")
 
 
 def token_batches(
@@ -187,6 +193,19 @@ def token_batches(
     mine = shuffled[process_index::process_count].batch(batch // process_count)
     # One thread keeps up; many would only wait for each other.
     return mine.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH))
+
+
+def position_in_batches(position: Any, was: int, now: int) -> tuple[Any, int]:
+    """A position in batches of one size as one in batches of another.
+
+    Returns:
+      The position, and how many rows are left out up to the next whole batch. Streams count rows.
+    """
+    if "next_index" not in position:
+        return position, 0
+    rows = position["next_index"] * was
+    batches = -(-rows // now)
+    return {**position, "next_index": batches}, batches * now - rows
 
 
 def stream_batches(

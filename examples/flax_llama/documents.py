@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from examples.flax_llama import files, hub
+from examples.flax_llama.reading import Reading
 
 T = TypeVar("T")
 
@@ -57,19 +58,28 @@ class Shard(Protocol):
         ...
 
 
-def open_shards(data: str, *, split: str = "train") -> Sequence[Shard]:
-    """The shards of "hf:NAME[:CONFIG[:SPLIT]]", or of a comma-separated list of files and globs.
+def open_shards(
+    data: str | Sequence[Path],
+    *,
+    split: str = "train",
+    reading: Reading | None = None,
+    name: str = "data",
+) -> Sequence[Shard]:
+    """The shards of "hf:NAME[:CONFIG[:SPLIT]]", or of files; see `files.expand`.
 
     Args:
       data: what to open.
       split: of a Hugging Face data set, where `data` does not name one.
+      reading: where the texts are, and what becomes of lines that have none.
+      name: of the setting that names the data, for errors.
 
     Raises:
       UsageError: there is no such data set or file, or it is not one of text.
     """
-    if data.startswith("hf:"):
-        return hub.open_shards(data, split)
-    return [files.File(path) for path in files.expand(data)]
+    reading = reading or Reading()
+    if isinstance(data, str) and data.startswith("hf:"):
+        return hub.open_shards(data, split, reading, name)
+    return [files.File(path, reading) for path in files.expand(data, name)]
 
 
 def is_held_out(shard: int, document: int) -> bool:

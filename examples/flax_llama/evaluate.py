@@ -15,15 +15,20 @@ import tyro
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from examples.flax_llama.changes import config_of
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.command import program
-from examples.flax_llama.config import at_least_one
 from examples.flax_llama.data import open_data
+from examples.flax_llama.documents import BUILT_IN
+from examples.flax_llama.fingerprint import Marks, differences, marks_of, read_fingerprint
 from examples.flax_llama.loss import token_losses
 from examples.flax_llama.model import Params
-from examples.flax_llama.run_directory import config_of, read_settings
+from examples.flax_llama.reading import Reading
+from examples.flax_llama.run_directory import read_settings
 from examples.flax_llama.step import data_mesh, replicated
 from examples.flax_llama.tokenizer import load_tokenizer
+from examples.flax_llama.tokens import is_tokenized
+from examples.flax_llama.usage import UsageError, at_least_one
 from examples.flax_llama.validation import Valid, open_valid
 
 
@@ -91,14 +96,45 @@ def make_evaluate(
 
 
 def valid_of_run(run: Path, data: str | None, tokens: int | None) -> Valid:
-    """The validation text of a run, or another one, in the run's tokens and rows."""
-    config = config_of(read_settings(run)["train"])
-    data = data or config.valid_data
-    rows = {"seq": config.seq, "packing": config.packing}
+    """The validation text of a run, or another one, in the run's tokens and rows.
+
+    Raises:
+      UsageError: the files that the run was validated on are gone, or not what they were.
+    """
+    config, kept = config_of(read_settings(run)["train"]), read_fingerprint(run)
+    reading = Reading(config.text_field, config.on_bad_line, config.max_bad_lines)
+    rows = {"seq": config.seq, "packing": config.packing, "reading": reading}
     if data is not None:
-        return open_valid(data, load_tokenizer(run), num_tokens=tokens, **rows)
+        other = {"num_tokens": tokens, "name": "data"}
+        return open_valid(data, load_tokenizer(run), **other, **rows)
+    if config.valid_data is not None:
+        text = kept_files(config.valid_data, kept.valid if kept else None)
+        return open_valid(text, load_tokenizer(run), num_tokens=tokens, **rows)
     own = {"tokenizer": str(run), "batch": config.batch, "eval_tokens": tokens}
-    return open_data(config.data, **own, **rows).valid
+    return open_data(kept_files(config.data, kept.train if kept else None), **own, **rows).valid
+
+
+def kept_files(data: str, marks: Marks | None) -> str | list[Path]:
+    """The files that a run had of some data, whatever others there are now.
+
+    Raises:
+      UsageError: they are gone, or not what they were.
+    """
+    if marks is None or data.startswith("hf:"):
+        return data
+    paths = [Path(file.path) for file in marks.files]
+    gone = [str(path) for path in paths if not path.exists()]
+    changed = (
+        f"{', '.join(gone[:5])} {'is' if len(gone) == 1 else 'are'} gone"
+        if gone
+        else differences(marks, dataclasses.replace(marks, files=marks_of(paths)))
+    )
+    if changed:
+        raise UsageError(
+            f"The run was validated on text of other files than there are now: {changed}. Bring "
+            "them back, or name text to evaluate on with data=PATH."
+        )
+    return data if data == BUILT_IN or is_tokenized(data) else paths
 
 
 def evaluate(

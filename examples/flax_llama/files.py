@@ -5,16 +5,17 @@ import dataclasses
 import glob
 import gzip
 import io
-import json
 import lzma
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
-from examples.flax_llama.config import UsageError
+from examples.flax_llama.reading import BadLine, Reading
+from examples.flax_llama.usage import UsageError, cannot_be_read
 
 # A text file is cut into documents of this many bytes, each up to the next end of a line.
 PIECE = 1 << 14
@@ -64,7 +65,10 @@ OPENERS = {
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIXES = (".jsonl", ".json")
 CONTINUATION = {bytes([byte]) for byte in range(0x80, 0xC0)}
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+# What comes of a file that ends too early, or whose bytes are others than were compressed.
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile)
+# Files of a directory that are about the data, by how their names begin.
+NO_DATA = (".", "readme", "license")
 
 
 def content_suffix(path: Path) -> str:
@@ -72,42 +76,93 @@ def content_suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
 
 
-def expand(data: str) -> list[Path]:
-    """The files of a comma-separated list of paths and globs, in alphabetical order for each."""
-    paths = []
-    for part in data.split(","):
-        matches = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
-        if not matches:
-            raise UsageError(f"data={part!r} matches no file.")
-        paths += map(Path, matches)
+def expand(data: str | Sequence[Path], name: str = "data") -> list[Path]:
+    """The files of a comma-separated list of paths, globs and directories.
+
+    Those of one glob or directory are in alphabetical order. Of a directory they are all that are
+    in it and below it and whose names have a suffix of documents, but for hidden ones and those
+    that begin with README or LICENSE.
+
+    Args:
+      data: what to expand, or the files themselves.
+      name: of the setting that names them, for errors.
+
+    Raises:
+      UsageError: there is nothing, or it cannot be read, or it is no file of documents.
+    """
+    if not isinstance(data, str):
+        paths = list(data)
+    else:
+        paths = [path for part in data.split(",") for path in matching(part, name)]
     for path in paths:
-        if path.is_dir():
+        try:
+            with open(path, "rb"):
+                size = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise UsageError(f"{name}={path} does not exist.") from None
+        except OSError as error:
+            raise cannot_be_read(f"{name}={path}", error) from error
+        if not is_document(path):
             raise UsageError(
-                f"data={path} is a directory, and not one that the tokenize command made: name "
-                f"files, as in '{path}/*.jsonl.gz'."
-            )
-        if not path.exists():
-            raise UsageError(f"data={path} does not exist.")
-        if content_suffix(path) not in TEXT_SUFFIXES + JSON_SUFFIXES:
-            raise UsageError(
-                f"data={path}: expected a name that ends in one of "
+                f"{name}={path}: expected a name that ends in one of "
                 f"{', '.join(TEXT_SUFFIXES + JSON_SUFFIXES)}, alone or followed by one of "
                 f"{', '.join(OPENERS)}."
             )
-        if path.stat().st_size == 0:
-            raise UsageError(f"data={path} is empty.")
+        if size == 0:
+            raise UsageError(f"{name}={path} is empty.")
     return paths
+
+
+def matching(part: str, name: str) -> list[Path]:
+    """The files of a path, a glob or a directory, each once."""
+    matches = [part]
+    if glob.has_magic(part):
+        root = Path(part[: part.index(next(c for c in part if c in "*?["))] + "x").parent
+        if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+            raise UsageError(f"{name}={part!r} cannot be read: no permission for {root}.")
+        matches = sorted(glob.glob(part, recursive=True))
+        if not matches:
+            raise UsageError(f"{name}={part!r} matches no file.")
+    found = []
+    for path in map(Path, matches):
+        found += in_directory(path, name) if path.is_dir() else [path]
+    return list(dict.fromkeys(found))
+
+
+def in_directory(directory: Path, name: str) -> list[Path]:
+    """All files of documents in a directory and below it, in alphabetical order."""
+
+    def refuse(error: OSError) -> None:
+        raise cannot_be_read(f"{name}={error.filename}", error) from error
+
+    found = []
+    for path, folders, names in os.walk(directory, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(path, name) for name in names if not name.lower().startswith(NO_DATA)]
+    if found := sorted(filter(is_document, found)):
+        return found
+    raise UsageError(
+        f"{name}={directory}: there is no file in it or below it whose name ends in one of "
+        f"{', '.join(TEXT_SUFFIXES + JSON_SUFFIXES)}, alone or followed by one of "
+        f"{', '.join(OPENERS)}; nor is it a directory that the tokenize command made."
+    )
+
+
+def is_document(path: Path) -> bool:
+    """Whether a name is one of text or of JSON lines."""
+    return content_suffix(path) in TEXT_SUFFIXES + JSON_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A text file, or one of JSON lines with a `text` each; plain or compressed.
+    """A text file, or one of JSON lines with a text each; plain or compressed.
 
     A text file longer than a piece is as many documents as it has pieces, so that memory stays
     flat. A position is [bytes before it, uncompressed; lines before it].
     """
 
     path: Path
+    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def documents(self, position: list[int] | None = None) -> Iterator[tuple[str, list[int]]]:
         offset, line = position or (0, 0)
@@ -126,29 +181,23 @@ class File:
                     offset += len(data)
                     line += data.endswith(b"\n")
                     yield data, offset, line
-        except UNREADABLE as error:
+        except DAMAGED as error:
             raise UsageError(
                 f"{self.path}: cannot be read after line {line}, is it truncated? {error}"
             ) from error
+        except OSError as error:
+            raise cannot_be_read(f"{self.path}, after line {line},", error) from error
 
     def _json_lines(self, offset: int, line: int) -> Iterator[tuple[str, list[int]]]:
         for number, (data, end, ends) in enumerate(self._lines(offset, line, -1), line + 1):
             if data.isspace():
                 continue
-            where = f"{self.path}, line {number}"
             try:
-                example = json.loads(data)
-            except UnicodeDecodeError as error:
-                raise UsageError(f"{where}: not UTF-8: {error}") from error
-            except ValueError as error:
-                raise UsageError(f"{where}: not JSON: {error}") from error
-            if not isinstance(example, dict) or not isinstance(example.get("text"), str):
-                raise UsageError(
-                    f"{where}: expected an object with a string 'text', got {data[:60]!r}."
-                )
-            if not is_unicode(example["text"]):
-                raise UsageError(f"{where}: half a surrogate pair, which is no character.")
-            yield example["text"], [end, ends]
+                text = self.reading.text_of_line(data)
+            except BadLine as reason:
+                self.reading.leave_out(f"{self.path}, line {number}", reason)
+            else:
+                yield text, [end, ends]
 
     def _pieces(self, offset: int, line: int) -> Iterator[tuple[str, list[int]]]:
         piece: list[str] = []
@@ -156,24 +205,15 @@ class File:
         for data, end, ends in self._lines(offset, line, PIECE):
             try:
                 piece.append(data.decode())
+                size += len(data)
             except UnicodeDecodeError as error:
-                raise UsageError(f"{self.path}, line {line + 1}: not UTF-8: {error}") from error
-            size += len(data)
+                self.reading.leave_out(f"{self.path}, line {line + 1}", f"not UTF-8: {error}")
             offset, line = end, ends
             if size >= PIECE:
                 yield "".join(piece), [offset, line]
                 piece, size = [], 0
         if piece:
             yield "".join(piece), [offset, line]
-
-
-def is_unicode(text: str) -> bool:
-    """Whether there are UTF-8 bytes for a text, which JSON escapes do not promise."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def skip(file: Any, size: int) -> None:

@@ -13,9 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from examples.flax_llama.config import UsageError
 from examples.flax_llama.model import Cache, Llama, empty_cache
 from examples.flax_llama.tokenizer import Tokenizer
+from examples.flax_llama.usage import UsageError, at_least_one
+
+# No vocabulary has more tokens.
+ALL = 2**31 - 1
+
+
+def keep_top_k(logits_V: jax.Array, top_k: jax.Array | int) -> jax.Array:
+    """-inf for all but the `top_k` likeliest tokens; of equal ones those with smaller numbers."""
+    order_V = jnp.argsort(-logits_V)
+    place_V = jnp.zeros_like(order_V).at[order_V].set(jnp.arange(len(order_V)))
+    return jnp.where(place_V < top_k, logits_V, -jnp.inf)
 
 
 def keep_top_p(logits_V: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -34,11 +44,18 @@ def keep_top_p(logits_V: jax.Array, top_p: jax.Array) -> jax.Array:
 
 @jax.jit
 def draw(
-    logits_V: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array
+    logits_V: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    key: jax.Array,
+    top_k: jax.Array | int = ALL,
 ) -> jax.Array:
-    """A token of softmax(logits / temperature) cut to `top_p`, int32 scalar; at 0 the likeliest."""
+    """A token of softmax(logits / temperature), int32 scalar; at 0 the likeliest.
+
+    It is one of the `top_k` likeliest; of what these have of the probability it is cut to `top_p`.
+    """
     logits_V = logits_V.astype(jnp.float32)
-    warm_V = logits_V / jnp.maximum(temperature, 1e-6)
+    warm_V = keep_top_k(logits_V / jnp.maximum(temperature, 1e-6), top_k)
     sampled = jax.random.categorical(key, keep_top_p(warm_V, top_p))
     return jnp.where(temperature > 0, sampled, logits_V.argmax()).astype(jnp.int32)
 
@@ -72,7 +89,13 @@ def padded_length(length: int, longest: int) -> int:
 
 
 def generate_ids(
-    model: Llama, prompt: np.ndarray, *, temperature: float, top_p: float, seed: int
+    model: Llama,
+    prompt: np.ndarray,
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    top_k: int | None = None,
 ) -> Iterator[int]:
     """The tokens after a prompt, without end.
 
@@ -89,14 +112,17 @@ def generate_ids(
             logits_V, cache = prefill(graphdef, state, padded_S, len(context))
         else:
             logits_V, cache = decode(graphdef, state, token, cache)
-        token = draw(logits_V, temperature, top_p, jax.random.fold_in(key, step))
+        step_key = jax.random.fold_in(key, step)
+        token = draw(logits_V, temperature, top_p, step_key, ALL if top_k is None else top_k)
         context.append(int(token))
         yield context[-1]
         if len(context) > window:
             context, cache = context[-max(1, window // 2) :], None
 
 
-def check_sampling(prompt: np.ndarray, tokens: int, temperature: float, top_p: float) -> None:
+def check_sampling(
+    prompt: np.ndarray, tokens: int, temperature: float, top_p: float, top_k: int | None
+) -> None:
     """Raises UsageError for settings that `generate` cannot work with."""
     if tokens < 0:
         raise UsageError(f"tokens={tokens}: expected 0 or more.")
@@ -104,6 +130,8 @@ def check_sampling(prompt: np.ndarray, tokens: int, temperature: float, top_p: f
         raise UsageError(f"temperature={temperature}: expected 0 or a positive number.")
     if not 0 < top_p <= 1:
         raise UsageError(f"top_p={top_p}: expected more than 0, and 1 at most.")
+    if top_k is not None:
+        at_least_one("top_k", top_k)
     if not len(prompt):
         raise UsageError("prompt='' is empty: give at least one character to continue.")
 
@@ -116,6 +144,7 @@ def generate(
     tokens: int = 200,
     temperature: float = 0.8,
     top_p: float = 0.95,
+    top_k: int | None = None,
     seed: int = 0,
 ) -> str:
     """The prompt, continued up to the end of the document, or by `tokens` tokens.
@@ -127,14 +156,16 @@ def generate(
       tokens: largest number of tokens to add.
       temperature: of the softmax; 0 always takes the likeliest token.
       top_p: draw from the likeliest tokens only whose probabilities reach this sum; 1 is all.
+      top_k: draw from that many of the likeliest tokens only, before `top_p`; by default from all.
       seed: of the drawing.
 
     Raises:
       UsageError: a setting is out of its range, or the prompt is empty.
     """
     ids = tokenizer.encode(prompt)
-    check_sampling(ids, tokens, temperature, top_p)
-    stream = generate_ids(model, ids, temperature=temperature, top_p=top_p, seed=seed)
+    check_sampling(ids, tokens, temperature, top_p, top_k)
+    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    stream = generate_ids(model, ids, **settings)
     added = itertools.takewhile(
         lambda token: token != tokenizer.eos_id, itertools.islice(stream, tokens)
     )

@@ -5,7 +5,8 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from examples.flax_llama.config import UsageError
+from examples.flax_llama.reading import BadLine, Reading
+from examples.flax_llama.usage import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +17,7 @@ class HubShard:
     # A datasets.IterableDataset.
     dataset: Any
     index: int
+    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def documents(self, position: Any = None) -> Iterator[tuple[str, Any]]:
         # An object of its own for each pass, because it is what keeps the state.
@@ -25,13 +27,13 @@ class HubShard:
         count = 0
         try:
             for example in shard:
-                text = example.get("text")
-                if not isinstance(text, str):
-                    raise UsageError(
-                        f"{self.name}: expected a string 'text' in every example, got "
-                        f"{ {name: str(value)[:40] for name, value in example.items()} }."
-                    )
-                yield text, shard.state_dict()
+                try:
+                    text = self.reading.text_of(example)
+                except BadLine as reason:
+                    where = f"{self.name}: shard {self.index}, document {count + 1}"
+                    self.reading.leave_out(where, reason)
+                else:
+                    yield text, shard.state_dict()
                 count += 1
         except UsageError:
             raise
@@ -43,13 +45,14 @@ class HubShard:
             ) from error
 
 
-def open_shards(data: str, split: str) -> list[HubShard]:
+def open_shards(data: str, split: str, reading: Reading, setting: str = "data") -> list[HubShard]:
     """The shards of "hf:NAME[:CONFIG[:SPLIT]]"; `split` is used where none is named."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise UsageError(
-            f"data={data!r} needs the extra huggingface: pip install 'galore-optax[huggingface]'."
+            f"{setting}={data} needs the extra huggingface: "
+            "pip install 'galore-optax[huggingface]'."
         ) from error
     name, config, named_split, *_ = [*data.removeprefix("hf:").split(":"), "", ""]
     try:
@@ -58,5 +61,5 @@ def open_shards(data: str, split: str) -> list[HubShard]:
         )
     # Of a name, a configuration or a split that is not there, or a hub out of reach.
     except (OSError, ValueError) as error:
-        raise UsageError(f"data={data!r}, split {named_split or split!r}: {error}") from error
-    return [HubShard(data, dataset, index) for index in range(dataset.num_shards)]
+        raise UsageError(f"{setting}={data}, split {named_split or split!r}: {error}") from error
+    return [HubShard(data, dataset, index, reading) for index in range(dataset.num_shards)]

@@ -6,6 +6,7 @@ python -m examples.flax_llama.plot --runs runs/galore runs/adamw --out runs/curv
 import dataclasses
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from examples.flax_llama.command import program
 from examples.flax_llama.config import UsageError
+from examples.flax_llama.history import marks
 from examples.flax_llama.records import METRICS, Record, read_records
 
 # Beneath the losses, where any run has them.
@@ -48,6 +50,8 @@ class Curves:
     valid: list[Record]
     # What makes its tokens; None where the run does not tell.
     tokenizer: bytes | None = None
+    # After how many updates the run went on with other settings, and which.
+    changes: Sequence[tuple[int, str]] = ()
 
     def of(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """Updates that have a training metric, and its values; nan where it was not finite."""
@@ -80,7 +84,12 @@ def read_curves(runs: Sequence[Path]) -> list[Curves]:
     """
     common = Path(os.path.commonpath([run.absolute().parent for run in runs]))
     return [
-        Curves(str(run.absolute().relative_to(common)), *read_metrics(run), read_tokenizer(run))
+        Curves(
+            str(run.absolute().relative_to(common)),
+            *read_metrics(run),
+            read_tokenizer(run),
+            marks(run),
+        )
         for run in runs
     ]
 
@@ -181,11 +190,28 @@ def draw_losses(
         shown = steps > after
         style = {"fmt": "o", "markersize": 4, "capsize": 3, "zorder": 3}
         panel.errorbar(steps[shown], held_out[shown], errors[shown], color=color, **style)
+        for step, what in draw_changes(panel, run, color, after):
+            panel.text(
+                *(step, 0.98, f"{textwrap.shorten(what, 60, placeholder=' ...')} "),
+                transform=panel.get_xaxis_transform(),
+                **{"rotation": 90, "ha": "right", "va": "top", "size": "x-small", "color": color},
+            )
     # Of no data, for the legend.
     panel.errorbar([], [], [], fmt="o", color="gray", markersize=4, capsize=3, label="held out")
     panel.set_title(f"after update {after:,}" if after else "")
     panel.set_ylabel(f"cross entropy, {unit}")
     whole_updates(panel)
+
+
+def draw_changes(panel: Axes, run: Curves, color: str, after: int = 0) -> list[tuple[float, str]]:
+    """Lines between the updates where a run changed, and what is to be said of each.
+
+    Those of the first `after` updates are left out.
+    """
+    places = [(step + 0.5, what) for step, what in run.changes if step >= after]
+    for step, _ in places:
+        panel.axvline(step, color=color, linestyle="--", linewidth=0.8)
+    return places
 
 
 def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> None:
@@ -200,6 +226,7 @@ def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> 
             panel.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
             values = moving_mean(values, width)
         panel.plot(steps, values, color=color)
+        draw_changes(panel, run, color)
     panel.set_title(PANELS[field])
     whole_updates(panel)
     if field == "grad_norm":
@@ -215,8 +242,9 @@ def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> 
 def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> str:
     """Draws what one or several runs have logged so far, finished or not.
 
-    Lines are training metrics, points the held-out loss with bars of one standard error. Runs with
-    different tokenizers are drawn in bits per byte, others in nats per token.
+    Lines are training metrics, points the held-out loss with bars of one standard error. A dashed
+    line is where a run went on with other settings, which its history.json has. Runs with different
+    tokenizers are drawn in bits per byte, others in nats per token.
 
     Args:
       runs: the --out directories of training runs.

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from examples.flax_llama.changes import settings_of
 from examples.flax_llama.config import Config
-from examples.flax_llama.run_directory import settings_of
 from examples.flax_llama.validation import perplexity
 
 

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.changes import settings_of
+from examples.flax_llama.config import Config
+from examples.flax_llama.shapes import LlamaConfig
+from examples.flax_llama.usage import UsageError, cannot_be_read
 from examples.flax_llama.writing import write_whole
 
 SETTINGS = "config.json"
@@ -17,23 +20,6 @@ PARTIAL = "config.json.partial"
 LOCK = "lock"
 # What a run leaves that ends before it has written its settings.
 EMPTY = {LOCK, PARTIAL}
-
-# What a resumed run may change: none of it has a part in what is computed.
-FREE = {
-    *("eval_every", "save_every", "keep"),
-    *("out", "resume", "new_subspace", "tensorboard", "wandb", "distributed", "quiet"),
-}
-SUBSPACE = {
-    "rank",
-    "projector",
-    "projector_dtype",
-    "transport",
-    "residual",
-    "refresh",
-    "stagger",
-    "update_proj_gap",
-    "scale",
-}
 
 
 def check_directory(out: Path, *, resume: bool) -> None:
@@ -88,23 +74,6 @@ def write_settings(out: Path, config: Config, shape: LlamaConfig) -> None:
     write_whole(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """The configuration as JSON has it."""
-    return dataclasses.asdict(config) | {"out": str(config.out)}
-
-
-def config_of(settings: dict[str, Any]) -> Config:
-    """Undoes `settings_of`.
-
-    Raises:
-      UsageError: another version of this program wrote them.
-    """
-    try:
-        return Config(**settings | {"out": Path(settings["out"])})
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"These are not the settings of this version: {error}") from error
-
-
 def read_settings(out: Path) -> dict[str, Any]:
     """What `write_settings` wrote: the configuration in "train", the model's shape in "model".
 
@@ -117,27 +86,7 @@ def read_settings(out: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
         return {name: settings[name] for name in ("train", "model")}
+    except OSError as error:
+        raise cannot_be_read(str(path), error) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-
-
-def check_same(stored: dict[str, Any], config: Config) -> None:
-    """Refuses to go on with other settings than a checkpoint was made with.
-
-    Raises:
-      UsageError: some setting differs that the rest of the run depends on.
-    """
-    now = settings_of(config)
-    changed = {name for name in now if name not in FREE and stored.get(name) != now[name]}
-    refused = changed - SUBSPACE if config.new_subspace else changed
-    if refused:
-        differences = "; ".join(
-            f"{name} was {stored.get(name)!r} and is {now[name]!r}"
-            for name in now
-            if name in refused
-        )
-        hint = " (new_subspace=True allows that)" if refused <= SUBSPACE else ""
-        raise UsageError(
-            f"out={config.out} is of another configuration: {differences}{hint}. Resume with the "
-            "same settings, which need not be repeated, or name another directory."
-        )
+        raise UsageError(f"{path} is not what a run writes: {error!r}") from error

@@ -19,6 +19,7 @@ def sample(
     tokens: int = 200,
     temperature: float = 0.8,
     top_p: float = 0.95,
+    top_k: int | None = None,
     seed: int = 0,
 ) -> str:
     """Continues a prompt with a trained LLaMA.
@@ -30,6 +31,7 @@ def sample(
       tokens: largest number of tokens to add; the end of a document ends the text before.
       temperature: of the softmax; 0 always takes the likeliest token.
       top_p: draw from the likeliest tokens only whose probabilities reach this sum; 1 is all.
+      top_k: draw from that many of the likeliest tokens only, before --top-p; by default from all.
       seed: of the drawing.
     """
     model, tokenizer = load_run(run, int(step) if step.isdecimal() else step)
@@ -40,6 +42,7 @@ def sample(
         tokens=tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         seed=seed,
     )
 

@@ -18,7 +18,8 @@ from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.layerwise import make_layerwise
 from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.model import Llama, Params, draw_layers, is_quantized
-from examples.flax_llama.optimizers import learning_rate, schedule_count, skipped_updates
+from examples.flax_llama.optimizer_state import schedule_count, skipped_updates
+from examples.flax_llama.optimizers import learning_rate
 
 Metrics = dict[str, Any]
 

@@ -6,8 +6,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from examples.flax_llama.config import UsageError
 from examples.flax_llama.documents import Shard, is_held_out
+from examples.flax_llama.usage import UsageError
 
 # Documents that are shuffled and tokenized together: at most so many, of about so many characters.
 GROUP_DOCUMENTS = 1024

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.flax_llama.command import program
 from examples.flax_llama.documents import Shard, batched, open_shards, texts
+from examples.flax_llama.reading import Reading
 from examples.flax_llama.tokenizer import shard_tokenizer
 from examples.flax_llama.tokens import Tokens, check_new, write_tokens
 
@@ -18,21 +19,34 @@ from examples.flax_llama.tokens import Tokens, check_new, write_tokens
 GROUP = 1024
 
 
-def tokenize(data: str, tokenizer: str, out: Path, quiet: bool = False) -> Tokens:
+def tokenize(
+    data: str,
+    tokenizer: str,
+    out: Path,
+    text_field: str = "text",
+    on_bad_line: str = "error",
+    max_bad_lines: int = 100,
+    quiet: bool = False,
+) -> Tokens:
     """Tokenizes documents into a directory to train on.
 
     The directory appears when it is complete; an interrupted run leaves nothing under its name.
 
     Args:
-      data: files of text or JSON lines, a comma-separated list of paths and globs, or
+      data: files of text or JSON lines, a comma-separated list of paths, globs and directories, or
         hf:NAME[:CONFIG[:SPLIT]].
       tokenizer: bytes; bpe:SIZE, trained on a sample of the documents; or the path of a
         tokenizer.json, of a SentencePiece model, or of a directory with one of them.
       out: new directory.
+      text_field: of JSON lines and of Hugging Face data, the field that has the text; a dot goes
+        into an object, as in meta.content.
+      on_bad_line: at a line that is no JSON, has no text, or is not UTF-8: error, or skip it.
+      max_bad_lines: so many are left out; one more is an error.
       quiet: show no progress.
     """
     check_new(out)
-    shards = open_shards(data)
+    reading = Reading(text_field, on_bad_line, max_bad_lines)
+    shards = open_shards(data, reading=reading)
     encoder = shard_tokenizer(tokenizer, shards, skip_held_out=False)
     with Progress(
         BarColumn(),
@@ -41,7 +55,10 @@ def tokenize(data: str, tokenizer: str, out: Path, quiet: bool = False) -> Token
         TimeElapsedColumn(),
         disable=quiet,
     ) as progress:
-        return write_tokens(out, watched(shards, progress), encoder)
+        tokens = write_tokens(out, watched(shards, progress), encoder)
+    if reading.bad_lines:
+        print(reading.summary())
+    return tokens
 
 
 def watched(shards: Sequence[Shard], progress: Progress) -> Iterator[list[str]]:

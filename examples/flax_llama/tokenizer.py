@@ -10,8 +10,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from examples.flax_llama.config import UsageError
 from examples.flax_llama.documents import Shard, sample
+from examples.flax_llama.usage import UsageError, cannot_be_read
 
 END_OF_TEXT = "<|endoftext|>"
 # Names of the token that ends a document, in the families of tokenizers that are around.
@@ -164,6 +164,12 @@ def train_tokenizer(texts: Iterable[str], spec: str, *, eos: bool) -> Tokenizer:
     return JsonTokenizer(tokenizer.to_str())
 
 
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of tokenizers in a directory."""
+    names = (JsonTokenizer.file_name, SentencePieceTokenizer.file_name)
+    return [directory / name for name in names if (directory / name).is_file()]
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, a SentencePiece .model, or a directory with either.
 
@@ -172,10 +178,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        names = (JsonTokenizer.file_name, SentencePieceTokenizer.file_name)
-        found = [path / name for name in names if (path / name).is_file()]
+        found = tokenizer_files(path)
         if not found:
-            raise UsageError(f"tokenizer={path}: expected {' or '.join(names)} in the directory.")
+            names = f"{JsonTokenizer.file_name} or {SentencePieceTokenizer.file_name}"
+            raise UsageError(f"tokenizer={path}: expected {names} in the directory.")
         path = found[0]
     if not path.is_file():
         raise UsageError(f"tokenizer={str(path)!r}: there is no such file; {EXPECTED}")
@@ -184,6 +190,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return JsonTokenizer(path.read_text(encoding="utf-8"))
         if path.suffix == ".model":
             return SentencePieceTokenizer(path.read_bytes())
+    except OSError as error:
+        raise cannot_be_read(f"tokenizer={path}", error) from error
     # The two libraries raise bare Exception and RuntimeError.
     except Exception as error:
         raise UsageError(f"tokenizer={path} cannot be read as one: {error}") from error

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.flax_llama.config import UsageError
 from examples.flax_llama.documents import HELD_OUT
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
+from examples.flax_llama.usage import UsageError, cannot_be_read
 
 META = "meta.json"
 TOKENS = "tokens.bin"
@@ -75,6 +75,8 @@ def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
         meta = json.loads((directory / META).read_text())
         dtype, count, documents = meta["dtype"], meta["tokens"], meta["documents"]
         num_bytes = meta["bytes"]
+    except PermissionError as error:
+        raise cannot_be_read(str(directory / META), error) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{directory / META} is not of the tokenize command: {error!r}") from error
     tokenizer = load_tokenizer(directory)
@@ -106,7 +108,10 @@ def memory_map(path: Path, dtype: str, count: int) -> np.ndarray:
             f"{path} has {size} bytes where {META} says {count} x {dtype}, {expected} bytes: "
             "run the tokenize command again."
         )
-    return np.memmap(path, dtype, mode="r")
+    try:
+        return np.memmap(path, dtype, mode="r")
+    except OSError as error:
+        raise cannot_be_read(str(path), error) from error
 
 
 def check_new(path: Path) -> None:

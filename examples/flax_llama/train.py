@@ -7,7 +7,7 @@ python -m examples.flax_llama.train --out runs/galore --resume
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -17,33 +17,37 @@ from flax import nnx
 
 import galore_optax
 from examples.flax_llama import sinks
-from examples.flax_llama.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    hide_abandoned_writes,
-    last_settings,
+from examples.flax_llama.beginning import (
+    Beginning,
+    begin,
+    check_same_tokenizer,
+    commit,
+    of_the_source,
+    validation_began,
 )
+from examples.flax_llama.changes import config_of, settings_of
+from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, hide_abandoned_writes
 from examples.flax_llama.command import program
-from examples.flax_llama.config import Config, LlamaConfig
+from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, open_data
 from examples.flax_llama.evaluate import make_evaluate
 from examples.flax_llama.interrupts import stopping
 from examples.flax_llama.model import Llama
-from examples.flax_llama.optimizers import make_optimizer, start_anew
+from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.progress import Progress, duration, header, print_text, scores, size
+from examples.flax_llama.reading import Reading
 from examples.flax_llama.records import Record
+from examples.flax_llama.resume import first_state
 from examples.flax_llama.run_directory import (
     SETTINGS,
-    SUBSPACE,
     check_contents,
     check_directory,
-    check_same,
-    config_of,
     lock,
-    settings_of,
+    read_settings,
     write_settings,
 )
 from examples.flax_llama.run_log import RunLog
+from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.step import (
     State,
     check_divides,
@@ -51,9 +55,9 @@ from examples.flax_llama.step import (
     initial_params,
     make_update,
     put_batch,
-    replicated,
 )
-from examples.flax_llama.tokenizer import Tokenizer
+from examples.flax_llama.tokenizer import Tokenizer, tokenizer_files
+from examples.flax_llama.usage import UsageError
 from examples.flax_llama.writing import naming
 
 RESUME = "python -m examples.flax_llama.train --resume --out "
@@ -79,9 +83,9 @@ class Result:
 def train(config: Config) -> Result:
     """Trains one model; writes only if `config.out` is given, a directory that is new or empty.
 
-    With `config.resume` it goes on with the run that is there, to the same end, bit for bit, as if
-    there had been no interruption. Where the program answers signals, SIGTERM or Ctrl-C saves a
-    checkpoint and exits.
+    With `config.resume` it goes on with the run that is there: with the same settings to the same
+    end, bit for bit, as if there had been no interruption, and else with the changed ones from
+    there on. Where the program answers signals, SIGTERM or Ctrl-C saves a checkpoint and exits.
 
     Raises:
       UsageError: a setting cannot work; nothing has been written.
@@ -92,11 +96,12 @@ def train(config: Config) -> Result:
     out = config.out
     if out is not None and jax.process_index() == 0:
         check_directory(out, resume=config.resume)
-    if out is not None and config.resume:
-        check_same(last_settings(out), config)
+    beginning = begin(config)
     check_divides(config)
     optimizer, mesh = make_optimizer(config), data_mesh()
-    dataset = open_dataset(config)
+    dataset = open_dataset(own_tokenizer(config, beginning))
+    if not beginning.step:
+        check_same_tokenizer(config, dataset.tokenizer)
     shape = config.shape(dataset.tokenizer.vocab_size)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
 
@@ -107,17 +112,13 @@ def train(config: Config) -> Result:
     go_on = f"To go on:\n{RESUME}{out}"
     with contextlib.ExitStack() as stack:
         stack.callback(dataset.train.close)
-        stop, checkpoints, start, stopped = never, None, 0, False
+        stop, checkpoints, start, stopped = never, None, beginning.step, False
         if out is not None:
             stop = stack.enter_context(stopping(go_on))
-            checkpoints = stack.enter_context(open_checkpoints(out, config, shape))
+            checkpoints = stack.enter_context(open_checkpoints(out, config, shape, beginning))
             stack.enter_context(checkpoints.told_of_errors())
-            start = max(checkpoints.steps, default=0)
-        if checkpoints and start:
-            state = restore(checkpoints, start, config, initial_state, dataset, mesh)
-        else:
-            state = jax.jit(initial_state, out_shardings=replicated(mesh))()
-        log = stack.enter_context(open_log(config, shape, dataset, start))
+        state = first_state(checkpoints, beginning, config, initial_state, dataset, mesh)
+        log = stack.enter_context(open_log(config, shape, dataset, beginning))
         update, needed = make_update(config, graphdef, optimizer, mesh), None
         if start < config.steps:
             update, needed = compile_update(update, state, config, mesh, log.progress)
@@ -128,6 +129,9 @@ def train(config: Config) -> Result:
         for step in range(start + 1, config.steps + 1):
             batch = put_batch(next(dataset.train), config.accumulate, mesh)
             state, metrics = update(state, batch)
+            if step == beginning.step + 1:
+                jax.block_until_ready(state)
+                commit(beginning, config, shape)
             log.update(step, metrics)
             last, loss = step == config.steps, None
             if step % config.eval_every == 0 or last:
@@ -144,10 +148,14 @@ def train(config: Config) -> Result:
             ):
                 # First what may raise: an update that is not finite is never saved.
                 log.flush()
-                checkpoints.save(step, state, dataset.train, config, loss)
+                checkpoints.save(step, state, dataset.train, beginning.settings(config), loss)
                 log.start_clock()
             if stopped:
                 break
+        if start == config.steps and beginning.changes:
+            commit(beginning, config, shape)  # of a finished run
+        if dataset.reading.bad_lines:
+            log.progress.say(dataset.reading.summary())
     if stopped:
         print(f"Stopped after update {step}, which is saved. {go_on}", flush=True)
         raise SystemExit(0)
@@ -190,9 +198,17 @@ def open_dataset(config: Config) -> Data:
     names = ("data", "valid_data", "tokenizer", "batch", "seq", "packing", "seed", "eval_tokens")
     return open_data(
         **{name: getattr(config, name) for name in names},
+        reading=Reading(config.text_field, config.on_bad_line, config.max_bad_lines),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def own_tokenizer(config: Config, beginning: Beginning) -> Config:
+    """With the tokenizer that a run has kept, where it goes on: its file or text may be gone."""
+    if beginning.step and config.out is not None and tokenizer_files(config.out):
+        return dataclasses.replace(config, tokenizer=str(config.out))
+    return config
 
 
 def any_batch(config: Config) -> dict[str, np.ndarray]:
@@ -205,7 +221,9 @@ def any_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def open_checkpoints(out: Path, config: Config, shape: LlamaConfig) -> Iterator[Checkpoints]:
+def open_checkpoints(
+    out: Path, config: Config, shape: LlamaConfig, beginning: Beginning
+) -> Iterator[Checkpoints]:
     """The checkpoints in the run's directory, which is made, and kept from other processes."""
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -216,43 +234,26 @@ def open_checkpoints(out: Path, config: Config, shape: LlamaConfig) -> Iterator[
             if not config.resume:
                 # Before anything else is there, so that it can be resumed however soon it ends.
                 write_settings(out, config, shape)
-        yield stack.enter_context(Checkpoints(out, keep=config.keep))
-
-
-def restore(
-    checkpoints: Checkpoints,
-    step: int,
-    config: Config,
-    initial_state: Callable[[], State],
-    dataset: Data,
-    mesh: jax.sharding.Mesh,
-) -> State:
-    """The state after `step` updates; moves the data to the batch after them."""
-    stored = config_of(checkpoints.settings(step))
-    anew = any(getattr(stored, name) != getattr(config, name) for name in SUBSPACE)
-    like = jax.eval_shape(initial_state)
-    if anew:
-        like = State(like.params, jax.eval_shape(make_optimizer(stored).init, like.params))
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), like
-    )
-    state = checkpoints.restore(step, like, dataset.train)
-    if anew:
-        init = jax.jit(make_optimizer(config).init, out_shardings=replicated(mesh))
-        state = State(state.params, start_anew(init(state.params), state.optimizer, config))
-    return state
+        since = validation_began(out, beginning)
+        checkpoints = Checkpoints(out, keep=config.keep, validated_since=since)
+        stack.enter_context(checkpoints)
+        if max(checkpoints.steps, default=0) != beginning.step:
+            raise UsageError(f"out={out}: another process has gone on with the run meanwhile.")
+        yield checkpoints
 
 
 @contextlib.contextmanager
-def open_log(config: Config, shape: LlamaConfig, dataset: Data, start: int) -> Iterator[RunLog]:
+def open_log(
+    config: Config, shape: LlamaConfig, dataset: Data, beginning: Beginning
+) -> Iterator[RunLog]:
     """The log of the run, on the first process, and what describes the run beside it."""
-    out = config.out if jax.process_index() == 0 else None
+    out, start = config.out if jax.process_index() == 0 else None, beginning.step
     with contextlib.ExitStack() as stack:
         services = []
         if out is not None:
-            with naming(out / dataset.tokenizer.file_name):
-                dataset.tokenizer.save(out)
-            write_settings(out, config, shape)
+            if not start:
+                with naming(out / dataset.tokenizer.file_name):
+                    dataset.tokenizer.save(out)
             if config.tensorboard:
                 services.append(stack.enter_context(sinks.tensorboard(out, start)))
             if config.wandb:
@@ -266,7 +267,7 @@ def open_log(config: Config, shape: LlamaConfig, dataset: Data, start: int) -> I
             sinks=services,
             quiet=config.quiet or jax.process_index() > 0,
         )
-        log.progress.say(header(config, shape, dataset, start))
+        log.progress.say("\n".join([header(config, shape, dataset, start), *beginning.lines()]))
         yield stack.enter_context(log)
 
 
@@ -275,12 +276,24 @@ def never(step: int) -> bool:
 
 
 def from_command_line(args: Sequence[str] | None = None) -> Config:
-    """The settings given; where a run is resumed, all others are its own."""
+    """The settings given.
+
+    Where a run is resumed, all others are its own; but what its optimizer had by default is another
+    optimizer's own. Where one begins with another run, its model and optimizer are that one's.
+    """
     config = tyro.cli(Config, args=args)
     if config.resume and config.out is not None and (config.out / SETTINGS).is_file():
-        stored = config_of(last_settings(config.out))
-        own = {"out": config.out, "resume": True, "new_subspace": False}
-        config = tyro.cli(Config, args=args, default=dataclasses.replace(stored, **own))
+        stored = config_of(read_settings(config.out)["train"])
+        own = dataclasses.replace(stored, out=config.out, resume=True, new_data=False)
+        config = tyro.cli(Config, args=args, default=own)
+        if config.optimizer != stored.optimizer:
+            config = tyro.cli(Config, args=args, default=own.without_defaults())
+    elif config.init_from is not None:
+        source = config_of(read_settings(config.init_from)["train"])
+        names = of_the_source(weights_only=config.weights_only)
+        same = {name: getattr(source, name) for name in names}
+        default = Config(**same, tokenizer=str(config.init_from))
+        config = tyro.cli(Config, args=args, default=default)
     return config
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from examples.flax_llama import documents
-from examples.flax_llama.config import UsageError
+from examples.flax_llama.reading import Reading
 from examples.flax_llama.rows import padded_rows
 from examples.flax_llama.tokenizer import Tokenizer
 from examples.flax_llama.tokens import Tokens, is_tokenized, load_tokens
+from examples.flax_llama.usage import UsageError
 
 # Documents tokenized at a time: no more than a few too many are read.
 GROUP = 64
@@ -62,27 +63,40 @@ def perplexity(loss: float) -> float:
 
 
 def open_valid(
-    data: str, tokenizer: Tokenizer, *, seq: int, packing: bool = True, num_tokens: int | None
+    data: str | Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    seq: int,
+    packing: bool = True,
+    num_tokens: int | None,
+    reading: Reading | None = None,
+    name: str = "valid_data",
 ) -> Valid:
     """Rows of other text than the training data; arguments as of `open_data` and `read_valid`.
 
     From the hub it is the split "validation", where `data` does not name one.
     """
     context = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    groups = open_groups(data, tokenizer, num_tokens)
+    groups = open_groups(data, tokenizer, num_tokens, reading, name)
     return read_valid(groups, context, seq=seq, packing=packing, num_tokens=num_tokens)
 
 
-def open_groups(data: str, tokenizer: Tokenizer, num_tokens: int | None) -> Iterator[Group]:
+def open_groups(
+    data: str | Sequence[Path],
+    tokenizer: Tokenizer,
+    num_tokens: int | None,
+    reading: Reading | None = None,
+    name: str = "valid_data",
+) -> Iterator[Group]:
     """The documents of some data, tokenized, for `num_tokens` targets."""
     if data == documents.BUILT_IN:
         return encode_groups(documents.read_split()[1], tokenizer, num_tokens)
-    if not is_tokenized(data):
-        shards = documents.open_shards(data, split="validation")
+    if not (isinstance(data, str) and is_tokenized(data)):
+        shards = documents.open_shards(data, split="validation", reading=reading, name=name)
         return encode_groups(documents.texts(shards), tokenizer, num_tokens)
     tokens, own = load_tokens(Path(data))
     if own.to_bytes() != tokenizer.to_bytes():
-        raise UsageError(f"valid_data={data} was made by another tokenizer.")
+        raise UsageError(f"{name}={data} was made by another tokenizer.")
     return token_groups(tokens)
 
 

@@ -1,0 +1,157 @@
+"""What a run may change when it goes on: one table, of all settings."""
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Any
+
+from examples.flax_llama.config import Config
+from examples.flax_llama.usage import UsageError
+
+
+class Kind(enum.Enum):
+    """What a change of a setting comes to."""
+
+    # It is not of the run but of a process: no change at all.
+    PROCESS = enum.auto()
+    # Nothing that is computed depends on it.
+    FREE = enum.auto()
+    # It holds from the next update on. The optimizer's state stays, where it has the same arrays.
+    NOW = enum.auto()
+    # It holds from the next update on, with which the optimizer's moments and subspaces begin anew.
+    ANEW = enum.auto()
+    # It names data: what counts is what is in the files.
+    DATA = enum.auto()
+    # The run would be another one.
+    NEVER = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The kind of a setting, and what there is to say about a change."""
+
+    kind: Kind
+    note: str = ""
+
+
+def rules(kind: Kind, *names: str, note: str = "") -> dict[str, Rule]:
+    return dict.fromkeys(names, Rule(kind, note))
+
+
+ROUND_OFF = "with another {name}, what is computed is the same to round-off, not bit for bit"
+WEIGHTS = "init_from=RUN with weights_only=True starts a new run from the weights of this one"
+
+RULES: dict[str, Rule] = {
+    **rules(Kind.PROCESS, "out", "resume", "new_data", "distributed", "quiet"),
+    **rules(Kind.FREE, "eval_every", "save_every", "keep", "tensorboard", "wandb"),
+    **rules(Kind.FREE, "on_bad_line", "max_bad_lines"),
+    **rules(Kind.NOW, "steps", "lr", "schedule", "warmup", "cooldown", "final_lr"),
+    **rules(Kind.NOW, "matrix_lr_ratio", "weight_decay", "b1", "b2", "eps", "momentum"),
+    **rules(Kind.NOW, "clip", "clip_by", "on_nan", "batch"),
+    **rules(Kind.NOW, "scale", "update_proj_gap", "stochastic_rounding", "dtype"),
+    **rules(Kind.NOW, "accumulate", "layerwise", "remat", "attention", note=ROUND_OFF),
+    **rules(Kind.NOW, "eval_tokens"),
+    **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "transport"),
+    **rules(Kind.ANEW, "residual", "refresh", "stagger"),
+    **rules(Kind.DATA, "data", "valid_data", "text_field", "tokenizer"),
+    **rules(
+        Kind.NEVER,
+        *("preset", "hidden", "intermediate", "layers", "heads", "vocab_size"),
+        note="the weights would have other shapes",
+    ),
+    **rules(
+        Kind.NEVER,
+        *("param_dtype", "int8_weights"),
+        note=f"the weights are kept in another form; {WEIGHTS}",
+    ),
+    **rules(
+        Kind.NEVER,
+        *("seq", "packing"),
+        note=f"the position in the data is one in rows of these; {WEIGHTS}",
+    ),
+    **rules(
+        Kind.NEVER,
+        "seed",
+        note=f"the order of the data, and so the position in it, depends on it; {WEIGHTS}",
+    ),
+    **rules(
+        Kind.NEVER,
+        *("init_from", "init_step", "weights_only"),
+        note="a run begins only once",
+    ),
+}
+
+# What a checkpoint has beside its settings: digests of the data to train and to validate on.
+DIGESTS = "digests"
+# Settings that earlier versions of this program had.
+RETIRED = {"new_subspace"}
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The configuration as JSON has it."""
+    settings = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+
+
+def config_of(settings: dict[str, Any]) -> Config:
+    """Undoes `settings_of`, also where an earlier version had fewer settings, or a retired one.
+
+    Raises:
+      UsageError: another version of this program wrote them.
+    """
+    known: dict[str, Any] = {k: v for k, v in settings.items() if k not in RETIRED | {DIGESTS}}
+    known |= {name: Path(known[name]) for name in ("out", "init_from") if known.get(name)}
+    try:
+        return Config(**known)
+    except TypeError as error:
+        raise UsageError(f"These are not the settings of this version: {error}") from error
+
+
+def changes(was: Config, now: Config) -> dict[str, list[Any]]:
+    """What differs between two resolved configurations, as [was, is], but for a process' own."""
+    before, after = settings_of(was), settings_of(now)
+    return {
+        name: [before[name], after[name]]
+        for name, rule in RULES.items()
+        if rule.kind is not Kind.PROCESS and before[name] != after[name]
+    }
+
+
+def check_same(stored: dict[str, Any], config: Config) -> None:
+    """Refuses a run of other settings, but for those that nothing computed depends on.
+
+    Raises:
+      UsageError: some setting differs.
+    """
+    differ = changes(config_of(stored), config)
+    refuse(config, {name: "" for name in differ if RULES[name].kind is not Kind.FREE}, differ)
+
+
+def check_allowed(was: Config, now: Config, done: int) -> dict[str, list[Any]]:
+    """The changes with which a run goes on after some updates.
+
+    Data is taken as it is named here; whether it is the same is for `fingerprint` to say.
+
+    Raises:
+      UsageError: a change does not make sense; says why.
+    """
+    differ = changes(was, now)
+    reasons = {name: RULES[name].note for name in differ if RULES[name].kind is Kind.NEVER}
+    if "steps" in differ and now.steps <= done:
+        reasons["steps"] = f"{done} updates are done: it takes at least {done + 1}"
+    refuse(now, reasons, differ)
+    return differ
+
+
+def refuse(config: Config, reasons: dict[str, str], differ: dict[str, list[Any]]) -> None:
+    """Raises UsageError for the settings that there are reasons against."""
+    if reasons:
+        said = "; ".join(
+            f"{name} was {differ[name][0]!r} and is {differ[name][1]!r}"
+            + (f" ({reason})" if reason else "")
+            for name, reason in reasons.items()
+        )
+        raise UsageError(
+            f"out={config.out} is of another configuration: {said}. Leave out what is not to "
+            "change, or name another directory."
+        )

@@ -1,0 +1,181 @@
+"""What tells whether data is still what it was: names, sizes and digests of samples of its files.
+
+`data.json` in the directory of a run has them. A file that was replaced or that grew has another
+digest; the same files at another place have not. Of the Hugging Face hub there is only the name.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.flax_llama.config import Config
+from examples.flax_llama.documents import BUILT_IN, TEXT
+from examples.flax_llama.files import expand
+from examples.flax_llama.tokens import ENDS, META, TOKENS, is_tokenized
+from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.writing import write_whole
+
+DATA = "data.json"
+# Of a large file so many pieces are read, from its start to its end, each of so many bytes.
+PIECES, PIECE = 16, 4096
+# So many changed files are named.
+NAMED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class FileMark:
+    """What a file is known by."""
+
+    # Relative to the directory that all files of the data have in common.
+    name: str
+    # Where it was; no part of what it is known by.
+    path: str
+    size: int
+    # Of samples, in hexadecimal.
+    digest: str
+
+    @property
+    def known_by(self) -> tuple[str, int, str]:
+        return self.name, self.size, self.digest
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """The files of some data, in the order in which they are read."""
+
+    files: tuple[FileMark, ...]
+    text_field: str = "text"
+    # Whether documents of these files are kept for validation.
+    held_out: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides which documents there are, and in which order."""
+        parts = [[file.known_by for file in self.files], self.text_field, self.held_out]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What a run reads."""
+
+    train: Marks
+    # Where it is other data.
+    valid: Marks | None
+
+    @property
+    def of_validation(self) -> Marks:
+        """The marks of the data that it validates on."""
+        return self.valid or self.train
+
+
+def fingerprint_of(config: Config) -> Fingerprint:
+    """The fingerprint of the data of a configuration, as it is now.
+
+    Raises:
+      UsageError: some of it cannot be read.
+    """
+    held_out = config.valid_data is None and not config.data.startswith("hf:")
+    train = Marks(marks(config.data), config.text_field, held_out and config.data != BUILT_IN)
+    if config.valid_data is None:
+        return Fingerprint(train, None)
+    return Fingerprint(train, Marks(marks(config.valid_data, "valid_data"), config.text_field))
+
+
+def marks(data: str, name: str = "data") -> tuple[FileMark, ...]:
+    """The marks of all files that data is read from."""
+    if data.startswith("hf:"):
+        return (FileMark(data, data, 0, ""),)
+    if data == BUILT_IN:
+        paths = [TEXT]
+    elif is_tokenized(data):
+        paths = [Path(data, name) for name in (META, TOKENS, ENDS)]
+    else:
+        paths = expand(data, name)
+    return marks_of(paths, name)
+
+
+def marks_of(paths: Sequence[Path], name: str = "data") -> tuple[FileMark, ...]:
+    """The marks of some files.
+
+    Raises:
+      UsageError: one of them cannot be read.
+    """
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # as named, not where a link leads
+    common = os.path.commonpath([path.parent for path in absolute])
+    try:
+        return tuple(
+            FileMark(str(path.relative_to(common)), str(path), path.stat().st_size, sample(path))
+            for path in absolute
+        )
+    except OSError as error:
+        raise cannot_be_read(f"{name}={error.filename}", error) from error
+
+
+def sample(path: Path) -> str:
+    """A digest of pieces of a file, or of all of it where it is small."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= PIECES * PIECE:
+            digest.update(file.read())
+        else:
+            for piece in range(PIECES):
+                file.seek((size - PIECE) * piece // (PIECES - 1))
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()[:32]
+
+
+def differences(was: Marks, now: Marks) -> str:
+    """What is not as it was, for a person; empty if nothing is."""
+    if was.digest == now.digest:
+        return ""
+    before = {file.name: file.known_by for file in was.files}
+    after = {file.name: file.known_by for file in now.files}
+    changed = [
+        f"{name} is gone" if name not in after else f"{name} has changed"
+        for name, known_by in before.items()
+        if after.get(name) != known_by
+    ]
+    changed += [f"{name} is new" for name in after if name not in before]
+    parts = []
+    if changed:
+        more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+        parts.append(f"{', '.join(changed[:NAMED])}{more} (of {len(was.files)} files)")
+    elif list(before) != list(after) or len(before) != len(was.files):
+        parts.append("the files come in another order")
+    if was.text_field != now.text_field:
+        parts.append(f"text_field was {was.text_field!r} and is {now.text_field!r}")
+    if was.held_out != now.held_out:
+        taken = "no longer" if was.held_out else "now"
+        parts.append(f"documents to validate on are {taken} taken out of it")
+    return "; ".join(parts)
+
+
+def write_fingerprint(out: Path, fingerprint: Fingerprint) -> None:
+    """Writes it into the directory of a run, whole or not at all."""
+    write_whole(out / DATA, json.dumps(dataclasses.asdict(fingerprint), indent=1) + "\n")
+
+
+def read_fingerprint(out: Path) -> Fingerprint | None:
+    """What `write_fingerprint` wrote; None where an earlier version of this program did not.
+
+    Raises:
+      UsageError: it cannot be read.
+    """
+    path = out / DATA
+    if not path.is_file():
+        return None
+
+    def marks_from(stored: dict[str, Any]) -> Marks:
+        return Marks(**stored | {"files": tuple(FileMark(**file) for file in stored["files"])})
+
+    try:
+        stored = json.loads(path.read_text())
+        valid = stored["valid"] and marks_from(stored["valid"])
+        return Fingerprint(marks_from(stored["train"]), valid)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,115 @@
+"""The shape of a LLaMA, and the published shapes and recipes."""
+
+import dataclasses
+
+from examples.flax_llama.usage import UsageError, at_least_one, one_of
+
+DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "xla", "cudnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Everything that fixes the parameters and the forward pass of a `Llama`."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocab_size: int = 32_000
+    # Longest sequence trained on, and the context that sampling keeps.
+    max_seq: int = 256
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    # Of activations; norms, softmax and loss are computed in float32 whatever it is.
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    # "auto", "xla" or "cudnn"; auto is cudnn on an NVIDIA GPU with 16-bit activations.
+    attention: str = "auto"
+    # Keep only the input of each layer and compute the rest again in the backward pass.
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("param_dtype", self.param_dtype, DTYPES)
+        one_of("attention", self.attention, ATTENTIONS)
+        for name in ("hidden", "intermediate", "layers", "heads", "vocab_size", "max_seq"):
+            at_least_one(name, getattr(self, name))
+        if self.hidden % (2 * self.heads):
+            raise UsageError(
+                f"hidden={self.hidden} does not divide into heads={self.heads} heads of an even "
+                "size, which rotary embeddings need."
+            )
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, embedding, untied head and norms included."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return self._matrix_entries + self.vocab_size * self.hidden + norms
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per token of a whole sequence.
+
+        6 for each entry of a matrix that multiplies (the embedding is looked up), and 12 S D in
+        each layer for attention, whose causal half is counted too: what PaLM (arXiv:2204.02311,
+        appendix B) calls model FLOPs. Rematerialization does not count.
+        """
+        return 6 * self._matrix_entries + 12 * self.layers * self.hidden * self.max_seq
+
+    @property
+    def _matrix_entries(self) -> int:
+        """Entries of the attention and MLP kernels and of the head."""
+        layer = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
+        return self.layers * layer + self.vocab_size * self.hidden
+
+
+# Zhao et al., "GaLore" (arXiv:2403.03507), and the reference implementation's smaller siblings;
+# 13b is LLaMA's (arXiv:2302.13971).
+PRESETS = {
+    "9m": LlamaConfig(hidden=128, intermediate=352, layers=4, heads=4),
+    "20m": LlamaConfig(hidden=256, intermediate=688, layers=4, heads=4),
+    "35m": LlamaConfig(hidden=384, intermediate=1024, layers=6, heads=8),
+    "60m": LlamaConfig(hidden=512, intermediate=1376, layers=8, heads=8),
+    "130m": LlamaConfig(hidden=768, intermediate=2048, layers=12, heads=12),
+    "250m": LlamaConfig(hidden=768, intermediate=2560, layers=24, heads=16),
+    "350m": LlamaConfig(hidden=1024, intermediate=2736, layers=24, heads=16),
+    "1b": LlamaConfig(hidden=2048, intermediate=5461, layers=24, heads=32),
+    "3b": LlamaConfig(hidden=2560, intermediate=6848, layers=32, heads=32),
+    "7b": LlamaConfig(hidden=4096, intermediate=11008, layers=32, heads=32),
+    "13b": LlamaConfig(hidden=5120, intermediate=13824, layers=40, heads=40),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained with GaLore, unless a setting says otherwise."""
+
+    rank: int
+    steps: int
+    batch: int = 512
+    lr: float = 0.01
+    update_proj_gap: int = 200
+    # 0 does not clip.
+    clip: float = 0.0
+    q_galore_lr: float = 0.015
+
+
+# 60m to 7b are published (same paper and its scripts); 250m borrows from 350m, 3b from 1b, 13b from
+# 7b. The three smallest have no published recipe: a quarter of the hidden size, and minutes on one
+# machine.
+RECIPES = {
+    "9m": Recipe(rank=32, steps=1000, batch=16, clip=1.0),
+    "20m": Recipe(rank=64, steps=1000, batch=16, clip=1.0),
+    "35m": Recipe(rank=96, steps=1000, batch=16, clip=1.0),
+    "60m": Recipe(rank=128, steps=10_000),
+    "130m": Recipe(rank=256, steps=20_000),
+    "250m": Recipe(rank=256, steps=60_000, q_galore_lr=0.01),
+    "350m": Recipe(rank=256, steps=60_000, q_galore_lr=0.01),
+    "1b": Recipe(rank=512, steps=100_000, q_galore_lr=0.01),
+    "3b": Recipe(rank=512, steps=100_000, q_galore_lr=0.01),
+    "7b": Recipe(
+        rank=1024, steps=150_000, lr=0.005, q_galore_lr=0.004, update_proj_gap=500, clip=1.0
+    ),
+}
+RECIPES["13b"] = RECIPES["7b"]

@@ -61,6 +61,7 @@ def test_errors_of_a_run_name_its_flags_as_they_are_typed(words, monkeypatch, ca
     assert "\n" not in line
     for flag in re.findall("--[a-z0-9-]+", words):
         assert flag in line
+    assert "galore_optax" not in line
     names = "|".join(defaults(Config))
     assert not re.search(rf"\b({names})=|--\w*_|\b(?!galore|apollo)[a-z]+_[a-z_]+ must\b", line)
     assert capsys.readouterr().out == ""

@@ -367,8 +367,8 @@ def test_what_cannot_go_together_is_told_with_what_can(settings, message):
             "optimizer='adam': expected one of adamw, adafactor, lion, sgd, adamw_8bit, g",
         ),
         ({"schedule": "step"}, "schedule='step': expected one of cosine, linear, constant, wsd"),
-        ({"projector": "none"}, "projector must be one of svd"),
-        ({"projector_dtype": "float8"}, "projector_dtype must be"),
+        ({"projector": "none"}, "projector=.*: expected one of svd"),
+        ({"projector_dtype": "float8"}, "projector_dtype=.*: expected"),
         ({"refresh": "never"}, "refresh"),
     ],
 )

@@ -334,8 +334,8 @@ def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refus
         ("--vocab-size 0", "--vocab-size 0"),
         (
             "--optimizer apollo_adamw --transport rotate",
-            "error: --optimizer apollo_adamw --transport rotate: transport=Rotate is for bases of "
-            "orthonormal vectors; those of the projector gaussian are not. What would work is "
+            "error: --optimizer apollo_adamw --transport rotate: --transport rotate is for bases "
+            "of orthonormal vectors; those of the projector gaussian are not. What would work is "
             "--transport keep, --transport reset, --transport project.\n",
         ),
         ("--out no_such_directory/memory.png", "memory.png cannot be written"),

@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -60,8 +60,6 @@ SWEPT: dict[str, Callable[[str], Any]] = {
 }
 
 Settings = dict[str, Any]
-T = TypeVar("T")
-Decided = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
 
 
 def parse_sweep(words: Sequence[str], optimizers: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
@@ -157,10 +155,10 @@ def write_json(path: Path, value: Any) -> None:
 class Shared(Config):
     """A configuration of which a command line does not offer what a comparison decides itself."""
 
-    optimizer: Decided[str] = Config.optimizer
-    resume: Decided[bool] = Config.resume
-    new_data: Decided[bool] = Config.new_data
-    distributed: Decided[bool] = Config.distributed
+    optimizer: tyro.conf.Suppress[str] = Config.optimizer
+    resume: tyro.conf.Suppress[bool] = Config.resume
+    new_data: tyro.conf.Suppress[bool] = Config.new_data
+    distributed: tyro.conf.Suppress[bool] = Config.distributed
 
 
 def compare(

@@ -177,8 +177,8 @@ def size(count: float) -> str:
 
 def memory_used() -> int:
     """The most bytes that a device has had in use; of the process where the device is the CPU."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     # In kilobytes, but on macOS.
     unit = 1 if sys.platform == "darwin" else 1024

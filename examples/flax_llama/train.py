@@ -6,6 +6,7 @@ python -m examples.flax_llama.train --out runs/galore --resume
 
 import contextlib
 import dataclasses
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def train(config: Config) -> Result:
         params = initial_params(config, shape)
         return State(params, optimizer.init(params))
 
-    go_on = f"To go on:\n{RESUME}{out}"
+    go_on = f"To go on:\n{RESUME}{shlex.quote(str(out))}"
     with contextlib.ExitStack() as stack:
         stack.callback(dataset.train.close)
         stop, checkpoints, start, stopped = never, None, beginning.step, False

@@ -257,7 +257,7 @@ def pictures(monkeypatch):
 
 def test_pictures_cut_nothing_and_number_whole_updates(pretended, pictures):
     shared, comparison = pretended
-    write_report(comparison, {}, shared.out)
+    write_report(comparison, module.machine(), shared.out)
     (panel,) = pictures["losses.png"].axes
     best = comparison.best["adamw"][0]
     losses = [r["loss"] for r in metrics(shared.out / best.name) if "loss" in r]

@@ -5,6 +5,7 @@ import typing
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -96,6 +97,24 @@ def test_defaults_that_differ_from_those_of_galore():
     preset = galore_optax.q_galore_adamw(0.1, **options)
     expected = galore(galore_optax.adamw_8bit(0.1), **options, **DEFAULTS["q_galore_adamw"])
     assert programs(preset, tree(0)) == programs(expected, tree(0))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16], ids=["name", "type"])
+def test_moments_in_bfloat16_are_those_of_low_bit_with_16_bits(dtype):
+    preset = galore_optax.galore_adamw(0.1, moment_dtype=dtype, **OPTIONS)
+    inner = galore_optax.low_bit(optax.adamw(0.1), bits=16, min_size=0)
+    assert programs(preset, tree(0)) == programs(galore(inner, **OPTIONS), tree(0))
+    _, state = trajectory(preset)[-1]
+    moments = jax.tree.leaves(optax.tree.get(state, "mu"))
+    assert moments
+    assert {x.dtype for x in moments} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", jnp.int8], ids=str)
+def test_moments_in_another_dtype_are_refused(dtype):
+    message = r"moment_dtype must be 'bfloat16'.* or None for float32; got .*(16|int8).*_8bit"
+    with pytest.raises(ValueError, match=message):
+        galore_optax.fira_adamw(0.1, moment_dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["galore_sgd", "q_galore_adamw"])

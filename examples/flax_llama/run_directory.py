@@ -26,6 +26,7 @@ SUBSPACE = {
     "rank",
     "projector",
     "projector_dtype",
+    "moment_dtype",
     "transport",
     "residual",
     "refresh",

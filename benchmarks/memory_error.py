@@ -63,6 +63,14 @@ def table() -> dict[str, dict[str, Any]]:
             VOCAB_SIZE,
             MANY | HALF | {"accumulate": 4, "layerwise": True},
         ),
+        "35m micro-batches layer-wise": (
+            2048,
+            HALF | {"batch": 8, "accumulate": 2, "layerwise": True, "clip": 0.0},
+        ),
+        "35m micro-batches layer-wise, clipped": (
+            2048,
+            HALF | {"batch": 8, "accumulate": 2, "layerwise": True},
+        ),
         "350m SGD": (VOCAB_SIZE, ALL_HALF | {"batch": 32, "remat": True, "optimizer": "sgd"}),
     }
     on_cpu = {

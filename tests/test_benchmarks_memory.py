@@ -160,7 +160,8 @@ def record(**peaks):
 
 def test_the_table_has_a_line_for_each_device_with_both_projectors():
     figures = record(power_iteration=12 * GIB, svd=13 * GIB)
-    measured = {NAME: {"result": {"peak_bytes": 11 * GIB}, **MACHINE}, "other": {"error": "none"}}
+    result = {"peak_bytes": 11 * GIB, "usable": 15 * GIB}
+    measured = {NAME: {"result": result, **MACHINE}, "other": {"error": "none"}}
     lines = memory_table.markdown(figures, measured).splitlines()
     said = lines.pop()
     lines.pop()
@@ -172,7 +173,7 @@ def test_the_table_has_a_line_for_each_device_with_both_projectors():
     ]
     assert {row[-1] for row in cells[2:3] + cells[4:]} == {"-"}
     assert len(cells) == 2 + 10
-    assert "A100, driver 580.1" in said
+    assert "no more than 15.00 GiB for JAX, on A100, driver 580.1" in said
     refused = memory_table.markdown(record(power_iteration=12 * GIB), {}).splitlines()
     assert refused[3].endswith("| 12.00 | too much | - |")
     assert "Nothing has been measured on a GPU yet" in refused[-1]

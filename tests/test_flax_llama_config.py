@@ -104,7 +104,8 @@ def test_what_is_given_goes_before_the_preset():
         getattr(config, field.name)
         for field in dataclasses.fields(config)
         if field.name not in {"vocab_size", "valid_data", "tokenizer", "eval_tokens", "b2"}
-        and field.name not in {"out", "wandb", "projector_dtype", "transport", "residual"}
+        and field.name
+        not in {"out", "wandb", "transport", "residual", "moment_dtype", "projector_dtype"}
     ]
 
 

@@ -504,6 +504,19 @@ def test_the_documentation_has_the_table_of_devices():
     assert devices.markdown() in text
 
 
+def test_the_documentation_shows_what_is_printed(capsys):
+    text = (Path(plan.__file__).parent / "README.md").read_text()
+    pattern = r"^```\npython -m examples.flax_llama.plan (.*?[^\\])\n\n(.*?)^```$"
+    shown = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+    assert len(shown) == 2
+    for words, output in shown:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["plan", *shlex.split(words.replace("\\\n", ""))])
+            with pytest.raises(SystemExit):
+                plan.main()
+        assert capsys.readouterr().out == output
+
+
 def test_a_plan_without_settings_is_of_the_run_without_settings():
     """All of a run's settings are taken, and no default is another."""
     assert tyro.cli(plan.Plan, args=[]).run == from_command_line([]) == Config()

@@ -92,7 +92,9 @@ def draw(bars: Sequence[Bar], devices: Sequence[Device], out: Path) -> None:
                 f"\nbeyond the right edge: {device.description}, {device.usable / GIB:.1f} GiB,"
             )
             label += f" {device.usable / longest:,.0f} times as much"
-        names = [textwrap.fill(bar.name, WIDTH) for bar in bars]
+        names = [
+            "\n".join(textwrap.fill(line, WIDTH) for line in bar.name.splitlines()) for bar in bars
+        ]
         axes.set(xlabel=label, yticks=range(len(bars)), yticklabels=names)
         axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=7, fontsize="small")

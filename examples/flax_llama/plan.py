@@ -33,6 +33,7 @@ MOMENTS = {
     "block": "the backward pass of a layer",
     "head": "the backward pass of the head",
     "update": "the optimizer's update of the layers' matrices",
+    "choice": "the choice of how to average micro-batches, for which XLA copies what stays",
 }
 STATUS = {Fit.SURE: 0, Fit.CLOSE: 4, Fit.NOT: 3}
 ERROR = 2

@@ -210,6 +210,7 @@ def test_the_figures_are_of_the_tables_settings():
         assert {key: row[key] for key in rows[name]} == rows[name], name
 
 
+@pytest.mark.long("it traces the state of every row, for the tests that follow, too")
 def test_what_stays_is_what_the_compiler_found():
     for path in (memory_table.FIGURES, memory_error.FIGURES):
         for name, row in json.loads(path.read_text())["rows"].items():
@@ -218,6 +219,19 @@ def test_what_stays_is_what_the_compiler_found():
             # The compiler's are a batch more, which is small, and tables.
             beyond = row["xla"]["arguments"] - estimated.arguments
             assert abs(beyond) <= max(1e-3 * estimated.arguments, 1_100_000), name
+
+
+def test_the_documentation_has_the_bounds_of_what_was_found():
+    found = list(memory_error.ratios())
+    measured = sum(name.startswith("measured") for name, _, _ in found)
+    of_gpus = [ratio for _, kind, ratio in found if kind == "cuda"]
+    text = " ".join((memory_table.ROOT / "examples/flax_llama/README.md").read_text().split())
+    assert (
+        f"{measured} steps were measured on an H100, and {len(found) - measured} compiled" in text
+    )
+    assert f"needed {min(of_gpus):.2f} to {max(of_gpus):.2f} times what is estimated" in text
+    low, high = SPREAD["cuda"]
+    assert f"*fits* if {high:g} times that does, it *does not fit* if {low:g} times that" in text
 
 
 def test_the_estimate_is_as_near_as_the_planner_says():

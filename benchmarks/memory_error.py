@@ -88,7 +88,10 @@ def table() -> dict[str, dict[str, Any]]:
 
 def row_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a row, with a refresh that has no workspace of cuSOLVER's."""
-    found = {"preset": name.replace(",", "").split()[0], "attention": "xla"} | settings
+    found: dict[str, Any] = {
+        "preset": name.replace(",", "").split()[0],
+        "attention": "xla",
+    } | settings
     resolved = Config(**found).resolve()
     exact = resolved.optimizer in IN_GALORE and resolved.projector == "svd"
     return found | ({"projector": "power_iteration"} if exact else {})

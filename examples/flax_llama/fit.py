@@ -151,19 +151,22 @@ def alternatives(question: Question) -> Iterator[Change]:
     """Single changes that may need less, those first that leave training as it is."""
     given, config = question.given, question.config()
 
-    def change(flags: str, same: bool = False, **settings: Any) -> Change:
-        return Change(flags, dataclasses.replace(given, **settings), same)
+    def change(flags: str, **settings: Any) -> Change:
+        return Change(flags, dataclasses.replace(given, **settings))
+
+    def same(flags: str, **settings: Any) -> Change:
+        return dataclasses.replace(change(flags, **settings), same=True)
 
     if not config.layerwise:
-        yield change("--layerwise", same=True, layerwise=True)
+        yield same("--layerwise", layerwise=True)
         if not config.remat:
-            yield change("--remat", same=True, remat=True)
+            yield same("--remat", remat=True)
         yield from fewer_rows_at_a_time(question)
     if config.attention == "xla" and given.attention != "auto":
-        yield change("--attention auto", same=True, attention="auto")
+        yield same("--attention auto", attention="auto")
     if micro_batches_at_rank(config) > 1:
         # No accumulator; nor is there one with clipping, for which they are averaged before.
-        yield change("--accumulate 1", same=True, accumulate=1)
+        yield same("--accumulate 1", accumulate=1)
         yield change("--clip 1", clip=1.0)
     if config.layerwise and config.clip and config.clip_by == "global":
         yield change("--clip-by layer", clip_by="layer")

@@ -27,6 +27,7 @@ from examples.flax_llama.devices import device_named
 from examples.flax_llama.memory import estimate
 from examples.flax_llama.topology import check_needs_driver
 
+ROOT = pathlib.Path(__file__).parents[1]
 VOCAB_SIZE = 32_000
 SHARED: dict[str, Any] = {"batch": 16, "seq": 256, "dtype": "bfloat16", "param_dtype": "bfloat16"}
 # The layer-wise update of the papers does not clip; a row shows what clipping as published takes.
@@ -88,7 +89,7 @@ def analyse(device: str, settings: dict[str, Any], vocab_size: int = VOCAB_SIZE)
         "usable": target.usable,
         "estimate": estimated.parts | {"total": estimated.total, "moment": estimated.moment},
         "jax": jax.__version__,
-        "compiler": versions(target.is_tpu),
+        "compiler": versions(target.platform == "tpu"),
     }
     try:
         return row | {"xla": dataclasses.asdict(compile_step(config, vocab_size, target))}

@@ -60,8 +60,9 @@ def where_measured(found: dict[str, Any]) -> str:
         f"{m['device']}, driver {m['driver']}, jax {m['jax']}"
         for m in (entry["machine"] for entry in found.values())
     }
+    caps = sorted({f"{entry['result']['usable'] / GIB:.2f}" for entry in found.values()})
     return (
-        "Measured under the smaller card's memory by `make gpu` on "
+        f"Measured by `make gpu` with no more than {' or '.join(caps)} GiB for JAX, on "
         f"{' and '.join(sorted(machines))} ([report](benchmarks/results/gpu/report.md))."
     )
 

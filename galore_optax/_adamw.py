@@ -2,9 +2,11 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
 from typing import Protocol, Unpack, cast
 
+import jax.numpy as jnp
 import optax
 
 from galore_optax import projectors
@@ -38,6 +40,7 @@ class Preset(Protocol):
         mask: Mask | None = None,
         *,
         nesterov: bool = False,
+        moment_dtype: DType | None = None,
         **options: Unpack[GaloreOptions],
     ) -> optax.GradientTransformationExtraArgs: ...
 
@@ -71,6 +74,25 @@ class LowBit:
     block_size: int = 256
     min_size: int = 4096
     stacked: Stacked | None = None
+    bits: int = 8
+
+    @classmethod
+    def in_dtype(cls, dtype: DType | None) -> "LowBit | None":
+        """Returns how moments are held in a dtype; None where they are held as they are.
+
+        Raises:
+          ValueError: moments cannot be held in it.
+        """
+        if dtype is None:
+            return None
+        # A name that JAX does not know is an error of its own, which says less.
+        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+        if name != "bfloat16":
+            raise ValueError(
+                f"moment_dtype must be 'bfloat16', which is rounded at random, or None for "
+                f"float32; got {dtype!r}. For 8 bits, take the preset whose name ends in _8bit."
+            )
+        return cls(min_size=0, bits=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +100,7 @@ class AdamW:
     """The arguments of ``optax.adamw``, and the bits of its moments.
 
     Attributes:
-      low_bit: how moments are held in 8 bits; None for moments that are arrays.
+      low_bit: how moments are held in few bits; None for moments that are held as they are.
     """
 
     learning_rate: optax.ScalarOrSchedule
@@ -152,13 +174,7 @@ class AdamW:
     ) -> optax.GradientTransformationExtraArgs:
         if self.low_bit is None:
             return optax.with_extra_args_support(transformation)
-        low = self.low_bit
-        return low_bit(
-            transformation,
-            block_size=low.block_size,
-            min_size=low.min_size,
-            stacked=low.stacked,
-        )
+        return low_bit(transformation, **vars(self.low_bit))
 
 
 def adamw_preset(
@@ -188,15 +204,19 @@ def _preset(
     """Makes a preset with the signature of a protocol, and defaults of its own for options."""
     _, *parameters = inspect.signature(protocol.__call__).parameters.values()
     signature = inspect.Signature(parameters)
-    names = {field.name for field in dataclasses.fields(LowBit)}
+    names = {field.name for field in dataclasses.fields(LowBit)} & signature.parameters.keys()
 
     def preset(*args: object, **kwargs: object) -> optax.GradientTransformationExtraArgs:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = dict(bound.arguments)
         options = (defaults or {}) | given.pop("options")
-        low_bit = {key: given.pop(key) for key in names & given.keys()}
-        return AdamW(**given, low_bit=LowBit(**low_bit) if low_bit else None).in_galore(options)
+        low_bit = (
+            LowBit(**{name: given.pop(name) for name in names})
+            if names
+            else LowBit.in_dtype(given.pop("moment_dtype"))
+        )
+        return AdamW(**given, low_bit=low_bit).in_galore(options)
 
     preset.__name__ = preset.__qualname__ = name
     preset.__module__ = "galore_optax"
@@ -220,13 +240,19 @@ _ARGUMENTS = """Args:
       weight_decay: the decay of whole matrices, times the learning rate, not scaled by ``scale``.
       mask: the leaves to decay.
       nesterov: whether to use Nesterov momentum.
+      moment_dtype: ``"bfloat16"`` keeps both moments in it between steps, rounded at random, as
+        `galore_optax.low_bit` does with 16 bits; None keeps them in float32, or wider where the
+        gradients are.
       **options: ``rank``, ``update_proj_gap``, ``scale`` and all other keyword arguments of
         `galore_optax.galore`, with the defaults that the signature shows.
 
     Returns:
       The transformation."""
 
-_ARGUMENTS_8BIT = _ARGUMENTS.replace(
+_ARGUMENTS_8BIT = re.sub(
+    r"      moment_dtype.*?(?=      \*\*options)", "", _ARGUMENTS, flags=re.DOTALL
+)
+_ARGUMENTS_8BIT = _ARGUMENTS_8BIT.replace(
     "      **options",
     """      block_size: the number of elements of a block, which share a scale.
       min_size: the number of elements below which moments are not rounded. All elements of a leaf

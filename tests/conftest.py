@@ -15,7 +15,8 @@ import pytest
 # nor in the one that goes through every equation of a program.
 OPEN = {
     *("__init__", "_adamw", "_chain", "_galore", "_inner", "_limiter", "_low_bit", "_memory"),
-    *("_optimizers", "_options", "_presets", "_projector", "_quantized", "_quantized_params"),
+    *("_memory_report", "_optimizers", "_options", "_presets", "_projector", "_quantized"),
+    "_quantized_params",
     *("_refresh", "_residuals", "_select", "_transports"),
     *(
         "_jaxpr",

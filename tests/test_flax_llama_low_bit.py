@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax_llama_runs import tiny, write_text
@@ -10,7 +11,7 @@ from flax_llama_runs import tiny, write_text
 import galore_optax
 from examples.flax_llama import step
 from examples.flax_llama.checkpoint import load_run
-from examples.flax_llama.config import Config
+from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.model import Llama, is_quantized
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.step import initial_params
@@ -39,6 +40,30 @@ def test_q_galore_is_lazy_with_int8_weights_at_its_own_rate_unless_told_otherwis
     assert (config.lr, config.refresh, config.int8_weights) == (0.02, "periodic", False)
     config = Config(preset="60m").resolve()
     assert (config.lr, config.refresh, config.int8_weights) == (0.01, "periodic", False)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "galore_adamw", "fira_adamw"])
+def test_moments_in_bfloat16_take_two_bytes(optimizer):
+    def moments(**settings):
+        config = Config(preset="9m", optimizer=optimizer, **settings).resolve()
+        params = jax.eval_shape(lambda: initial_params(config, config.shape(300)))
+        state = jax.eval_shape(make_optimizer(config).init, params)
+        found = [*jax.tree.leaves(optax.tree.get(state, "mu"))]
+        return found + jax.tree.leaves(optax.tree.get(state, "nu"))
+
+    half, whole = moments(moment_dtype="bfloat16"), moments()
+    assert {x.dtype for x in half} == {jnp.dtype("bfloat16")}
+    assert [x.shape for x in half] == [x.shape for x in whole]
+    assert {x.dtype for x in whole} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "galore_adamw_8bit", "flora"])
+def test_moments_in_bfloat16_are_those_of_adamw(optimizer):
+    message = rf"moment_dtype='bfloat16' is for adamw, galore_adamw, .*optimizer='{optimizer}'"
+    with pytest.raises(UsageError, match=message):
+        Config(optimizer=optimizer, moment_dtype="bfloat16").resolve()
+    with pytest.raises(UsageError, match="moment_dtype='float16': expected one of bfloat16"):
+        Config(moment_dtype="float16").resolve()
 
 
 def test_weights_moments_and_projectors_are_in_few_bits():

@@ -18,6 +18,7 @@ from examples.flax_llama.loss import token_losses
 from examples.flax_llama.model import (
     Llama,
     attention_implementation,
+    capability_here,
     dimension_numbers,
     rope,
     rotation,
@@ -284,7 +285,11 @@ def test_cudnn_where_it_cannot_compute_the_attention_is_refused(
 ):
     monkeypatch.setattr(jax, "devices", lambda: [device])
     with pytest.raises(UsageError, match=f"attention='cudnn' {message}"):
-        attention_implementation(dataclasses.replace(TINY, attention="cudnn", **settings))
+        attention_implementation(
+            dataclasses.replace(TINY, attention="cudnn", **settings),
+            capability_here(),
+            device.device_kind,
+        )
 
 
 def test_heads_that_do_not_divide_are_refused():

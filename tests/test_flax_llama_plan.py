@@ -5,37 +5,56 @@ import os
 import re
 import shlex
 import time
+from pathlib import Path
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tyro
+from flax_llama_runs import write_text
 from matplotlib.text import Text
 
 from examples.flax_llama import compile_step as compiling
-from examples.flax_llama import fit, memory, memory_chart, plan
+from examples.flax_llama import devices, fit, memory, memory_chart, plan
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step, standard_error
 from examples.flax_llama.config import Config, UsageError
-from examples.flax_llama.devices import DEVICES, GIB, Device, device_named
+from examples.flax_llama.data import open_data, vocabulary_size
+from examples.flax_llama.devices import DEVICES, GIB, Device, Here, device_named
+from examples.flax_llama.fit import Fit, Need, Question
 from examples.flax_llama.memory import estimate
 from examples.flax_llama.methods import ADAMW_8BIT, IN_GALORE
+from examples.flax_llama.model import attention_implementation
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
-from examples.flax_llama.step import State, data_mesh, initial_params
+from examples.flax_llama.step import State, initial_params
+from examples.flax_llama.tokenizer import train_tokenizer
+from examples.flax_llama.tokens import write_tokens
 from examples.flax_llama.topology import CUDA_PLUGINS, installed
 from examples.flax_llama.train import from_command_line
 
 VOCAB = 300
 
 
-class Here(Device):
-    """The device that the tests run on."""
-
-    def mesh(self):
-        return data_mesh()
-
-
-HERE = Here("here", "this one", 16 * GIB, "made up")
+HERE = Here("here", "this one", 16 * GIB, "made up", platform="cpu")
+# A run that a consumer's card has room for.
+LARGE = [
+    "--preset",
+    "7b",
+    "--vocab-size",
+    "32000",
+    "--optimizer",
+    "q_galore_adamw",
+    "--layerwise",
+    "--remat",
+    "--batch",
+    "16",
+    "--dtype",
+    "bfloat16",
+    "--param-dtype",
+    "bfloat16",
+    "--attention",
+    "xla",
+]
 
 
 def config(**settings):
@@ -44,9 +63,9 @@ def config(**settings):
 
 
 def run(capsys, *words):
-    """The exit status of the command, and what it printed."""
+    """The exit status of the command for a large run with other settings, and what it printed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["plan", *words])
+        patch.setattr("sys.argv", ["plan", *LARGE, *words])
         with pytest.raises(SystemExit) as stopped:
             plan.main()
     return stopped.value.code, capsys.readouterr().out
@@ -176,8 +195,9 @@ def test_the_accumulator_of_micro_batches_stays_and_what_leaves_it_out_is_told(c
     words = "--device rtx4060ti_16gb --accumulate 2 --clip 0"
     status, printed = run(capsys, *words.split())
     assert status == 3
+    fitting = printed.partition("What fits:")[2].partition("What ")[0]
     for change in ("--accumulate 1", "--clip 1"):
-        assert re.search(f"^  {change}: [0-9.]+ GiB, fits$", printed, re.MULTILINE)
+        assert re.search(f"^  {change} +[0-9.]+ GiB", fitting, re.MULTILINE)
     assert "Inputs are those of all 2 micro-batches" in printed
     assert "between refreshes, where GaLore averages" in printed
     adamw = run(capsys, "--optimizer", "adamw", "--accumulate", "2", "--device", "h100_80gb")[1]
@@ -202,8 +222,7 @@ def test_the_largest_batch_is_the_last_that_fits(accumulate, most):
 
 
 def test_the_command_says_how_much_room_there_is(capsys):
-    words = "--model 7b --optimizer q_galore_adamw --device rtx4060ti_16gb --batch 16 --seq 256"
-    status, printed = run(capsys, *words.split())
+    status, printed = run(capsys, "--device", "rtx4060ti_16gb")
     assert status == 0
     sizes = dict(re.findall(r"^(\w+) +([\d.]+)", printed, re.MULTILINE))
     parts = ("weights", "projectors", "moments", "gradients", "inputs", "working")
@@ -211,78 +230,130 @@ def test_the_command_says_how_much_room_there_is(capsys):
         float(sizes["total"]), abs=0.03
     )
     # As the README has it.
-    assert float(sizes["arguments"]) == 10.65
-    total, usable, spare = map(
-        float,
-        re.search(r"estimate: ([\d.]+) of ([\d.]+) GiB, fits, with ([\d.]+)", printed).groups(),
-    )
-    assert (usable, spare) == (15.5, pytest.approx(usable - total, abs=0.011))
+    stays = float(sizes["stays"])
+    assert stays == 10.65
+    pattern = r"estimate: ([\d.]+) GiB of ([\d.]+) GiB: fits, with at least ([\d.]+) GiB to spare"
+    total, usable, spare = map(float, re.search(pattern, printed).groups())
+    low, high = memory.SPREAD["cuda"]
+    most = stays + high * (total - stays)
+    assert (usable, spare) == (15.02, pytest.approx(usable - most, abs=0.02))
+    (least,) = re.findall(r"^\(([\d.]+) GiB to", printed, re.MULTILINE)
+    assert float(least) == pytest.approx(stays + low * (total - stays), abs=0.02)
+
+
+def test_what_fits_what_is_close_and_what_does_not():
+    need = Need(stays=100, passes=100, spread=(0.9, 1.2))
+    assert (need.least, need.total, need.most) == (190, 200, 220)
+    device = dataclasses.replace(HERE, context=0)
+    rooms = {189: Fit.NOT, 190: Fit.CLOSE, 219: Fit.CLOSE, 220: Fit.SURE}
+    for room, expected in rooms.items():
+        assert need.fit(dataclasses.replace(device, memory=room)) is expected
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        "--optimizer adamw --no-layerwise --no-remat --device rtx4060ti_16gb",
-        "--optimizer galore_adamw --dtype float32 --device rtx4090_24gb",
-        "--batch 64 --device tpu_v5e",
-        "--accumulate 2 --clip 0 --device rtx4060ti_16gb",
-        "--optimizer galore_adamw_8bit --device rtx4060ti_16gb --seq 2048",
-        "--optimizer galore_adamw_8bit --projector-dtype bfloat16 --device rtx4060ti_16gb",
-        pytest.param(
-            "--optimizer ldadamw --residual error_feedback --rank 0.125 --device rtx4090_24gb",
-            marks=[pytest.mark.ci, pytest.mark.long("the state of many changes, one by one")],
-        ),
-    ],
+    ("room", "status", "words"),
+    [(1.21, 0, "fits, with at least"), (1.1, 4, "close: try it"), (0.89, 3, "does not fit, by")],
 )
+def test_the_exit_status_says_how_surely_it_fits(capsys, room, status, words):
+    found = estimate(config(batch=64, seq=256), 2048)
+    context = 0.5
+    size = (found.arguments + room * found.temporaries) / GIB + context
+    shape = "--hidden 32 --intermediate 48 --layers 3 --heads 2 --rank 8 --batch 64 --seq 256"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["plan", *shape.split(), "--memory", f"{size}"])
+        with pytest.raises(SystemExit) as stopped:
+            plan.main()
+    printed = capsys.readouterr().out
+    assert (stopped.value.code, words in printed) == (status, True)
+    assert ("To train so" in printed) == (status != 3)
+    assert ("--layerwise" in printed) == (status != 0)
+
+
+ADVISED = [
+    "--optimizer adamw --no-layerwise --no-remat --device rtx4060ti_16gb",
+    "--batch 64 --device tpu_v5e",
+    "--accumulate 2 --clip 0 --device rtx4060ti_16gb",
+    "--optimizer galore_adamw_8bit --device rtx4060ti_16gb --seq 2048",
+    "--preset 60m --no-layerwise --no-remat --batch 512 --optimizer adamw --device rtx3060_12gb",
+    pytest.param(
+        "--optimizer galore_adamw --dtype float32 --device rtx4090_24gb",
+        marks=[pytest.mark.ci, pytest.mark.long("the state of many changes, one by one")],
+    ),
+    pytest.param(
+        "--optimizer ldadamw --residual error_feedback --rank 0.125 --device rtx4090_24gb",
+        marks=[pytest.mark.ci, pytest.mark.long("the state of many changes, one by one")],
+    ),
+]
+
+
+@pytest.mark.parametrize("words", ADVISED)
 def test_what_is_said_to_fit_does(capsys, words):
     status, printed = run(capsys, *words.split())
     assert status == 3
-    assert "too much by" in printed
-    changes = re.findall(r"^  (--.*): ([\d.]+) GiB, fits$", printed, re.MULTILINE)
-    batches = re.findall(r"^  (--batch \d+): the largest that fits$", printed, re.MULTILINE)
-    assert changes or batches
-    for flags, size in [*changes, *((batch, None) for batch in batches)]:
-        status, after = run(capsys, *words.split(), *shlex.split(flags))
-        assert status == 0, flags
-        assert size is None or f"estimate: {size} of" in after
-    for batch in batches:
-        larger = f"--batch {int(batch.split()[1]) + 1}"
-        assert run(capsys, *words.split(), *larger.split())[0] == 3
+    as_asked = float(re.search(r"^estimate: ([\d.]+) GiB of", printed, re.MULTILINE)[1])
+    groups = re.split(r"^(What [^:]*:|To train|Nothing).*$", printed, flags=re.MULTILINE)
+    expected = {
+        "What fits:": Fit.SURE,
+        "What is close, and worth a try:": Fit.CLOSE,
+        "What needs less, but not enough by itself:": Fit.NOT,
+    }
+    told = []
+    for title, lines in zip(groups[1::2], groups[2::2], strict=True):
+        for flags, size in re.findall(r"^  (--.*?) +([\d.]+) GiB", lines, re.MULTILINE):
+            asked = tyro.cli(plan.Plan, args=[*LARGE, *words.split(), *shlex.split(flags)])
+            question = Question(asked.run, 2048, device_named(asked.device))
+            assert question.fit() is expected[title], flags
+            assert f"{question.need().total / GIB:.2f}" == size
+            # No suggestion changes next to nothing.
+            assert float(size) <= 0.99 * as_asked + 0.01
+            told.append((expected[title], flags, asked))
+    # The first fits, also as a whole command.
+    found, flags, asked = told[0]
+    assert found is Fit.SURE
+    assert f"To train with {flags}:" in printed
+    (command,) = re.findall(r"train (--.*[^:])$", printed, re.MULTILINE)
+    assert from_command_line(shlex.split(command)) == asked.run
+    assert run(capsys, *words.split(), *shlex.split(flags))[0] == 0
+
+
+def test_what_leaves_training_as_it_is_comes_first(capsys):
+    words = "--preset 60m --no-layerwise --no-remat --batch 512 --optimizer adamw"
+    status, printed = run(capsys, *words.split(), "--device", "rtx3060_12gb")
+    assert status == 3
+    (line,) = re.findall(r"^What fits:\n(.*)$", printed, re.MULTILINE)
+    assert line.startswith("  --")
+    assert line.endswith("trains the same")
 
 
 def test_what_cannot_fit_is_told_so_before_anything_is_compiled(capsys, monkeypatch):
     monkeypatch.setattr(Device, "mesh", lambda self: None)
     monkeypatch.setattr(plan, "compile_step", lambda *_: pytest.fail("compiled"))
-    device = "--device rtx4060ti_16gb"
-    words = f"--model 13b {device} --optimizer adamw --no-layerwise --compile"
+    device = "--device rtx3070_8gb"
+    words = f"--preset 13b {device} --optimizer adamw --no-layerwise --compile"
     status, printed = run(capsys, *words.split())
     assert status == 3
     assert "XLA: not compiled, since" in printed
-    (found,) = re.findall(r"another device, or a smaller model: (.*) still needs (.*) GiB", printed)
-    status, after = run(capsys, *words.split(), *shlex.split(found[0]))
-    assert status == 3
-    assert f"estimate: {found[1]} of" in after
+    assert "Nothing that is known here is enough: another device, or a smaller mod" in printed
+    assert "What fits" not in printed
     # The least sequences are not enough, and what they need is said.
-    (size,) = re.findall(r"^  --batch 1: (.*) GiB, not enough by itself$", printed, re.MULTILINE)
-    assert f"estimate: {size} of" in run(capsys, *words.split(), "--batch", "1")[1]
-    assert "no batch fits, not even 1" in run(capsys, *words.split(), "--sweep")[1]
+    (size,) = re.findall(r"^  --batch 1 +(.*) GiB$", printed, re.MULTILINE)
+    assert f"estimate: {size} GiB of" in run(capsys, *words.split(), "--batch", "1")[1]
+    assert "no batch surely fits, not even 1" in run(capsys, *words.split(), "--sweep")[1]
 
 
 def test_advice_goes_by_what_the_compiler_found():
     given = {"optimizer": "q_galore_adamw", "layerwise": True, "attention": "xla"}
-    settings, device = seven_billion(**given), HERE
-    size = estimate(settings, 32_000).total
-    more = device.usable - size + 1
-    by_one = fit.advice(settings, 32_000, device, more)
-    batch = int(by_one[0].removeprefix("--batch ").removesuffix(": the largest that fits"))
-    sizes = [
-        estimate(dataclasses.replace(settings, batch=n), 32_000).total for n in (batch, batch + 1)
-    ]
-    assert sizes[0] + more <= device.usable < sizes[1] + more
-    cudnn = estimate(dataclasses.replace(settings, attention="cudnn"), 32_000).total + more
-    assert f"--attention cudnn: {cudnn / GIB:.2f} GiB, fits" in by_one
-    tpu = fit.advice(settings, 32_000, device_named("tpu_v5e"), more)
-    assert not any("cudnn" in line for line in tpu)
+    settings, device = seven_billion(**given), device_named("rtx5090_32gb")
+    found = estimate(settings, 32_000)
+    high = memory.SPREAD_OF_PLAN[1]
+    # So much that it does not fit by a byte, at its most.
+    more = round((device.usable - found.arguments) / high) - found.temporaries + 1
+    question = Question(settings, 32_000, device, more)
+    assert question.fit() is Fit.CLOSE
+    (batch,) = [c.given.batch for c in fit.advice(question) if c.flags.startswith("--batch")]
+    for size, expected in ((batch, Fit.SURE), (batch + 1, Fit.CLOSE)):
+        assert question.fit(dataclasses.replace(settings, batch=size)) is expected
+    assert question.need().passes == found.temporaries + more
 
 
 @pytest.mark.parametrize("batch", [64, 3])
@@ -290,15 +361,19 @@ def test_a_sweep_takes_the_largest_batch_whatever_is_given(capsys, batch):
     words = ["--device", "h100_80gb", "--batch", str(batch), "--sweep"]
     status, printed = run(capsys, *words)
     assert status == 0
-    batch = int(re.search(r"largest batch that fits: (\d+)", printed).group(1))
-    for size, status in ((batch, 0), (batch + 1, 3)):
+    found = re.search(r"largest batch that fits: (\d+); up to (\d+) it is close", printed)
+    sure, close = map(int, found.groups())
+    for size, status in ((sure, 0), (sure + 1, 4), (close, 4), (close + 1, 3)):
         assert run(capsys, "--device", "h100_80gb", "--batch", str(size))[0] == status
 
 
 @pytest.mark.parametrize("refused", [0, 12])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refused, accumulate):
-    """Here each sequence takes 1 GiB and all else 2, where more than some are not refused."""
+    """Here each sequence takes 1 GiB and all else 2, where more than some are not refused.
+
+    The device has room for nine, each taken for 6 % more.
+    """
 
     def compile_step(config, vocab_size, device):
         if refused and config.batch >= refused:
@@ -308,28 +383,32 @@ def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refus
 
     monkeypatch.setattr(plan, "compile_step", compile_step)
     given = config(batch=16, accumulate=accumulate)
-    device = dataclasses.replace(HERE, memory=11 * GIB, context=0)
-    found, compiled = plan.compiled_to_fit(given, VOCAB, device)
-    assert (found.batch, compiled.peak) == {1: (9, 11 * GIB), 2: (8, 10 * GIB)}[accumulate]
+    device = dataclasses.replace(HERE, memory=2 * GIB + round(9 * 1.06 * GIB) + 1, context=0)
+    found, compiled = plan.compiled_to_fit(Question(given, VOCAB, device))
+    batch = found.given.batch
+    assert (batch, compiled.peak) == {1: (9, 11 * GIB), 2: (8, 10 * GIB)}[accumulate]
     device = dataclasses.replace(HERE, memory=2 * GIB, context=0)
-    assert plan.compiled_to_fit(given, VOCAB, device)[1] is None
+    assert plan.compiled_to_fit(Question(given, VOCAB, device))[1] is None
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--device a100", "--device a100: expected one of rtx4060ti_16gb, rtx4090_24gb, h100_80gb"),
-        ("--model 8b", "--model 8b: expected one of 9m"),
+        ("--device a100", "--device a100: expected one of t4_16gb, rtx3060_12gb, rtx3070_8gb"),
+        ("--memory 0.5", "--memory 0.5: expected the GiB that a device has, more than 0.5."),
+        ("--preset 8b", "--preset 8b: expected one of 9m"),
         ("--optimizer adam", "--optimizer adam: expected one of adamw"),
-        ("--attention auto", "--attention auto: expected xla or cudnn"),
+        ("--attention cudnn --device tpu_v5e", "--attention cudnn needs an NVIDIA GPU of"),
         (
-            "--attention cudnn --device tpu_v5e",
-            "--attention cudnn needs an NVIDIA GPU and --d",
+            "--attention cudnn --device t4_16gb",
+            "8.0 or more and --dtype bfloat16; here are NVIDIA T4",
         ),
         (
-            "--attention cudnn --dtype float32",
-            "--attention cudnn needs an NVIDIA GPU and --d",
+            "--attention cudnn --dtype float32 --device l4_24gb",
+            "--attention cudnn needs --dtype bfloat16; here are NVIDIA L4 24 GB",
         ),
+        ("--compile --device rtx3060_12gb", "no description of rtx3060_12gb here. It has those of"),
+        ("--tokenizer none.json", "--tokenizer none.json: there is no such file"),
         ("--batch 3 --accumulate 2", "--batch 3 does not divide into --accumulate 2"),
         ("--vocab-size 0", "--vocab-size 0"),
         (
@@ -338,9 +417,9 @@ def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refus
             "of orthonormal vectors; those of the projector gaussian are not. What would work is "
             "--transport keep, --transport reset, --transport project.\n",
         ),
-        ("--out no_such_directory/memory.png", "memory.png cannot be written"),
-        ("--out memory.pgn", "--out memory.pgn: expected a name that ends in one of"),
-        ("--out memory", "--out memory: expected a name that ends in one of"),
+        ("--picture no_such_directory/memory.png", "memory.png cannot be written"),
+        ("--picture memory.pgn", "--picture memory.pgn: expected a name that ends in one of"),
+        ("--picture memory", "--picture memory: expected a name that ends in one of"),
     ],
 )
 def test_settings_that_cannot_work(capsys, words, message):
@@ -356,23 +435,126 @@ def test_a_missing_compiler_is_named(capsys, monkeypatch, device, package):
     assert run(capsys, "--device", device)[0] == 0
 
 
-@pytest.mark.parametrize("device", [d for d in DEVICES.values() if not d.is_tpu])
-def test_xla_is_told_the_memory_that_is_usable(device):
+def test_the_memory_of_a_device_can_be_given(capsys):
+    """As a device that is known with as much memory, and any other GPU, too."""
+    known = device_named("rtx4090_24gb")
+    expected = run(capsys, "--device", known.name)[1]
+    size = f"{known.memory / GIB}"
+    for words in (("--memory", size), ("--memory", size, "--device", "h100_80gb")):
+        status, printed = run(capsys, *words)
+        assert status == 0
+        assert "GiB (as given by --memory), 0.50 of them" in printed
+        assert printed.partition("\n\n")[2] == expected.partition("\n\n")[2]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_device_is_the_one_that_is_here(capsys, monkeypatch, platform):
+    class Found:
+        compute_capability = "9.0"
+
+        def __init__(self):
+            self.platform = platform
+            self.device_kind = {"gpu": "NVIDIA H100", "tpu": "TPU v4", "cpu": "cpu"}[platform]
+
+        def memory_stats(self):
+            return None if platform == "cpu" else {"bytes_limit": 30 * GIB}
+
+    monkeypatch.setattr(jax, "devices", lambda: [Found()])
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, 2**21))
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    # A GPU's is what JAX allows itself of it, a TPU's all there is; a CPU's that of the machine.
+    expected = {
+        "cpu": "This machine's CPU: 8.00 GiB (all that this machine has; --device plans for",
+        "gpu": "NVIDIA H100: 40.00 GiB (read from it), 0.50 of them for the driver",
+        "tpu": "TPU v4: 30.00 GiB (what JAX may use of it)\n",
+    }[platform]
+    words = ["--preset", "9m", "--no-layerwise", "--optimizer", "adamw", "--attention", "auto"]
+    status, printed = run(capsys, *words)
+    assert status == 0
+    assert expected in printed
+    assert ("attention of cuDNN" in printed) == (platform == "gpu")
+    low, high = memory.SPREAD[{"gpu": "cuda"}.get(platform, platform)]
+    assert f"needed {low:g} to {high:g} times" in printed
+
+
+@pytest.mark.parametrize("name", [d.name for d in DEVICES.values() if d.described_by])
+def test_xla_is_told_the_memory_that_is_usable(name):
+    device = device_named(name)
     (size,) = re.findall(r"^  device_memory_size: (\d+)$", device.target(), re.MULTILINE)
     # It takes four fifths.
     assert 0.8 * int(size) == pytest.approx(device.usable, abs=1)
     assert device.usable < device.memory
 
 
-def test_the_settings_are_those_of_a_run():
-    fields = {field.name: field.type for field in dataclasses.fields(Config)}
-    own = {"model", "device", "compile", "sweep", "out"}
-    planned = {field.name for field in dataclasses.fields(plan.Plan)} - own
-    assert planned <= fields.keys()
-    changed = {"rank": 7, "accumulate": 4, "clip_by": "layer", "seq": 8, "momentum": 0.5}
-    made = plan.Plan(model="60m", **changed).given().resolve()
-    assert {name: getattr(made, name) for name in changed} == changed
-    assert (made.preset, made.hidden, made.int8_weights) == ("60m", 512, True)
+def test_each_device_has_nearly_the_memory_of_its_name_and_says_where_from():
+    for device in DEVICES.values():
+        named = int(re.findall(r"(\d+) GB$", device.description)[0])
+        assert 0.9 * named <= device.memory / GIB <= 1.01 * named, device.name
+        assert device.source
+        assert (device.capability is None) == (device.platform == "tpu") == bool(device.topology)
+    wanted = "3060 3070 3080 3090 4060 4060ti 4070 4070ti 4080 4090 5060ti 5070 5070ti 5080 5090"
+    wanted = [f"rtx{number}_" for number in wanted.split()]
+    wanted += ["t4_", "l4_", "a10_", "a100_40", "a100_80", "l40s_", "h100_", "h200_", "b200_"]
+    wanted += ["tpu_v4", "tpu_v5e", "tpu_v5p", "tpu_v6e"]
+    assert not [start for start in wanted if not any(map(lambda n: n.startswith(start), DEVICES))]
+
+
+def test_the_documentation_has_the_table_of_devices():
+    text = (Path(plan.__file__).parent / "README.md").read_text()
+    assert devices.markdown() in text
+
+
+def test_the_documentation_shows_what_is_printed(capsys):
+    text = (Path(plan.__file__).parent / "README.md").read_text()
+    pattern = r"^```\npython -m examples.flax_llama.plan (.*?[^\\])\n\n(.*?)^```$"
+    shown = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+    assert len(shown) == 2
+    for words, output in shown:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["plan", *shlex.split(words.replace("\\\n", ""))])
+            with pytest.raises(SystemExit):
+                plan.main()
+        assert capsys.readouterr().out == output
+
+
+def test_a_plan_without_settings_is_of_the_run_without_settings():
+    """All of a run's settings are taken, and no default is another."""
+    assert tyro.cli(plan.Plan, args=[]).run == from_command_line([]) == Config()
+    given = [
+        "--preset",
+        "60m",
+        "--rank",
+        "7",
+        "--accumulate",
+        "4",
+        "--clip-by",
+        "layer",
+        "--data",
+        "x.txt",
+        "--steps",
+        "3",
+    ]
+    assert tyro.cli(plan.Plan, args=given).run == from_command_line(given)
+
+
+@pytest.mark.parametrize("tokenizer", [None, "bytes", "bpe:300", "saved"])
+@pytest.mark.parametrize("data", ["austen", "text", "tokens"])
+def test_the_vocabulary_is_that_of_the_run(tmp_path, data, tokenizer):
+    if tokenizer == "saved":
+        tokenizer = str(tmp_path / "tokenizer.json")
+        small = train_tokenizer(["some text"], "bytes", eos=True)
+        Path(tokenizer).write_bytes(small.to_bytes())
+    if data == "text":
+        data = str(write_text(tmp_path))
+    if data == "tokens":
+        tokenizer, made = None, train_tokenizer(["some text"], "bytes", eos=True)
+        write_tokens(tmp_path / "tokens", [["some text"] * 40], made)
+        data = str(tmp_path / "tokens")
+    if (data, tokenizer) == ("austen", None):
+        return  # the next two are of the same code, and that takes a while to train
+    found = open_data(data, tokenizer=tokenizer, batch=2, seq=8).tokenizer.vocab_size
+    size = vocabulary_size(data, tokenizer)
+    assert size == found or (tokenizer is None and found < size == 2048)
 
 
 @pytest.mark.parametrize(
@@ -385,16 +567,32 @@ def test_the_settings_are_those_of_a_run():
         "--preset 1b --optimizer adamw --dtype float32 --param-dtype float32 --no-remat",
         "--optimizer q_galore_adamw --accumulate 2 --attention cudnn --refresh periodic",
         "--preset 1b --optimizer fira_adamw_8bit --transport rotate --residual sign --rank 0.5",
+        "--data texts/a.txt --tokenizer bpe:500 --attention auto --steps 7 --out runs/it --lr 0.1",
     ],
 )
 def test_the_command_to_train_is_of_what_was_planned(capsys, words):
-    status, printed = run(capsys, "--device", "h100_80gb", "--seq", "128", *words.split())
+    words = ["--seq", "128", *words.split()]
+    status, printed = run(capsys, "--device", "h100_80gb", *words)
     assert status == 0
-    (command,) = re.findall(r"^  python -m examples.flax_llama.train (.*)$", printed, re.MULTILINE)
-    planned = tyro.cli(plan.Plan, args=["--seq", "128", *words.split()]).given()
+    (command,) = re.findall(r"^  (.*)python -m \S*train (.*)$", printed, re.MULTILINE)
+    planned = tyro.cli(plan.Plan, args=[*LARGE, *words]).run
     (batch,) = re.findall(r"largest batch that fits: (\d+)", printed) or [planned.batch]
     wanted = dataclasses.replace(planned, batch=int(batch))
-    assert from_command_line(shlex.split(command)) == wanted
+    assert from_command_line(shlex.split(command[1])) == wanted
+    # Attention is then what was planned with, on such a device.
+    shape = wanted.resolve().shape(32_000)
+    assert f"attention of {'cuDNN' if shape.attention != 'xla' else 'XLA'}" in printed
+    assert attention_implementation(shape, 9.0, "") == shape.attention.replace("auto", "cudnn")
+
+
+@pytest.mark.parametrize(("batch", "fraction"), [(1, None), (64, 0.97)])
+def test_the_command_allows_jax_the_memory_that_was_planned_with(capsys, batch, fraction):
+    device = device_named("rtx4090_24gb")
+    status, printed = run(capsys, "--device", device.name, "--batch", str(batch))
+    assert status == 0
+    found = re.findall(r"^  (?:XLA_PYTHON_CLIENT_MEM_FRACTION=(\S+) )?python", printed, re.M)
+    assert found == ["" if fraction is None else str(fraction)]
+    assert (fraction or 0.75) * device.memory <= device.usable
 
 
 @pytest.mark.long("the compiler is asked about a whole update")
@@ -419,8 +617,9 @@ def test_figures_stand_beside_the_estimate(capsys, monkeypatch, tmp_path):
     status, printed = run(capsys, "--device", "rtx4060ti_16gb", "--compile")
     assert status == 0
     columns = dict(re.findall(r"^(\w+) +[\d.]+ +([\d.]+)", printed, re.MULTILINE))
-    assert columns == {"arguments": "10.00", "temporaries": "2.00", "total": "13.00"}
-    assert "XLA: 13.00 of 15.50 GiB, fits, with 2.50 to spare" in printed
+    assert columns == {"stays": "10.00", "passes": "2.00", "total": "13.00"}
+    # 10 that stay, and at most 1.06 times 3.
+    assert "XLA: 13.00 GiB of 15.02 GiB: fits, with at least 1.84 GiB to spare" in printed
     assert "or could not: Can't reduce" in printed
     assert "To train so" in printed
     # The compiler is believed, not the estimate.
@@ -429,7 +628,7 @@ def test_figures_stand_beside_the_estimate(capsys, monkeypatch, tmp_path):
     status, printed = run(capsys, "--device", "rtx4060ti_16gb", "--compile")
     assert status == 3
     assert "To train so" not in printed
-    assert re.search(r"What would help, with the 2\.95 GiB that XLA needs beyond", printed)
+    assert "XLA: 16.00 GiB of 15.02 GiB: does not fit" in printed
 
     def refused(*_):
         raise TooLarge("too large")
@@ -437,8 +636,8 @@ def test_figures_stand_beside_the_estimate(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "compile_step", refused)
     status, printed = run(capsys, "--device", "rtx4060ti_16gb", "--compile")
     assert status == 3
-    # No batch as large as the one that was refused.
-    assert int(re.search(r"--batch (\d+): the largest that fits", printed).group(1)) < 16
+    assert "XLA: too large" in printed
+    assert "What needs less" in printed or "What fits" in printed
 
 
 def test_what_libraries_write_to_standard_error_is_read(capfd):
@@ -470,42 +669,82 @@ def test_lines_of_rematerialization_are_kept(monkeypatch):
     assert compile_step(config(optimizer="sgd"), VOCAB, HERE).rematerializes == kept
 
 
-def test_bars_are_the_parts_and_lines_the_devices(tmp_path, monkeypatch):
+def drawn(monkeypatch, bars, devices, out):
+    """The axes of a picture, laid out, and its texts with where they are."""
     closed = []
     monkeypatch.setattr(plt, "close", closed.append)
+    memory_chart.draw(bars, devices, out)
+    monkeypatch.undo()
+    (figure,) = closed
+    plt.close("all")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    # Without the line below a name, which an annotation counts.
+    boxes = {text.get_text().strip(): Text.get_window_extent(text) for text in axes.texts}
+    for box in boxes.values():
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+    return axes, boxes
+
+
+def test_bars_are_the_parts_and_lines_the_devices(tmp_path, monkeypatch):
     estimates = [estimate(seven_billion(optimizer=name), 32_000) for name in ("adamw", "sgd")]
-    bars = [memory_chart.Bar(e.moment, e.parts, peak=30 * GIB) for e in estimates]
+    bars = [memory_chart.Bar(e.moment, e.parts, 30 * GIB, Fit.NOT) for e in estimates]
     devices = [device_named("rtx4090_24gb"), device_named("rtx4060ti_16gb")]
-    memory_chart.draw(bars, devices, memory_chart.picture(tmp_path))
+    axes, boxes = drawn(monkeypatch, bars, devices, memory_chart.picture(tmp_path))
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
-    (axes,) = closed[0].axes
     ends = np.array([[bar.get_x() + bar.get_width() for bar in c] for c in axes.containers])
     np.testing.assert_allclose(ends[-1], [e.total / GIB for e in estimates])
     np.testing.assert_allclose(ends[0], [e.weights / GIB for e in estimates])
     lines = [line.get_xdata() for line in axes.get_lines()]
     np.testing.assert_array_equal(lines[0], [30, 30])
     np.testing.assert_allclose(lines[1:], [[d.usable / GIB] * 2 for d in devices])
-    closed[0].draw_without_rendering()
-    # Without the line below a name, which an annotation counts.
-    texts = [Text.get_window_extent(text) for text in axes.texts]
-    assert {text.get_text().strip() for text in axes.texts} == {
-        *("30.0", "NVIDIA RTX 4090 24 GB", "NVIDIA RTX 4060 Ti 16 GB")
-    }
-    for i, box in enumerate(texts):
-        assert 0 <= box.x0 < box.x1 <= closed[0].bbox.x1
-        assert 0 <= box.y0 < box.y1 <= closed[0].bbox.y1
-        # Beside or above the axes, in which the lines are, and over no other text.
-        assert box.x0 >= axes.bbox.x1 or box.y0 >= axes.bbox.y1
-        assert not box.count_overlaps(texts[i + 1 :])
-    monkeypatch.undo()
-    plt.close("all")
+    sizes = [name for name in boxes if name.startswith("30.0")]
+    names = [name for name in boxes if name.startswith("NVIDIA")]
+    assert sizes == ["30.0  does not fit"]
+    assert len(names) == 2
+    for name in names:
+        # Above the axes, so that no total is taken for a device's, and over no other name.
+        assert boxes[name].y0 >= axes.bbox.y1
+        assert not boxes[name].count_overlaps([boxes[n] for n in names if n != name])
+    # A total is beside its bar, within the axes.
+    for text, bar in zip(axes.texts[:2], bars, strict=True):
+        assert text.xy[0] * GIB == pytest.approx(bar.end)
+        assert Text.get_window_extent(text).x1 <= axes.bbox.x1 * 1.001
 
 
-def test_the_command_says_where_the_picture_is(capsys, tmp_path):
-    status, printed = run(capsys, "--model", "60m", "--out", str(tmp_path))
-    assert status == 0
-    assert f"wrote {tmp_path / 'memory.png'}" in printed
-    assert (tmp_path / "memory.png").is_file()
+def test_a_small_model_on_a_large_card_can_be_read(tmp_path, monkeypatch):
+    small = estimate(Config().resolve(), 2048)
+    bars = [memory_chart.Bar("small", small.parts, None, Fit.SURE)]
+    device = device_named("h100_80gb")
+    axes, _ = drawn(monkeypatch, bars, [device], tmp_path / "memory.png")
+    # The bar takes most of the width, and the device is named with how much more it has.
+    assert small.total / 2**20 > 0.6 * axes.get_xlim()[1]
+    assert axes.get_xlabel().startswith("MiB")
+    times = f"{device.usable / small.total:,.0f} times as much"
+    assert f"NVIDIA H100 80 GB, 78.6 GiB, {times}" in axes.get_xlabel()
+    assert not axes.get_lines()
+
+
+def test_the_picture_shows_what_fits(capsys, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(plan, "draw", lambda bars, devices, out: shown.append((bars, out)))
+    words = ["--optimizer", "galore_adamw_8bit", "--device", "rtx4060ti_16gb", "--picture"]
+    status, printed = run(capsys, *words, str(tmp_path))
+    ((bars, out),) = shown
+    assert status == 3
+    assert f"wrote {out}" in printed
+    assert out == tmp_path / "memory.png"
+    fits = [bar.fit for bar in bars]
+    assert fits[:2] == [Fit.NOT, Fit.SURE]
+    assert bars[0].name == "as asked: 7b, galore_adamw_8bit, 16 x 256"
+    assert bars[1].name == "--optimizer q_galore_adamw"
+    usable = device_named("rtx4060ti_16gb").usable
+    assert [bar.size <= usable for bar in bars] == [fit is Fit.SURE for fit in fits]
+    # Of those that do not, the nearest, and few.
+    assert fits.count(Fit.NOT) == 3
+    assert run(capsys, *words[2:], str(tmp_path / "a.svg"))[0] == 0
+    assert [bar.fit for bar in shown[1][0]] == [Fit.SURE]
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):

@@ -64,11 +64,12 @@ def is_shape(x):
     return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
 
 
-def adamw_for(llama, stacked=False):
+def adamw_for(llama, stacked=False, **options):
     return galore_optax.galore_adamw(
         1e-3,
         rank=llama.rank,
         weight_dimension_numbers=DimensionNumbers(-2, -1) if stacked else None,
+        **options,
     )
 
 
@@ -130,12 +131,26 @@ def test_report_is_the_closed_formula(size, stacked):
 @pytest.mark.parametrize(
     ("size", "gigabytes"), [("60m", 0.164), ("130m", 0.343), ("350m", 0.653), ("1b", 2.085)]
 )
-def test_published_state_in_bfloat16(size, gigabytes):
+def test_published_state_in_bfloat16_is_that_of_a_real_optimizer(size, gigabytes):
     llama = LLAMAS[size]
-    report = memory_report(adamw_for(llama), shapes_of(llama, jnp.float32), dtype="bfloat16")
-    assert round(report.state / 1e9, 3) == gigabytes
-    assert report.state == state_bytes(llama, element_bytes=2)
-    assert report.dtype == "bfloat16"
+    tx = adamw_for(llama, stacked=True, moment_dtype="bfloat16", projector_dtype="bfloat16")
+    params = shapes_of(llama, jnp.bfloat16, stacked=True)
+    held = bytes_of_state(tx, params)
+    assert round(held / 1e9, 3) == gigabytes
+    report = memory_report(tx, params)
+    assert report.state == held == state_bytes(llama, element_bytes=2) + 4  # `rounds`
+    assert (report.moment_dtype, report.moment_dtype_without_galore) == ("bfloat16", "bfloat16")
+    assert "compare what is kept alike" not in str(report)
+
+
+def test_a_report_says_in_what_moments_are_held_where_that_differs():
+    llama = LLAMAS["9m"]
+    params = shapes_of(llama, jnp.bfloat16)
+    text = str(memory_report(adamw_for(llama), params))
+    assert "(moments are float32 with galore, and would be bfloat16 without: compare" in text
+    in_codes = memory_report(galore_optax.galore_adamw_8bit(1e-3, rank=llama.rank), params)
+    assert in_codes.moment_dtype == in_codes.moment_dtype_without_galore == "8-bit codes"
+    assert memory_report(optax.sgd(0.1), params).moment_dtype is None
 
 
 @pytest.mark.parametrize(("size", "dtype"), [("9m", jnp.bfloat16), ("20m", jnp.float32)])

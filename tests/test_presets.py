@@ -183,6 +183,24 @@ def test_all_options_are_passed_on(name):
 KINDS = ["fira_adamw_8bit", "ldadamw_8bit", "grass_adamw_8bit", "q_galore_adamw"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16], ids=["name", "type"])
+def test_moments_in_bfloat16_are_those_of_low_bit_with_16_bits(dtype):
+    preset = galore_optax.galore_adamw(0.1, moment_dtype=dtype, **OPTIONS)
+    inner = galore_optax.low_bit(optax.adamw(0.1), bits=16, min_size=0)
+    assert programs(preset, tree()) == programs(galore(inner, **OPTIONS), tree())
+    _, state = preset.update(tree(), preset.init(tree()), tree())
+    moments = jax.tree.leaves(optax.tree.get(state, "mu"))
+    assert moments
+    assert {x.dtype for x in moments} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", jnp.int8], ids=str)
+def test_moments_in_another_dtype_are_refused(dtype):
+    message = r"moment_dtype must be 'bfloat16'.* or None for float32; got .*(16|int8).*_8bit"
+    with pytest.raises(ValueError, match=message):
+        galore_optax.fira_adamw(0.1, moment_dtype=dtype)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_moments_in_8_bits_of_defaults_that_differ_from_those_of_galore(name):
     """Where moments are arrays every step is compared with NumPy, in test_family_presets."""

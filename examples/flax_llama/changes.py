@@ -51,8 +51,8 @@ RULES: dict[str, Rule] = {
     **rules(Kind.NOW, "scale", "update_proj_gap", "stochastic_rounding", "dtype"),
     **rules(Kind.NOW, "accumulate", "layerwise", "remat", "attention", note=ROUND_OFF),
     **rules(Kind.NOW, "eval_tokens"),
-    **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "transport"),
-    **rules(Kind.ANEW, "residual", "refresh", "stagger"),
+    **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "moment_dtype"),
+    **rules(Kind.ANEW, "transport", "residual", "refresh", "stagger"),
     **rules(Kind.DATA, "data", "valid_data", "text_field", "tokenizer"),
     **rules(
         Kind.NEVER,

@@ -38,8 +38,9 @@ class Compiled:
       alias: of the outputs, those in the memory of arguments.
       temporaries: all else, as one allocation.
       peak: the most that is in use at a time, arguments included. On a GPU XLA's own
-        `peak_memory_in_bytes`; a TPU's counts the donated arguments twice, and this is arguments,
-        outputs without alias, temporaries and the program.
+        `peak_memory_in_bytes`; a TPU's counts the donated arguments twice, and a CPU's leaves out
+        the temporaries, so that this is arguments, outputs without alias, temporaries and the
+        program.
       seconds: that tracing and compiling took.
       rematerializes: what XLA logged if it had to compute things again to fit, or could not.
     """
@@ -93,7 +94,7 @@ def compile_step(config: Config, vocab_size: int, device: Device) -> Compiled:
             *("generated_code_size", "peak_memory"),
         )
     )
-    if device.is_tpu:
+    if device.platform != "cuda":
         peak = arguments + outputs - alias + temporaries + code
     rematerializes = tuple(match.group() for match in REMATERIALIZES.finditer(logged()))
     return Compiled(arguments, outputs, alias, temporaries, peak, seconds, rematerializes)

@@ -5,11 +5,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from examples.flax_llama.methods import GALORE, IN_GALORE, own
+from examples.flax_llama.methods import ADAMW, GALORE, IN_GALORE, own
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.shapes import ATTENTIONS, DTYPES, PRESETS, RECIPES, LlamaConfig
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
+MOMENT_DTYPES = ("bfloat16",)
 ON_NAN = ("stop", "skip")
 CLIP_BY = ("global", "layer")
 TRANSPORTS = ("keep", "reset", "project", "rotate")
@@ -133,6 +134,9 @@ class Config:
     # What GaLore keeps its subspaces in: float32, bfloat16, int8, int4, float8_e4m3 or
     # float8_e5m2; the default is int4 with q_galore_adamw, float32 otherwise.
     projector_dtype: str | None = None
+    # bfloat16, rounded at random, for the moments of adamw and of the optimizers in GaLore with
+    # AdamW inside; by default float32, and in 8 bits with those that end in _8bit.
+    moment_dtype: str | None = None
     # When it does: periodic, or lazy, which is less and less often where a subspace stands still;
     # lazy by default with q_galore_adamw alone.
     refresh: FromPreset[str] = None
@@ -313,6 +317,13 @@ class Config:
                 raise UsageError(
                     f"{name}={getattr(self, name)!r} needs an optimizer in GaLore, such as "
                     f"galore_adamw; optimizer={self.optimizer!r} is none."
+                )
+        if self.moment_dtype is not None:
+            one_of("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
+            if self.optimizer not in ("adamw", *ADAMW):
+                raise UsageError(
+                    f"moment_dtype={self.moment_dtype!r} is for adamw, {', '.join(ADAMW)}; "
+                    f"optimizer={self.optimizer!r} is none of them."
                 )
         if self.layerwise and self.on_nan == "skip":
             raise UsageError(

@@ -24,6 +24,7 @@ from examples.flax_llama.tokenizer import (
     load_tokenizer,
     shard_tokenizer,
     train_tokenizer,
+    trained_size,
 )
 from examples.flax_llama.tokens import Tokens, is_tokenized, load_tokens
 from examples.flax_llama.usage import UsageError
@@ -162,6 +163,23 @@ def open_data(
     valid = read_valid(held_out, context, seq=seq, packing=packing, num_tokens=eval_tokens)
     tokens, documents = (train.ids, len(train.ends)) if isinstance(train, Tokens) else (None, None)
     return Data(encoder, iter(batches), valid, tokens, documents, reading)
+
+
+def vocabulary_size(data: str, tokenizer: str | None) -> int:
+    """The tokens of the tokenizer that `open_data` would take, found without reading the text.
+
+    A BPE that is trained on a text too small for its size has fewer.
+
+    Raises:
+      UsageError: there is no such tokenizer.
+    """
+    if tokenizer is None and is_tokenized(data):
+        return load_tokenizer(data).vocab_size
+    spec = tokenizer or DEFAULT_TOKENIZER
+    if not is_trained_here(spec):
+        return load_tokenizer(spec).vocab_size
+    # Of bytes, the end of a document is one more; the built-in novels have none.
+    return trained_size(spec) + (spec == "bytes" and data != BUILT_IN)
 
 
 def check_same(tokenizer: str | None, encoder: Tokenizer, data: str) -> None:

@@ -18,23 +18,42 @@ from examples.flax_llama.config import LlamaConfig, UsageError
 Params = dict[str, Any]
 
 
-def attention_implementation(config: LlamaConfig) -> Literal["xla", "cudnn"]:
-    """What computes attention on this machine: "xla", or the fused kernel of "cudnn".
+def capability_here() -> float | None:
+    """The compute capability of the GPU that JAX computes on, None where that is not NVIDIA's."""
+    device = jax.devices()[0]
+    is_nvidia = device.device_kind.startswith("NVIDIA")
+    return float(device.compute_capability) if is_nvidia else None
 
-    Raises:
-      UsageError: `config.attention` is "cudnn", which cannot compute this model here.
-    """
-    device, head = jax.devices()[0], config.hidden // config.heads
+
+def cudnn_lacks(config: LlamaConfig, capability: float | None) -> list[str]:
+    """What the fused kernel of cuDNN would need for a model, and has not on such a device."""
+    head = config.hidden // config.heads
     needs = {
-        "an NVIDIA GPU of compute capability 8.0 or more": device.device_kind.startswith("NVIDIA")
-        and float(device.compute_capability) >= 8,
+        "an NVIDIA GPU of compute capability 8.0 or more": (capability or 0) >= 8,
         "dtype=bfloat16": config.dtype == "bfloat16",
         "heads whose size is a multiple of 8, at most 128": head % 8 == 0 and head <= 128,
     }
-    missing = [need for need, fulfilled in needs.items() if not fulfilled]
+    return [need for need, fulfilled in needs.items() if not fulfilled]
+
+
+def attention_implementation(
+    config: LlamaConfig, capability: float | None, name: str
+) -> Literal["xla", "cudnn"]:
+    """What computes attention on a device: "xla", or the fused kernel of "cudnn".
+
+    Args:
+      config: of the model.
+      capability: NVIDIA's compute capability of the device, None of what is no such GPU.
+      name: of the device, for errors.
+
+    Raises:
+      UsageError: `config.attention` is "cudnn", which cannot compute this model there.
+    """
+    missing = cudnn_lacks(config, capability)
     if config.attention == "cudnn" and missing:
+        head = config.hidden // config.heads
         raise UsageError(
-            f"attention='cudnn' needs {' and '.join(missing)}; here are {device.device_kind}, "
+            f"attention='cudnn' needs {' and '.join(missing)}; here are {name}, "
             f"dtype={config.dtype} and heads of size {head}. attention='xla' runs everywhere."
         )
     return "xla" if config.attention == "xla" or missing else "cudnn"
@@ -89,6 +108,12 @@ def rope(x_BxSxHxK: jax.Array, angles: Rotation) -> jax.Array:
 MAX_WEIGHTS = 2**23
 
 
+def attention_groups(B: int, S: int, H: int, implementation: str) -> int:
+    """In how many groups, one after the other, the attention of B sequences is computed."""
+    least = math.ceil(B * H * S * S / MAX_WEIGHTS) if implementation == "xla" else 1
+    return next(n for n in range(min(least, B), B + 1) if B % n == 0)
+
+
 def attend(
     q_BxSxHxK: jax.Array,
     k_BxSxHxK: jax.Array,
@@ -101,8 +126,7 @@ def attend(
         return jax.nn.dot_product_attention(*qkv, is_causal=True, implementation=implementation)
 
     B, S, H, _ = q_BxSxHxK.shape
-    least = math.ceil(B * H * S * S / MAX_WEIGHTS) if implementation == "xla" else 1
-    groups = next(n for n in range(min(least, B), B + 1) if B % n == 0)
+    groups = attention_groups(B, S, H, implementation)
     qkv = q_BxSxHxK, k_BxSxHxK, v_BxSxHxK
     if groups == 1:
         return some(qkv)
@@ -154,7 +178,8 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D = config.hidden
         self.heads = config.heads
-        self.implementation = attention_implementation(config)
+        device = jax.devices()[0].device_kind
+        self.implementation = attention_implementation(config, capability_here(), device)
         self.q = linear(config, D, D, rngs)
         self.k = linear(config, D, D, rngs)
         self.v = linear(config, D, D, rngs)

@@ -62,7 +62,7 @@ def not_norm(params: Params) -> Params:
 
 
 def adamw(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(
+    optimizer = optax.adamw(
         schedule,
         config.b1,
         0.999 if config.b2 is None else config.b2,
@@ -70,6 +70,7 @@ def adamw(config: Config, schedule: optax.Schedule) -> optax.GradientTransformat
         weight_decay=config.weight_decay,
         mask=not_norm,
     )
+    return galore_optax.low_bit(optimizer, 16, min_size=0) if config.moment_dtype else optimizer
 
 
 def adafactor(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -177,7 +178,11 @@ def in_galore(inner: Optimizer) -> Optimizer:
 
 def adamw_preset(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The library's preset of the optimizer's name, with AdamW inside."""
-    codes = {"min_size": smallest_in_codes(config), "stacked": stacked_layers}
+    held: dict[str, Any] = (
+        {"min_size": smallest_in_codes(config), "stacked": stacked_layers}
+        if config.optimizer in ADAMW_8BIT
+        else {"moment_dtype": config.moment_dtype}
+    )
     preset = IN_GALORE[config.optimizer](
         schedule,
         config.b1,
@@ -185,7 +190,7 @@ def adamw_preset(config: Config, schedule: optax.Schedule) -> optax.GradientTran
         config.eps,
         weight_decay=config.weight_decay,
         mask=not_norm,
-        **(codes if config.optimizer in ADAMW_8BIT else {}),
+        **held,
         **galore_arguments(config),
     )
     # A chain of one, as in the checkpoints that there are, and as `in_galore` makes it.

@@ -1,14 +1,16 @@
 """Says what a training step needs of a device's memory, whether it fits, and what to change.
 
-python -m examples.flax_llama.plan --model 7b --optimizer q_galore_adamw --device rtx4060ti_16gb \
-    --batch 16 --seq 256
+python -m examples.flax_llama.plan --preset 7b --vocab-size 32000 --optimizer q_galore_adamw \
+    --dtype bfloat16 --param-dtype bfloat16 --layerwise --batch 16 --device rtx4060ti_16gb
 
-The exit status is 0 if it fits, 3 if it does not, and 2 if a setting cannot work.
+All settings of a training run are taken, with the same defaults; `plan` in place of `train` asks
+whether that run fits. The exit status is 0 if it surely does, 4 if that is close, 3 if it does not,
+and 2 if a setting cannot work.
 """
 
 import dataclasses
+import math
 import shlex
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,111 +18,59 @@ import tyro
 
 from examples.flax_llama.command import program
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step
-from examples.flax_llama.config import PRESETS, Config, UsageError, at_least_one, one_of
-from examples.flax_llama.devices import GIB, Device, device_named
-from examples.flax_llama.fit import advice, helpful, largest_batch
+from examples.flax_llama.config import Config
+from examples.flax_llama.data import vocabulary_size
+from examples.flax_llama.devices import FRACTION, FRACTION_VARIABLE, GIB, Device, chosen_device
+from examples.flax_llama.fit import Change, Fit, Need, Question, advice
 from examples.flax_llama.memory import Estimate, estimate
 from examples.flax_llama.memory_chart import Bar, draw, picture
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.optimizers import micro_batches_at_rank
 from examples.flax_llama.topology import check_needs_driver
 
+MIB = 2**20
 MOMENTS = {
-    "block": "the backward pass of a block",
+    "block": "the backward pass of a layer",
     "head": "the backward pass of the head",
-    "update": "the optimizer's update of a stacked matrix",
+    "update": "the optimizer's update of the layers' matrices",
+    "choice": "the choice of how to average micro-batches, for which XLA copies what stays",
 }
-DOES_NOT_FIT, ERROR = 3, 2
+STATUS = {Fit.SURE: 0, Fit.CLOSE: 4, Fit.NOT: 3}
+ERROR = 2
+# Alternatives that a picture has: of those that fit, and of the others.
+DRAWN = {Fit.SURE: 3, Fit.CLOSE: 2, Fit.NOT: 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to plan. Settings that a training run has, too, mean the same there."""
+    """What to plan."""
 
-    # Shape of the model, and its rank and clipping, as --preset of a training run: 9m, 20m, 35m,
-    # 60m, 130m, 250m, 350m, 1b, 3b, 7b or 13b.
-    model: Annotated[str, tyro.conf.arg(aliases=["--preset"])] = "7b"
-    # rtx4060ti_16gb, rtx4090_24gb, h100_80gb, tpu_v5e or tpu_v6e.
-    device: str = "rtx4090_24gb"
-    # As in training, such as adamw, galore_adamw, galore_adamw_8bit, q_galore_adamw, apollo_adamw.
-    optimizer: str = "q_galore_adamw"
-    # Sequences per update.
-    batch: int = 16
-    # Tokens per sequence.
-    seq: int = 256
-    # Micro-batches that one update's sequences are computed in, one after the other.
-    accumulate: int = 1
-    # Vocabulary of the model.
-    vocab_size: int = 32_000
-    # Hidden size, width of the MLP, number of layers and of attention heads; the model's by
-    # default.
-    hidden: int | None = None
-    intermediate: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    # float32 or bfloat16, of activations.
-    dtype: str = "bfloat16"
-    # float32 or bfloat16, of parameters.
-    param_dtype: str = "bfloat16"
-    # Keep the layers' matrices in 8 bits; by default with q_galore_adamw alone.
-    int8_weights: bool | None = None
-    # Round bfloat16 parameters at random when they are updated.
-    stochastic_rounding: bool = False
-    # Update each layer inside the backward pass.
-    layerwise: bool = True
-    # Without `layerwise`: compute activations again in the backward pass instead of keeping them.
-    remat: bool = True
-    # xla or cudnn. On an NVIDIA GPU training takes cudnn's by default, which needs less; but only
-    # there does it tell its workspace, so that xla's is planned with.
-    attention: str = "xla"
-    # Largest norm of a gradient; 0 does not clip.
-    clip: float | None = None
-    # "global", of the whole gradient, or "layer", with `layerwise` alone.
-    clip_by: str = "global"
-    # Of sgd and adafactor; 0 has none.
-    momentum: float = 0.0
-    # Rank of GaLore's projected gradients, or a fraction of the hidden size.
-    rank: int | float | None = None
-    # How GaLore chooses a subspace; a factorization's workspace is not in the figures.
-    projector: str | None = None
-    # What becomes of the moments when a subspace is chosen again.
-    transport: str | None = None
-    # What becomes of the gradient outside of the subspace; error_feedback keeps all of it.
-    residual: str | None = None
-    # What GaLore keeps its subspaces in: float32, bfloat16, int8, int4, float8_e4m3 or
-    # float8_e5m2; the default is int4 with q_galore_adamw, float32 otherwise.
-    projector_dtype: str | None = None
-    # When GaLore chooses: periodic or lazy.
-    refresh: str | None = None
+    # The training run.
+    run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
+    # What to plan for, by default the device that is here: rtx3060_12gb, rtx4090_24gb, l4_24gb,
+    # a100_80gb, h100_80gb, tpu_v5e, ...; a name that is not known gets a list of all.
+    device: str | None = None
+    # GiB that the device has; without --device, of any NVIDIA GPU.
+    memory: float | None = None
     # Compile the step for the device, which need not be here, and show the compiler's figures.
     compile: bool = False
     # Find the largest batch that fits.
     sweep: bool = False
     # Picture of the parts to write, such as memory.png, or a directory for one of that name.
-    out: Path | None = None
-
-    def given(self) -> Config:
-        """The configuration of a run, with None for what is the preset's.
-
-        Raises:
-          UsageError: a setting cannot work.
-        """
-        names = {field.name for field in dataclasses.fields(Config)} - {"out"}
-        same = {k: v for k, v in vars(self).items() if k in names}
-        one_of("model", self.model, PRESETS)
-        at_least_one("vocab_size", self.vocab_size)
-        if self.attention == "auto":
-            raise UsageError("attention='auto': expected xla or cudnn, which must be known here.")
-        return Config(preset=self.model, **same)
+    picture: Path | None = None
 
 
-def train_command(given: Config) -> str:
+def train_command(given: Config, question: Question) -> str:
     """The command that trains with a configuration, as it was given."""
-    words = ["python", "-m", "examples.flax_llama.train", "--preset", given.preset]
+    words = []
+    fraction = memory_fraction(question.need(given), question.device)
+    if fraction is not None:
+        words.append(f"{FRACTION_VARIABLE}={fraction}")
+    words += ["python", "-m", "examples.flax_llama.train"]
     for field in dataclasses.fields(Config):
         value = getattr(given, field.name)
-        if field.name != "preset" and value != field.default:
+        if value != field.default:
             words += option(field.name, value, of_bool=isinstance(field.default, bool))
     return shlex.join(words)
 
@@ -132,33 +82,56 @@ def option(name: str, value: object, of_bool: bool) -> list[str]:
     return [flag, str(value)]
 
 
+def memory_fraction(need: Need, device: Device) -> float | None:
+    """The part of a GPU's memory that JAX has to be allowed; None where it takes enough itself."""
+    if device.capability is None or need.most <= FRACTION * device.memory:
+        return None
+    return math.floor(100 * device.usable / device.memory) / 100
+
+
+def unit_of(size: int) -> tuple[int, str]:
+    return (GIB, "GiB") if size >= GIB else (MIB, "MiB")
+
+
+def shown(size: int, unit: tuple[int, str]) -> str:
+    """A size in a unit; MiB are whole."""
+    return f"{size / unit[0]:,.{2 if unit[0] == GIB else 0}f}"
+
+
+def words(size: int) -> str:
+    """A size in a unit of its own."""
+    unit = unit_of(size)
+    return f"{shown(size, unit)} {unit[1]}"
+
+
 def table(estimated: Estimate, compiled: Compiled | None) -> str:
     """The parts, and the compiler's sums beside them."""
     notes = {
         "gradients": f"at the fullest moment, which is {MOMENTS[estimated.moment]}",
-        "inputs": "of each block, kept by the forward pass",
+        "inputs": "of each layer, kept by the forward pass",
         "working": "what else is computed with at that moment",
     }
-    lines = [f"{'':14}{'estimate':>10}{'XLA' if compiled else '':>10}".rstrip()]
+    unit = unit_of(estimated.total)
+    lines = [f"{unit[1]:14}{'estimate':>10}{'XLA' if compiled else '':>10}".rstrip()]
 
     def row(name: str, size: int, xla: int | None = None, note: str = "") -> None:
-        beside = "" if xla is None else f"{xla / GIB:.2f}"
-        lines.append(f"{name:14}{size / GIB:10.2f}{beside:>10}  {note}".rstrip())
+        beside = "" if xla is None else shown(xla, unit)
+        lines.append(f"{name:14}{shown(size, unit):>10}{beside:>10}  {note}".rstrip())
 
     for name, size in estimated.parts.items():
         row(name, size, note=notes.get(name, ""))
     row(
-        "arguments",
+        "stays",
         estimated.arguments,
         compiled.arguments if compiled else None,
-        "what stays: the first 3",
+        "between updates: weights, projectors and moments",
     )
-    row("temporaries", estimated.temporaries, compiled.temporaries if compiled else None)
+    row("passes", estimated.temporaries, compiled.temporaries if compiled else None, "the rest")
     row(
         "total",
         estimated.total,
         compiled.peak if compiled else None,
-        "GiB; XLA's is its peak" if compiled else "GiB",
+        "XLA's is what it needs at its fullest moment" if compiled else "",
     )
     return "\n".join(lines)
 
@@ -174,125 +147,210 @@ def kept_inputs(config: Config) -> str:
     return f"{line}."
 
 
-def verdict(size: int, device: Device, whose: str) -> str:
-    room = device.usable - size
-    fits = (
-        f"fits, with {room / GIB:.2f} to spare" if room >= 0 else f"too much by {-room / GIB:.2f}"
+def verdict(need: Need, device: Device, whose: str) -> str:
+    """Whether it fits, by how much, and within which bounds that is known."""
+    found = need.fit(device)
+    by = {
+        Fit.SURE: f", with at least {words(device.usable - need.most)} to spare",
+        Fit.CLOSE: "",
+        Fit.NOT: f", by at least {words(need.least - device.usable)}",
+    }
+    low, high = need.spread
+    basis = "XLA's plan" if whose == "XLA" else "the estimate"
+    return (
+        f"{whose}: {words(need.total)} of {words(device.usable)}: {found.value}{by[found]}\n"
+        f"({words(need.least)} to {words(need.most)}: what stays is exact; of what passes, other "
+        f"steps needed {low:g} to {high:g} times {basis})"
     )
-    return f"{whose}: {size / GIB:.2f} of {device.usable / GIB:.2f} GiB, {fits}"
 
 
 def summary(config: Config, vocab_size: int, device: Device) -> str:
     rank = f", rank {config.rank}" if config.optimizer in IN_GALORE else ""
-    how = "layerwise" if config.layerwise else "ordinary step" + ", remat" * config.remat
+    how = "layers updated inside the backward pass" if config.layerwise else "ordinary updates"
+    how += ", activations computed again" * (config.remat and not config.layerwise)
+    shape = config.shape(vocab_size)
     return (
-        f"LLaMA of {config.shape(vocab_size).num_params:,} parameters ({config.preset}), "
-        f"{config.optimizer}{rank}; {how}, {config.batch} x {config.seq} tokens"
-        f"{f' in {config.accumulate} micro-batches' if config.accumulate > 1 else ''}, "
-        f"{config.dtype}\n{device.description}: {device.memory / GIB:.2f} GiB ({device.source})"
+        f"LLaMA of {shape.num_params:,} parameters ({config.preset}), vocabulary "
+        f"{shape.vocab_size:,}; {config.optimizer}{rank}; {how}\n"
+        f"{config.batch} x {config.seq} tokens per update"
+        f"{f' in {config.accumulate} micro-batches' if config.accumulate > 1 else ''}; activations "
+        f"{config.dtype}, parameters {config.param_dtype}, attention of "
+        f"{'cuDNN' if config.attention == 'cudnn' else 'XLA'}\n"
+        f"{device.description}: {device.memory / GIB:.2f} GiB ({device.source})"
         f"{f', {device.context / GIB:.2f} of them for the driver' if device.context else ''}"
     )
 
 
-def compiled_to_fit(
-    config: Config, vocab_size: int, device: Device
-) -> tuple[Config, Compiled | None]:
-    """The configuration with the largest batch, not larger than it has, whose compiled step fits.
+def compiled_to_fit(question: Question) -> tuple[Question, Compiled | None]:
+    """The question with the largest batch, not larger than it has, whose compiled step fits.
 
     None where not even one sequence in each micro-batch does.
     """
+    config, device = question.config(), question.device
     batch = config.batch
     while batch > 0:
-        config = dataclasses.replace(config, batch=batch)
+        question = with_batch(question, batch)
         try:
-            compiled = compile_step(config, vocab_size, device)
+            compiled = compile_step(question.config(), question.vocab_size, device)
         except TooLarge as error:
             print(f"batch {batch}: {error}", flush=True)
             over = 1
         else:
-            print(verdict(compiled.peak, device, f"batch {batch}, XLA"), flush=True)
-            if compiled.peak <= device.usable:
-                return config, compiled
+            need = Need.planned(compiled)
+            print(f"batch {batch}, {verdict(need, device, 'XLA')}", flush=True)
+            if need.fit(device) is Fit.SURE:
+                return question, compiled
             # At most so much for each sequence, so that no batch that fits is left out.
-            over = (compiled.peak - device.usable) * batch // max(1, compiled.temporaries)
+            over = (need.most - device.usable) * batch // max(1, need.most - need.stays)
         batch -= max(1, over // config.accumulate) * config.accumulate
-    return config, None
+    return question, None
 
 
-def plan(settings: Plan) -> bool:
+def with_batch(question: Question, batch: int) -> Question:
+    return dataclasses.replace(question, given=dataclasses.replace(question.given, batch=batch))
+
+
+def compiled_step(question: Question, sweep: bool) -> tuple[Question, Compiled | None]:
+    """The step as XLA compiles it, None where that is refused; of a sweep, with its batch."""
+    if sweep:
+        return compiled_to_fit(question)
+    try:
+        return question, compile_step(question.config(), question.vocab_size, question.device)
+    except TooLarge as error:
+        print(f"XLA: {error}")
+        return question, None
+
+
+def suggestions(question: Question, changes: list[Change]) -> str:
+    """What to change, in groups, with what it would need then; the first that fits as a command."""
+    if not changes:
+        return "Nothing that is known here would help: take another device, or a smaller model."
+    titles = {
+        Fit.SURE: "What fits:",
+        Fit.CLOSE: "What is close, and worth a try:",
+        Fit.NOT: "What needs less, but not enough by itself:",
+    }
+    width = max(len(change.flags) for change in changes)
+    lines, last = [], None
+    for change in changes:
+        need = question.need(change.given)
+        found = need.fit(question.device)
+        if found is not last:
+            lines.append(titles[found])
+            last = found
+        unit = unit_of(need.total)
+        same = "  trains the same" * change.same
+        lines.append(f"  {change.flags:{width}}{shown(need.total, unit):>10} {unit[1]}{same}")
+    best = changes[0]
+    if question.fit(best.given) is Fit.SURE:
+        lines.append(f"To train with {best.flags}:\n  {train_command(best.given, question)}")
+    else:
+        lines.append("Nothing that is known here is enough: another device, or a smaller model.")
+    return "\n".join(lines)
+
+
+def bars(
+    question: Question, fit: Fit, compiled: Compiled | None, changes: list[Change]
+) -> list[Bar]:
+    """The bars of a picture: as it was asked, and then what to change, if it does not fit."""
+    config = question.config()
+    name = f"as asked: {config.preset}, {config.optimizer}, {config.batch} x {config.seq}"
+    parts = estimate(config, question.vocab_size).parts
+    found = [Bar(name, parts, compiled.peak if compiled else None, fit)]
+    left = dict(DRAWN)
+    for change in changes:
+        fit = question.fit(change.given)
+        left[fit] -= 1
+        if left[fit] >= 0:
+            parts = estimate(question.config(change.given), question.vocab_size).parts
+            found.append(Bar(change.flags, parts, None, fit))
+    return found
+
+
+def answer(question: Question, settings: Plan) -> Fit:
+    """Prints what is needed, compiled where that was asked for, and what to do; draws the picture.
+
+    Where a sweep found a batch, the question is of that one.
+    """
+    device, compiled = question.device, None
+    need = question.need()
+    print(summary(question.config(), question.vocab_size, device), flush=True)
+    # What stays is exact: there is no use in compiling what it leaves no room for.
+    if settings.compile and need.stays > device.usable:
+        print("XLA: not compiled, since what stays between updates is too much by itself")
+    elif settings.compile:
+        question, compiled = compiled_step(question, settings.sweep)
+    config = question.config()
+    estimated = estimate(config, question.vocab_size)
+    print(f"\n{table(estimated, compiled)}\n")
+    if config.layerwise and config.accumulate > 1:
+        print(kept_inputs(config))
+    need = Need.estimated(estimated, device)
+    print(verdict(need, device, "estimate"))
+    found = need.fit(device)
+    if compiled:
+        need = Need.planned(compiled)
+        found = need.fit(device)
+        print(verdict(need, device, "XLA"))
+        print(f"(compiled in {compiled.seconds:.0f} s)")
+        for line in compiled.rematerializes:
+            print(f"XLA computes things again to fit, or could not: {line}")
+    elif settings.compile:
+        found = Fit.NOT
+    if settings.sweep:
+        print(batches(question, compiled, found))
+    more = 0
+    if compiled:
+        more = max(0, need.total - estimated.total)
+    elif found is Fit.NOT:
+        # What is refused needs more than there is, at least.
+        more = Need.beyond(device.usable, estimated)
+    question = dataclasses.replace(question, more=more)
+    changes = [] if found is Fit.SURE else advice(question)
+    if found is not Fit.NOT:
+        print(f"To train so:\n  {train_command(question.given, question)}")
+    if found is not Fit.SURE:
+        print(suggestions(question, changes))
+    if settings.picture is not None:
+        draw(bars(question, found, compiled, changes), [device], settings.picture)
+        print(f"wrote {settings.picture}")
+    return found
+
+
+def batches(question: Question, compiled: Compiled | None, found: Fit) -> str:
+    """The largest batch that a sweep found, and up to where it is worth a try."""
+    batch = question.config().batch
+    if found is not Fit.SURE:
+        return f"no batch surely fits, not even {batch}"
+    line = f"largest batch that fits: {batch}"
+    if compiled is None:
+        close = question.largest_batch(Fit.SURE, Fit.CLOSE)
+        line += f"; up to {close} it is close" * (close > batch)
+    return line
+
+
+def plan(settings: Plan) -> Fit:
     """Prints the plan, and draws it where asked to; returns whether it fits.
 
     Raises:
       UsageError: a setting cannot work, or the compiler for the device is missing.
     """
-    device, vocab_size = device_named(settings.device), settings.vocab_size
-    given = settings.given()
-    config = given.resolve()
-    if config.attention == "cudnn" and (device.is_tpu or config.dtype != "bfloat16"):
-        raise UsageError("attention='cudnn' needs an NVIDIA GPU and dtype='bfloat16'.")
-    out = settings.out and picture(settings.out)
+    given, device = settings.run, chosen_device(settings.device, settings.memory)
+    question = Question(given, vocabulary_size(given.data, given.tokenizer), device)
+    question.need()  # raises before anything else is done
+    if settings.picture is not None:
+        settings = dataclasses.replace(settings, picture=picture(settings.picture))
     if settings.compile:
-        device.mesh()  # raises before anything else is done
-    start = time.perf_counter()
+        device.mesh()  # likewise
     if settings.sweep:
-        batch = largest_batch(config, lambda c: estimate(c, vocab_size).total <= device.usable)
-        config = dataclasses.replace(config, batch=batch or config.accumulate)
-    estimated = estimate(config, vocab_size)
-    seconds = time.perf_counter() - start
-    peak, compiled = estimated.total, None
-    print(summary(config, vocab_size, device), flush=True)
-    # What stays is exact: there is no use in compiling what it leaves no room for.
-    if settings.compile and estimated.arguments > device.usable:
-        print("XLA: not compiled, since what stays between updates is too much by itself")
-    elif settings.compile:
-        if settings.sweep:
-            config, compiled = compiled_to_fit(config, vocab_size, device)
-            estimated = estimate(config, vocab_size)
-        else:
-            try:
-                compiled = compile_step(config, vocab_size, device)
-            except TooLarge as error:
-                print(f"XLA: {error}")
-        # What is refused needs more than there is, at least.
-        peak = compiled.peak if compiled else device.usable + 1
-    fits = peak <= device.usable
-    given = dataclasses.replace(given, batch=config.batch)
-    print(f"\n{table(estimated, compiled)}\n")
-    if config.layerwise and config.accumulate > 1:
-        print(kept_inputs(config))
-    print(verdict(estimated.total, device, "estimate"))
-    print(f"(estimated in {seconds:.2f} s)")
-    if compiled:
-        print(verdict(compiled.peak, device, "XLA"))
-        print(f"(compiled in {compiled.seconds:.0f} s, with attention of {config.attention})")
-        for line in compiled.rematerializes:
-            print(f"XLA computes things again to fit, or could not: {line}")
-    if settings.sweep:
-        found = f"largest batch that fits: {config.batch}"
-        print(found if fits else f"no batch fits, not even {config.batch}")
-    if fits:
-        print(f"To train so:\n  {train_command(given)}")
-    else:
-        more = max(0, peak - estimated.total)
-        beyond = f", with the {more / GIB:.2f} GiB that XLA needs beyond the estimate" * bool(more)
-        lines = advice(given, vocab_size, device, more)
-        print("\n  ".join([f"What would help{beyond}:", *lines]))
-    if out is not None:
-        name = f"{config.preset} {config.optimizer}, {config.batch} x {config.seq}"
-        bars = [Bar(name, estimated.parts, compiled.peak if compiled else None)]
-        changes = {} if fits else helpful(given, vocab_size, device)
-        bars += [
-            Bar(flags, estimate(c.resolve(), vocab_size).parts) for flags, c in changes.items()
-        ]
-        draw(bars, [device], out)
-        print(f"wrote {out}")
-    return fits
+        question = with_batch(question, question.largest_batch(Fit.SURE) or given.accumulate)
+    return answer(question, settings)
 
 
 def main() -> None:
     with program(Plan, status=ERROR), check_needs_driver():
-        fits = plan(tyro.cli(Plan, description=__doc__))
-    raise SystemExit(0 if fits else DOES_NOT_FIT)
+        found = plan(tyro.cli(Plan, description=__doc__))
+    raise SystemExit(STATUS[found])
 
 
 if __name__ == "__main__":

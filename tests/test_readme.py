@@ -1,0 +1,132 @@
+"""The code of the README runs, and prints what the README says it prints."""
+
+import contextlib
+import io
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import galore_optax
+
+TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+# Code, and what stands after it in a block of no language: its output.
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+
+
+def sections():
+    """The blocks of each section that has any, by its title."""
+    found = {}
+    for section in re.split(r"^## ", TEXT, flags=re.MULTILINE):
+        title = section.partition("\n")[0]
+        found[title] = [(match[1], match[2]) for match in BLOCK.finditer(section)]
+    return {title: blocks for title, blocks in found.items() if blocks}
+
+
+def namespace(directory):
+    """What the code takes for granted."""
+    params = {"kernel": jnp.ones((256, 512)), "learning_rate": jnp.ones(3)}
+    return {
+        **{name: getattr(galore_optax, name) for name in galore_optax.__all__},
+        **{"galore_optax": galore_optax, "jax": jax, "jnp": jnp, "optax": optax},
+        **{"params": params, "grads": jax.tree.map(jnp.ones_like, params)},
+        "loss_fn": lambda params, batch: jnp.sum((batch @ params["kernel"].dequantize()) ** 2),
+        **{"batch": jnp.ones((2, 256)), "key": jax.random.key(0), "directory": directory},
+    }
+
+
+def run(code, names):
+    """What code prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "README.md", "exec"), names)
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The names that the code of each section leaves, once it has run."""
+    found = {}
+
+    def of(title):
+        if title not in found:
+            found[title] = namespace(tmp_path_factory.mktemp("readme"))
+            for code, output in sections()[title]:
+                printed = run(code, found[title])
+                assert printed == (output or ""), code
+        return found[title]
+
+    return of
+
+
+# These have figures, or leave what other tests need.
+ALWAYS = ("# galore_optax", "What it costs", "Checkpoints and learning rates")
+SECTIONS = [
+    pytest.param(title, marks=[] if title in ALWAYS else [pytest.mark.ci]) for title in sections()
+]
+
+
+@pytest.mark.long("some sections train, others measure large models")
+@pytest.mark.parametrize("title", SECTIONS)
+def test_code_runs_and_prints_what_stands_after_it(ran, title):
+    assert ran(title)
+
+
+def test_the_figures_of_the_headline_are_those_of_real_states():
+    """Of LLaMA-1B, from the shapes of the state that each optimizer makes."""
+    h, i, layers, vocabulary, rank = 2048, 5461, 24, 32_000, 512
+    stacks = {f"blocks/{name}": (layers, h, h) for name in "qkvo"}
+    stacks |= {f"blocks/{name}": (layers, h, i) for name in ("gate", "up")}
+    stacks |= {"blocks/down": (layers, i, h)}
+    others = {"embed": (vocabulary, h), "lm_head": (h, vocabulary), "norm": ((2 * layers + 1) * h,)}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in (stacks | others).items()
+    }
+    numbers = {name: galore_optax.DimensionNumbers(1, 2) for name in stacks}
+    numbers |= dict.fromkeys(others)
+
+    def gigabytes(tx):
+        state = jax.eval_shape(tx.init, params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e9
+
+    (line,) = re.findall(r"^tx = galore_adamw\(3e-4, rank=512(.*)\)$", TEXT, re.MULTILINE)
+    asked = eval(f"dict({line.strip(', ')})")
+    common = {"rank": rank, "weight_dimension_numbers": numbers}
+    sizes = [
+        gigabytes(galore_optax.galore_adamw(1e-3, **common, **asked)),
+        gigabytes(optax.adamw(1e-3)),
+        gigabytes(galore_optax.galore_adamw(1e-3, **common)),
+    ]
+    headline = TEXT.partition("## Install")[0]
+    told = re.findall(r"(\d\.\d\d) GB", headline)
+    assert told == [f"{size:.2f}" for size in sizes]
+
+
+def test_a_restored_optimizer_goes_on_as_if_uninterrupted(ran):
+    names = ran("Checkpoints and learning rates")
+    model, optimizer = names["make"]()
+    for _ in range(2):
+        names["step"](model, optimizer, jnp.ones((4, 32)))
+    expected, found = (
+        jax.tree.leaves(nnx.state(both))
+        for both in ((model, optimizer), (names["model"], names["optimizer"]))
+    )
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_learning_rate_is_found_beside_a_parameter_of_that_name(ran):
+    names = ran("Checkpoints and learning rates")
+    assert names["applied"] == names["schedule"](2)
+    with pytest.raises(KeyError, match="Found multiple values for 'learning_rate'"):
+        optax.tree.get(names["state"], "learning_rate")
+    constant = optax.inject_hyperparams(galore_optax.galore_adamw, static_args=("rank",))
+    tx, params = constant(3e-4, rank=8), names["params"]
+    state = optax.tree.set(tx.init(params), names["is_hyperparameter"], learning_rate=1e-4)
+    updates, _ = tx.update(names["grads"], state, params)
+    # The first update of Adam is the learning rate, of what is not projected.
+    np.testing.assert_allclose(updates["learning_rate"], -1e-4, rtol=1e-3)

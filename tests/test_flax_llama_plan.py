@@ -252,7 +252,7 @@ def test_what_fits_what_is_close_and_what_does_not():
 
 @pytest.mark.parametrize(
     ("room", "status", "words"),
-    [(1.21, 0, "fits, with at least"), (1.1, 4, "close: try it"), (0.89, 3, "does not fit, by")],
+    [(1.31, 0, "fits, with at least"), (1.1, 4, "close: try it"), (0.89, 3, "does not fit, by")],
 )
 def test_the_exit_status_says_how_surely_it_fits(capsys, room, status, words):
     found = estimate(config(batch=64, seq=256), 2048)

@@ -16,7 +16,7 @@ from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.topology import SKIP_CHECK, check_needs_driver, installed
 
 ROOT = Path(__file__).parents[1]
-PLAN = "--preset 9m --layers 1 --hidden 32 --heads 2 --intermediate 32 --vocab-size 300 --batch 2"
+PLAN = "--preset 9m --layers 1 --hidden 32 --heads 2 --intermediate 32 --tokenizer bytes --batch 2"
 PLAN += " --seq 16 --optimizer sgd --device h100_80gb"
 COMMANDS = {
     "plan": f"examples.flax_llama.plan {PLAN} --compile",

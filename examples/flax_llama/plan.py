@@ -90,11 +90,12 @@ def memory_fraction(need: Need, device: Device) -> float | None:
 
 
 def unit_of(size: int) -> tuple[int, str]:
-    return (GIB, "GiB") if size >= GIB else (MIB, "MiB")
+    units = ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB"))
+    return next(unit for unit in units if size >= unit[0] or unit[1] == "KiB")
 
 
 def shown(size: int, unit: tuple[int, str]) -> str:
-    """A size in a unit; MiB are whole."""
+    """A size in a unit, of which all but GiB are whole."""
     return f"{size / unit[0]:,.{2 if unit[0] == GIB else 0}f}"
 
 
@@ -336,12 +337,13 @@ def plan(settings: Plan) -> Fit:
       UsageError: a setting cannot work, or the compiler for the device is missing.
     """
     given, device = settings.run, chosen_device(settings.device, settings.memory)
-    question = Question(given, vocabulary_size(given.data, given.tokenizer), device)
-    question.need()  # raises before anything else is done
+    # Whatever raises does so before anything else is done; what loads plugins of JAX comes first.
+    if settings.compile:
+        device.mesh()
     if settings.picture is not None:
         settings = dataclasses.replace(settings, picture=picture(settings.picture))
-    if settings.compile:
-        device.mesh()  # likewise
+    question = Question(given, vocabulary_size(given.data, given.tokenizer), device)
+    question.need()
     if settings.sweep:
         question = with_batch(question, question.largest_batch(Fit.SURE) or given.accumulate)
     return answer(question, settings)

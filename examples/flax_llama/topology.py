@@ -117,7 +117,10 @@ def tpu_devices(name: str, topology: str) -> list[jax.Device]:
     """
     if not installed(["libtpu"]):
         raise UsageError(missing(name, "libtpu"))
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    # The two cores of a v4 are one device, as they are where there is one.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    return found.devices
 
 
 def missing(name: str, package: str) -> str:

@@ -24,7 +24,7 @@ from examples.flax_llama.compare import compare, parse_sweep, search
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.report import Comparison, Run, mean_loss
-from examples.flax_llama.report_pictures import draw_sweep, write_report
+from examples.flax_llama.report_pictures import draw_curves, draw_sweep
 from examples.flax_llama.step import initial_params
 
 OPTIMIZERS = ("adamw", "galore_adamw")
@@ -257,7 +257,7 @@ def pictures(monkeypatch):
 
 def test_pictures_cut_nothing_and_number_whole_updates(pretended, pictures):
     shared, comparison = pretended
-    write_report(comparison, module.machine(), shared.out)
+    draw_curves(comparison, shared.out)
     (panel,) = pictures["losses.png"].axes
     best = comparison.best["adamw"][0]
     losses = [r["loss"] for r in metrics(shared.out / best.name) if "loss" in r]

@@ -218,43 +218,9 @@ def galore(
         resolve_storage("projector_dtype", projector_dtype),
         bool(diagnostics),
     )
-    if method.projector.required:
-        option = method.projector.required[0]
-        raise ValueError(
-            f"the projector {method.projector.name} needs projector_options={{{option!r}: ...}}, "
-            "which presets give it"
-        )
-    for argument, given, rule in (
-        ("transport", transport, method.transport),
-        ("residual", residual, method.residual),
-    ):
-        if rule.asks is not None:
-            shown = f'"{given}"' if isinstance(given, str) else repr(given)
-            raise CombinationError(
-                f"{argument}={shown} needs the decay rates of the moments, which it cannot see in "
-                "the inner transformation",
-                f"Give {argument}={rule.asks}, or take a preset such as galore_adamw, which knows "
-                "them.",
-            )
-    if method.residual.uses_gradient and (accumulation_steps or 1) > 1:
-        raise CombinationError(
-            f"accumulation_steps must be 1 with residual={residual!r}, which needs each gradient "
-            f"at full size; got {accumulation_steps}",
-            "Put optax.MultiSteps around galore instead.",
-        )
-    sides = 2 if side == "both" else 1
-    if sides > method.projector.sides:
-        raise CombinationError(
-            f'side="both" cannot go with the projector {method.projector.name}, which is for one '
-            "side",
-            'Use side="short", or the projector power_iteration.',
-        )
-    if sides > method.residual.sides:
-        raise CombinationError(
-            f'side="both" cannot go with residual={residual!r}, which scales the gradient by '
-            "columns or rows of the side that is not projected",
-            'Use side="short", or galore_optax.ScaleGradient(per="tensor").',
-        )
+    _check_together(
+        method, {"transport": transport, "residual": residual}, side, accumulation_steps
+    )
     settings = Settings(
         Selection(rank, side, exclude, weight_dimension_numbers),
         method,
@@ -269,6 +235,58 @@ def galore(
     bare = BareGalore(*transformation(optax.identity(), settings, caution=_BARE))
     bare.with_inner = functools.partial(transformation, settings=settings)
     return bare
+
+
+def _check_together(
+    method: Method,
+    given: Mapping[str, object],
+    side: str,
+    accumulation_steps: int | None,
+) -> None:
+    """Raises an error where arguments exclude each other, each of them right by itself.
+
+    Args:
+      method: the answers to the five questions.
+      given: what the user gave for ``transport`` and ``residual``, for messages.
+      side: the axis to project.
+      accumulation_steps: the number of gradients that make one step.
+    """
+    if method.projector.required:
+        option = method.projector.required[0]
+        raise ValueError(
+            f"the projector {method.projector.name} needs projector_options={{{option!r}: ...}}, "
+            "which presets give it"
+        )
+    for argument, value in given.items():
+        rule: Transport | Residual = getattr(method, argument)
+        if rule.asks is not None:
+            shown = f'"{value}"' if isinstance(value, str) else repr(value)
+            raise CombinationError(
+                f"{argument}={shown} needs the decay rates of the moments, which it cannot see in "
+                "the inner transformation",
+                f"Give {argument}={rule.asks}, or take a preset such as galore_adamw, which knows "
+                "them.",
+            )
+    residual = f"residual={given['residual']!r}"
+    if method.residual.uses_gradient and (accumulation_steps or 1) > 1:
+        raise CombinationError(
+            f"accumulation_steps must be 1 with {residual}, which needs each gradient at full "
+            f"size; got {accumulation_steps}",
+            "Put optax.MultiSteps around galore instead.",
+        )
+    sides = 2 if side == "both" else 1
+    if sides > method.projector.sides:
+        raise CombinationError(
+            f'side="both" cannot go with the projector {method.projector.name}, which is for one '
+            "side",
+            'Use side="short", or the projector power_iteration.',
+        )
+    if sides > method.residual.sides:
+        raise CombinationError(
+            f'side="both" cannot go with {residual}, which scales the gradient by columns or rows '
+            "of the side that is not projected",
+            'Use side="short", or galore_optax.ScaleGradient(per="tensor").',
+        )
 
 
 _BARE = (

@@ -163,9 +163,9 @@ tracked_adamw, tracked_adamw_8bit = adamw_preset(
     """Returns LDAdam's subspace, tracked on every step, with Fira's residual of twice the size.
 
     It is ``ldadamw(scale=0.25, residual=NormScaled(beta=2), ...)``, in a state of as many bytes as
-    GaLore's and a number per matrix. It is no published method, but the one that lost least in the
-    quality run of the README, at the sizes that are named there; SubTrack++ is made of the same
-    three parts, with another way to follow the subspace. A step costs a power iteration.
+    GaLore's and a number per matrix. It is no published method; SubTrack++ is made of the same
+    three parts, with another way to follow the subspace. Each step costs a power iteration, and
+    the factor of the residual makes up for how small the gradient is outside of the subspace.
 
     [arguments]
 

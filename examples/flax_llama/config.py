@@ -73,8 +73,9 @@ class Config:
 
     # adamw, adafactor, lion, sgd, adamw_8bit, or any of them in GaLore: galore_adamw, ...;
     # galore_muon; q_galore_adamw, which is galore_adamw_8bit with 4-bit projectors, lazy refresh,
-    # int8 weights; fira_adamw, apollo_adamw, apollo_mini_adamw, ldadamw, frugal_adamw, grass_adamw
-    # or dct_adamw, each also as ..._8bit; or flora. README.md says what each of them is.
+    # int8 weights; fira_adamw, apollo_adamw, apollo_mini_adamw, ldadamw, tracked_adamw,
+    # frugal_adamw, grass_adamw or dct_adamw, each also as ..._8bit; or flora. README.md says what
+    # each of them is.
     optimizer: str = "galore_adamw"
     # Peak learning rate; the preset's is GaLore's AdamW (0.01; 0.005 for 7b), whose matrices move
     # by `scale` times that, or Q-GaLore's (0.015, 0.01 or 0.004). Plain adamw wants about 0.001 to
@@ -112,7 +113,7 @@ class Config:
     # apollo_mini 1).
     rank: Rank = None
     # Updates from one choice of GaLore's subspaces to the next; by default the preset's, or the
-    # optimizer's (ldadamw and dct 1, flora 1000).
+    # optimizer's (ldadamw, tracked and dct 1, flora 1000).
     update_proj_gap: FromPreset[int] = None
     # Factor of GaLore's projected-back updates; by default 0.25, or the optimizer's (apollo,
     # ldadamw, frugal, dct, flora and galore_muon 1, apollo_mini the root of 128).

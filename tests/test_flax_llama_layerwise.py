@@ -106,12 +106,14 @@ def test_micro_batches_at_rank_r_are_the_ordinary_ones(text, saved):
 
 @pytest.mark.parametrize(
     "name",
-    # One of which a part is outside of GaLore and clips; one that rotates its moments each time.
-    ["flora", pytest.param("ldadamw", marks=pytest.mark.ci)],
+    # One of which a part is outside of GaLore and clips; one that rotates its moments each time;
+    # one that would take two layers, with which it is tried, for a side of a matrix.
+    ["flora", *(pytest.param(name, marks=pytest.mark.ci) for name in ("ldadamw", "adafactor"))],
 )
 def test_other_methods_are_the_ordinary_ones(text, name):
     settings = {"optimizer": name, "steps": 4, "lr": 0.01}
     settings |= {"update_proj_gap": None if name == "ldadamw" else 2}
+    settings |= {"layers": 1} if name == "adafactor" else {}
     found, expected = run(text, layerwise=True, **settings), run(text, **settings)
     assert_close(found, expected, 1e-4)
     assert_same_records(found, expected)

@@ -73,11 +73,16 @@ def adamw(config: Config, schedule: optax.Schedule) -> optax.GradientTransformat
     return galore_optax.low_bit(optimizer, 16, min_size=0) if config.moment_dtype else optimizer
 
 
+def most_stacked(config: Config) -> int:
+    """The most layers that the optimizer sees stacked: layer-wise it is tried with two of them."""
+    return max(config.layers, 2)
+
+
 def adafactor(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
     """As in GaLore's experiments: no parameter scale, and no first moment unless asked for."""
     return optax.chain(
         # Neither of a matrix' two factors may run over the layers that it is stacked with.
-        optax.scale_by_factored_rms(min_dim_size_to_factor=config.layers + 1),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=most_stacked(config) + 1),
         clip_by_matrix_rms(1.0),
         optax.ema(config.momentum, debias=False) if config.momentum else optax.identity(),
         optax.add_decayed_weights(config.weight_decay, not_norm),
@@ -202,7 +207,7 @@ def flora(config: Config, schedule: optax.Schedule) -> optax.GradientTransformat
         schedule,
         config.b1,
         # As in `adafactor`, and what is clipped is each layer by itself, too.
-        min_dim_size_to_factor=config.layers + 1,
+        min_dim_size_to_factor=most_stacked(config) + 1,
         weight_decay=config.weight_decay,
         mask=not_norm,
         stacked=stacked_layers,

@@ -108,6 +108,7 @@ def of_the_application(name, **more):
 TOGETHER = [
     {
         "up": ("galore_adamw", {"projector": "eigh", "refresh": "lazy"}),
+        "down": ("tracked_adamw", {}),
         "rest": ("adamw", {}),
     },
     {

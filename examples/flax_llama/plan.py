@@ -350,7 +350,7 @@ def plan(settings: Plan) -> Fit:
 
 
 def main() -> None:
-    with program(Plan, status=ERROR), check_needs_driver():
+    with program(Config, Plan, status=ERROR), check_needs_driver():
         found = plan(tyro.cli(Plan, description=__doc__))
     raise SystemExit(STATUS[found])
 

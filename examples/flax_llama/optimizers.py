@@ -61,15 +61,19 @@ def not_norm(params: Params) -> Params:
     return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
+def of_adamw(config: Config) -> dict[str, Any]:
+    """The arguments of AdamW beside its learning rate, wherever its moments are held."""
+    return {
+        "b1": config.b1,
+        "b2": 0.999 if config.b2 is None else config.b2,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "mask": not_norm,
+    }
+
+
 def adamw(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    optimizer = optax.adamw(
-        schedule,
-        config.b1,
-        0.999 if config.b2 is None else config.b2,
-        config.eps,
-        weight_decay=config.weight_decay,
-        mask=not_norm,
-    )
+    optimizer = optax.adamw(schedule, **of_adamw(config))
     return galore_optax.low_bit(optimizer, 16, min_size=0) if config.moment_dtype else optimizer
 
 
@@ -189,14 +193,7 @@ def adamw_preset(config: Config, schedule: optax.Schedule) -> optax.GradientTran
         else {"moment_dtype": config.moment_dtype}
     )
     preset = IN_GALORE[config.optimizer](
-        schedule,
-        config.b1,
-        0.999 if config.b2 is None else config.b2,
-        config.eps,
-        weight_decay=config.weight_decay,
-        mask=not_norm,
-        **held,
-        **galore_arguments(config),
+        schedule, **of_adamw(config), **held, **galore_arguments(config)
     )
     # A chain of one, as in the checkpoints that there are, and as `in_galore` makes it.
     return optax.chain(preset)

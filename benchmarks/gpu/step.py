@@ -3,6 +3,8 @@
 Ordinary steps and refreshes are timed apart. "mean" is ordinary + refresh / 200, what a step costs
 on average at T = 200. The exact SVD and `optax.contrib.galore` have two layers instead of 24, since
 a refresh of all matrices would take minutes; others are measured at two layers, too, beside them.
+The presets of the family have their own projectors, or power iteration in place of the SVD; those
+that choose subspaces on every step have no other steps.
 """
 
 import dataclasses
@@ -30,6 +32,17 @@ from examples.flax_llama.config import PRESETS, LlamaConfig
 
 GAP, RATE, DECAY = 200, 1e-3, 0.1
 CONTRIB = "optax.contrib.galore"
+# The presets beside GaLore's own, and whether their subspaces are chosen on some steps or on each.
+FAMILY: dict[str, Literal["apart", "none"]] = {
+    "fira_adamw": "apart",
+    "apollo_adamw": "apart",
+    "apollo_mini_adamw": "apart",
+    "ldadamw": "none",
+    "tracked_adamw": "none",
+    "frugal_adamw": "apart",
+    "grass_adamw": "apart",
+    "dct_adamw": "none",
+}
 TINY = LlamaConfig(hidden=32, intermediate=88, layers=2, heads=2, vocab_size=64)
 Make = Callable[[Any], optax.GradientTransformation]
 
@@ -52,14 +65,16 @@ def items(size: Size) -> list[Item]:
     def adamw_8bit(params: Any) -> optax.GradientTransformation:
         return galore_optax.adamw_8bit(RATE, weight_decay=DECAY)
 
-    def ours(preset: Any, projector: str, stagger: bool = False) -> Make:
+    def ours(preset: Any, projector: str | None, stagger: bool = False) -> Make:
+        options: dict[str, Any] = {"stagger": stagger}
+        # Presets have their own projectors, and APOLLO-Mini its rank.
+        options |= {} if projector is None else {"projector": projector}
+        options |= {} if preset is galore_optax.apollo_mini_adamw else {"rank": rank}
         return lambda params: preset(
             RATE,
             weight_decay=DECAY,
-            rank=rank,
-            projector=projector,
-            stagger=stagger,
             weight_dimension_numbers=numbers_of(params),
+            **options,
         )
 
     presets = {"": galore_optax.galore_adamw, ", 8-bit": galore_optax.galore_adamw_8bit}
@@ -74,6 +89,9 @@ def items(size: Size) -> list[Item]:
         add(f"galore power_iteration, staggered{bits}", whole, make, refreshes="spread")
     q_galore = ours(galore_optax.q_galore_adamw, "power_iteration")
     add("q_galore, int8 weights", whole, q_galore, refreshes="apart", int8_weights=True)
+    for name, refreshes in FAMILY.items():
+        projector = "power_iteration" if name == "fira_adamw" else None
+        add(name, whole, ours(getattr(galore_optax, name), projector), refreshes=refreshes)
     add("adamw", few, adamw)
     add("galore power_iteration", few, ours(presets[""], "power_iteration"), refreshes="apart")
     for bits, preset in presets.items():

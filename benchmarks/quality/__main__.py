@@ -57,14 +57,15 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     cache = args.cache or Path(tempfile.gettempdir()) / "quality-cache"
-    workers = args.workers or SIZES[args.model].workers
+    size = SIZES[args.model]
+    workers = args.workers or size.workers
     directory = args.data or default_directory()
     base, about = base_of(args.model, args.steps, directory, cache)
     names, fractions, finalists = map(tuple, (args.only, args.fractions, args.finalists))
-    bench = Bench(base, names, fractions, args.ranked, finalists)
+    bench = Bench(base, names, fractions, args.ranked, finalists, size.rate)
     path = args.out and args.out.with_suffix(".json")
     record = Record(path, about, machine() | {"workers": workers} | sources())
-    work = Work(bench, record, args.stages, SIZES[args.model].seconds, args.minutes)
+    work = Work(bench, record, args.stages, size.seconds, args.minutes)
     if args.plan:
         plan = work.plan()
         for stage, (runs, seconds) in plan.items():

@@ -22,6 +22,8 @@ class Size:
       characters: of the large corpus, more than one run reads.
       workers: that are quickest.
       seconds: of a run with so many, to plan with.
+      rate: factor of the learning rates that sweeps begin with: the wider a model, the lower.
+      dtype: of the products.
     """
 
     batch: int
@@ -30,12 +32,16 @@ class Size:
     characters: int
     workers: int
     seconds: float
+    rate: float = 1.0
+    dtype: str = "float32"
 
 
 SIZES = {
     # The demo's.
     "9m": Size(8, 128, "bpe:2048", 3_000_000, workers=2, seconds=100),
-    "60m": Size(64, 256, "bpe:16384", 40_000_000, workers=1, seconds=60),
+    "60m": Size(
+        64, 256, "bpe:16384", 40_000_000, workers=1, seconds=60, rate=0.25, dtype="bfloat16"
+    ),
 }
 
 
@@ -57,6 +63,7 @@ def base_of(
         steps=steps,
         batch=size.batch,
         seq=size.seq,
+        dtype=size.dtype,
         clip=1.0,
         eval_every=steps,
         quiet=True,
@@ -64,4 +71,6 @@ def base_of(
     ).resolve()
     about = {"model": model, "steps": steps, "batch": size.batch, "seq": size.seq}
     about |= {"tokenizer": size.tokenizer, "update_proj_gap": GAP, "adam": ADAM, "data": text.about}
+    # What a record of other sizes does not say.
+    about |= {} if size.dtype == "float32" else {"dtype": size.dtype}
     return base, about

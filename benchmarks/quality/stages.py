@@ -42,6 +42,7 @@ class Bench:
       fractions: the ranks are the hidden size over these.
       ranked: the one whose ranks are given by rules.
       finalists: those at twice the width; by default they are found from the results.
+      rate: factor of the learning rates that the sweeps begin with.
     """
 
     base: Config
@@ -49,6 +50,7 @@ class Bench:
     fractions: tuple[int, ...] = FRACTIONS
     ranked: str = GALORE
     finalists: tuple[str, ...] = ()
+    rate: float = 1.0
 
     @property
     def hidden(self) -> int:
@@ -76,7 +78,7 @@ class Bench:
             known = best(results, name, self.hidden, rank and rank // (hidden // self.hidden))
             if known is not None:
                 return dataclasses.replace(known, hidden=hidden, rank=rank)
-        return Run(name, hidden, rank, contender.lr, contender.ratio or 1.0)
+        return Run(name, hidden, rank, self.rate * contender.lr, contender.ratio or 1.0)
 
     def chosen(self, results: Results) -> tuple[str, ...]:
         """AdamW, GaLore, and the contenders of the lowest losses over both ranks."""

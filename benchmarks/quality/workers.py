@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.quality.contenders import BUILDERS
 from benchmarks.quality.record import Record, loss_of
 from benchmarks.quality.stages import STAGES, Bench, best
 from benchmarks.quality.training import Result, Run, measure
@@ -37,8 +36,9 @@ class TimeIsUp(Exception):
 def executors(config: Config, count: int, cache: Path) -> Iterator[list[Execute]]:
     """Functions that make a run, to be called by one thread each.
 
-    With one it is this process that trains, with all its threads; else each has its own, on a core
-    of its own. What is compiled is kept in `cache`.
+    With one it is this process that trains, with all its threads; else each has its own, on cores
+    of its own, with one thread for what a CPU computes, or a part of the GPU's memory. What is
+    compiled is kept in `cache`.
     """
     if count == 1:
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -52,7 +52,7 @@ def executors(config: Config, count: int, cache: Path) -> Iterator[list[Execute]
                     1,
                     multiprocessing.get_context("spawn"),
                     begin,
-                    (cores[i % len(cores)] if cores else None, str(cache)),
+                    (cores[i::count] or cores, count, str(cache)),
                 )
             )
             for i in range(count)
@@ -60,11 +60,12 @@ def executors(config: Config, count: int, cache: Path) -> Iterator[list[Execute]
         yield [functools.partial(submit, pool, config) for pool in pools]
 
 
-def begin(core: int | None, cache: str) -> None:
-    """Begins a process: before JAX looks for processors it has one, and one thread."""
+def begin(cores: Sequence[int], count: int, cache: str) -> None:
+    """Begins a process: before JAX looks for processors it has these, and one thread."""
     os.environ |= ONE_THREAD
-    if core is not None:
-        os.sched_setaffinity(0, {core})
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / count:.2f}")
+    if cores:
+        os.sched_setaffinity(0, cores)
     jax.config.update("jax_compilation_cache_dir", cache)
 
 
@@ -150,12 +151,10 @@ class Work:
 
             def loss(run: Run, wanted: list[Run] = wanted) -> float:
                 if run not in results:
-                    centre = BUILDERS[run.contender]
                     known = best(measured, run.contender, self._bench.hidden, run.rank)
-                    lr, ratio = (
-                        (known.lr, known.ratio) if known else (centre.lr, centre.ratio or 1.0)
-                    )
-                    away = abs(run.lr / lr - 1) + abs(run.ratio / ratio - 1)
+                    like = run.contender, self._bench.hidden, run.rank
+                    centre = known or self._bench.beginning({}, *like)
+                    away = abs(run.lr / centre.lr - 1) + abs(run.ratio / centre.ratio - 1)
                     results[run] = {"valid_loss": 1000 + away}
                     wanted.append(run)
                 return loss_of(results[run])

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.lax.linalg import SvdAlgorithm
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from galore_optax._basis import Regenerated
@@ -32,11 +33,10 @@ from galore_optax._random import uniform
 
 
 def svd(matrix: Float[Array, "m n"], rank: int) -> Float[Array, "m r"]:
-    """Returns the leading left singular vectors, exactly, by ``jnp.linalg.svd``.
+    """Returns the leading left singular vectors, exactly, by ``jax.lax.linalg.svd``.
 
-    On CUDA, beyond 1024 rows or columns, that is the QR algorithm, which takes seconds for a
-    large matrix; on a TPU it is a polar decomposition, which takes minutes to compile. Take
-    ``power_iteration`` on both.
+    On CUDA that is the QR algorithm, which takes seconds for a large matrix; on a TPU it is a polar
+    decomposition, which takes minutes to compile. Take ``power_iteration`` on both.
 
     Args:
       matrix: the gradient of one matrix, (m, n), float32 or float64.
@@ -48,10 +48,19 @@ def svd(matrix: Float[Array, "m n"], rank: int) -> Float[Array, "m r"]:
     References:
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, equation (12).
     """
+
+    def by(algorithm: SvdAlgorithm) -> Callable[[Array], Array]:
+        return lambda x: jax.lax.linalg.svd(x, full_matrices=False, algorithm=algorithm)[0]
+
     # SvdAlgorithm.POLAR is five times as fast on CUDA, but for some matrices its vectors are wrong
     # there. For a 4096 x 4096 one with the spectrum of gradients 1024 vectors captured 0.57 of the
-    # energy instead of 0.92 (benchmarks/results/gpu/refresh.json, H100, jax 0.11.2).
-    return jnp.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
+    # energy instead of 0.92 (benchmarks/results/gpu/refresh.json, H100, jax 0.11.2). Jacobi's, the
+    # default up to 1024 rows and columns, are orthonormal to no more than 2.6e-4 (correct.json
+    # beside it).
+    vectors = jax.lax.platform_dependent(
+        matrix, cuda=by(SvdAlgorithm.QR), default=by(SvdAlgorithm.DEFAULT)
+    )
+    return vectors[:, :rank]
 
 
 def eigh(matrix: Float[Array, "m n"], rank: int) -> Float[Array, "m r"]:

@@ -161,7 +161,7 @@ def test_every_stage_has_items_of_both_sizes_with_names_and_time():
         assert all(item.seconds > 0 for item in full + tiny)
         assert all(item.memory <= 40 * GIB for item in full)
     # What does not fit into a small card is known before it is tried.
-    assert [item.memory for item in step.items(FULL)].count(40 * GIB) == 10
+    assert [item.memory for item in step.items(FULL)].count(40 * GIB) == 16
 
 
 @pytest.mark.parametrize("wrong_for", ["square", "wide"])

@@ -211,7 +211,7 @@ def test_exact_projectors_order_directions_by_singular_value(name, shape):
     [
         ((40, 50), "cpu", "gesdd"),
         ((40, 2000), "cpu", "gesdd"),
-        ((1024, 1024), "cuda", "gesvdj"),
+        ((1024, 1024), "cuda", "gesvd"),
         ((1025, 40), "cuda", "gesvd"),
         ((40, 1025), "cuda", "gesvd"),
     ],

@@ -60,8 +60,8 @@ def write(record: dict[str, Any], out: pathlib.Path) -> None:
 
 
 def is_done(entry: Entry | None) -> bool:
-    """Whether an item need not be measured again."""
-    return entry is not None and "result" in entry
+    """Whether an item need not be measured again: it has a result, and not one that is wrong."""
+    return entry is not None and "result" in entry and entry["result"].get("passed", True)
 
 
 def sources() -> dict[str, str | None]:

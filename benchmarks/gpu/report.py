@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.gpu.record import Entry
+from benchmarks.gpu.record import Entry, is_done
 from benchmarks.gpu.stage import Size, module_of
 
 
@@ -64,7 +64,7 @@ def outcome(module: Any, name: str, entry: Entry | None) -> str:
 
 
 def _is_right(entry: Entry) -> bool:
-    return "skipped" in entry or ("result" in entry and entry["result"].get("passed", True))
+    return "skipped" in entry or is_done(entry)
 
 
 def _machine(entry: Entry) -> str:

@@ -2,9 +2,9 @@
 
 Ordinary steps and refreshes are timed apart. "mean" is ordinary + refresh / 200, what a step costs
 on average at T = 200. The exact SVD and `optax.contrib.galore` have two layers instead of 24, since
-a refresh of all matrices would take minutes; others are measured at two layers, too, beside them.
-The presets of the family have their own projectors, or power iteration in place of the SVD; those
-that choose subspaces on every step have no other steps.
+a refresh of all matrices would take minutes, as have those that choose a basis on every step;
+others are measured at two layers, too, beside them. The presets of the family have their own
+projectors, or power iteration in place of the SVD.
 """
 
 import dataclasses
@@ -32,17 +32,10 @@ from examples.flax_llama.config import PRESETS, LlamaConfig
 
 GAP, RATE, DECAY = 200, 1e-3, 0.1
 CONTRIB = "optax.contrib.galore"
-# The presets beside GaLore's own, and whether their subspaces are chosen on some steps or on each.
-FAMILY: dict[str, Literal["apart", "none"]] = {
-    "fira_adamw": "apart",
-    "apollo_adamw": "apart",
-    "apollo_mini_adamw": "apart",
-    "ldadamw": "none",
-    "tracked_adamw": "none",
-    "frugal_adamw": "apart",
-    "grass_adamw": "apart",
-    "dct_adamw": "none",
-}
+# The presets beside GaLore's own: those that choose directions now and then, and those that do so
+# on every step, all of whose steps are alike.
+NOW_AND_THEN = ("fira_adamw", "apollo_adamw", "apollo_mini_adamw", "frugal_adamw", "grass_adamw")
+EACH_STEP = ("ldadamw", "tracked_adamw")
 TINY = LlamaConfig(hidden=32, intermediate=88, layers=2, heads=2, vocab_size=64)
 Make = Callable[[Any], optax.GradientTransformation]
 
@@ -89,13 +82,16 @@ def items(size: Size) -> list[Item]:
         add(f"galore power_iteration, staggered{bits}", whole, make, refreshes="spread")
     q_galore = ours(galore_optax.q_galore_adamw, "power_iteration")
     add("q_galore, int8 weights", whole, q_galore, refreshes="apart", int8_weights=True)
-    for name, refreshes in FAMILY.items():
+    for name in NOW_AND_THEN:
         projector = "power_iteration" if name == "fira_adamw" else None
-        add(name, whole, ours(getattr(galore_optax, name), projector), refreshes=refreshes)
+        add(name, whole, ours(getattr(galore_optax, name), projector), refreshes="apart")
+    add("dct_adamw", whole, ours(galore_optax.dct_adamw, None))
     add("adamw", few, adamw)
     add("galore power_iteration", few, ours(presets[""], "power_iteration"), refreshes="apart")
     for bits, preset in presets.items():
         add(f"galore svd{bits}", few, ours(preset, "svd"), 120, refreshes="apart")
+    for name in EACH_STEP:
+        add(name, few, ours(getattr(galore_optax, name), None), 120)
     add(CONTRIB, few, functools.partial(contrib, rank), 150, refreshes="first", stacked=False)
     return found
 

@@ -13,6 +13,7 @@ from examples.flax_llama.usage import UsageError, at_least_one, one_of
 MOMENT_DTYPES = ("bfloat16",)
 ON_NAN = ("stop", "skip")
 CLIP_BY = ("global", "layer")
+REFRESHES = ("periodic", "lazy")
 TRANSPORTS = ("keep", "reset", "project", "rotate")
 RESIDUALS = ("discard", "norm_scaled", "scale_gradient", "sign", "error_feedback")
 
@@ -215,7 +216,8 @@ class Config:
             "clip_by": CLIP_BY,
         }.items():
             one_of(name, getattr(self, name), choices)
-        for name, choices in {"transport": TRANSPORTS, "residual": RESIDUALS}.items():
+        optional = {"refresh": REFRESHES, "transport": TRANSPORTS, "residual": RESIDUALS}
+        for name, choices in optional.items():
             if getattr(self, name) is not None:
                 one_of(name, getattr(self, name), choices)
 

@@ -37,7 +37,6 @@ def wsd(config: Config, updates: int) -> optax.Schedule:
     return optax.join_schedules(parts, [updates - decay])
 
 
-REFRESHES = ("periodic", "lazy")
 # What follows the warm-up, over the number of updates that are left.
 SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd}
 
@@ -254,7 +253,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         go with the projector, transport or residual.
     """
     one_of("optimizer", config.optimizer, OPTIMIZERS)
-    one_of("refresh", config.refresh, REFRESHES)
     schedule = learning_rate(config)
     try:
         check_together(config)

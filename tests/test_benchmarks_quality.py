@@ -140,7 +140,7 @@ def test_all_stages_go_on_where_they_were(monkeypatch, tmp_path, capsys):
         assert [row["contender"] for row in rows] == ["adamw", "galore", "fira"]
         assert [row["lr"] for row in rows] == pytest.approx([0.16] * 3)
         assert rows[0]["ratio"] == 0.125
-    assert [row["loss"]["n"] for row in cells[16, 4]] == [3, 3, 3]
+    assert [row["loss"]["n"] for row in cells[16, 4]] == [6, 6, 6]
     assert [row["loss"]["n"] for row in cells[32, 2]] == [6, 6, 6]
     rules = [row["rule"] for row in written["summary"]["ranks"]]
     assert rules == 2 * ["uniform", "by role", *(f"random {i}" for i in range(1, 6))]

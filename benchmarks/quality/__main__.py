@@ -9,10 +9,10 @@ all neighbours of the best are worse; the best is then taken from more seeds. Di
 of runs with the same seed, which has the same weights and the same text in the same order. The
 seed of the sweep is one of them, which flatters all contenders alike.
 
-The stages are `sweep`; `seeds`; `ranks`, by role, beside random rules of as many bytes; `wide`,
-four finalists at twice the width, and AdamW with one learning rate for all parameters at both; and
-`rule`, the finalists at rates made of AdamW's. Runs that are in the JSON file already are not made
-again, so that it can be stopped at any time.
+The stages are `sweep`; `seeds`, three; `ranks`, by role, beside random rules of as many bytes;
+`wide`, four finalists with six seeds at this width and at twice this width, and AdamW with one
+learning rate for all parameters; and `rule`, the finalists at rates made of AdamW's. Runs that are
+in the JSON file already are not made again, so that it can be stopped at any time.
 """
 
 import argparse

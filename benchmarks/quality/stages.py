@@ -21,8 +21,8 @@ Loss = Callable[[Run], float]
 Job = Callable[[Loss], Any]
 Results = Mapping[Run, Result]
 
-# Seeds of the contenders, and of the finalists at twice the width.
-SEEDS, WIDE_SEEDS = range(3), range(6)
+# Seeds of the contenders, and of the finalists.
+SEEDS, FINAL_SEEDS = range(3), range(6)
 # Of the hidden size, the ranks.
 FRACTIONS = (4, 16)
 FINALISTS = 4
@@ -103,7 +103,7 @@ def best(results: Results, contender: str, hidden: int, rank: int | None) -> Run
 
 def seeds_of(results: Results, run: Run) -> dict[int, Result]:
     """The results of a run and of its like with other seeds, by seed."""
-    seeds = {seed: dataclasses.replace(run, seed=seed) for seed in WIDE_SEEDS}
+    seeds = {seed: dataclasses.replace(run, seed=seed) for seed in FINAL_SEEDS}
     return {seed: results[like] for seed, like in seeds.items() if like in results}
 
 
@@ -163,10 +163,11 @@ def with_rules(bench: Bench, results: Results) -> list[Job]:
 
 
 def wide(bench: Bench, results: Results) -> list[Job]:
-    """The finalists at twice the width, with more seeds; and AdamW with one rate at both widths."""
+    """The finalists with more seeds at both widths; and AdamW with one rate for all parameters."""
     jobs: list[Job] = [
-        functools.partial(repeated, start=bench.beginning(results, *cell), seeds=WIDE_SEEDS)
-        for cell in bench.cells(bench.wide, bench.chosen(results))
+        functools.partial(repeated, start=bench.beginning(results, *cell), seeds=FINAL_SEEDS)
+        for hidden in (bench.hidden, bench.wide)
+        for cell in bench.cells(hidden, bench.chosen(results))
     ]
     for hidden in (bench.hidden, bench.wide):
         # Not from the best of the width itself, which is found at the same time.

@@ -73,7 +73,8 @@ CONTENDERS = {
     "apollo": Contender(preset(galore_optax.apollo_adamw), lr=0.02, scale=1.0),
     "apollo-mini": Contender(
         lambda lr, rank, **options: preset(galore_optax.apollo_mini_adamw)(lr, **options),
-        lr=0.01,
+        lr=0.08,
+        ratio=0.0625,
         ranked=False,
         scale=math.sqrt(128),
     ),

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.gpu import quality as on_gpu
 from benchmarks.gpu.stage import GIB, Size
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import corpus, ranks, statistics, workers
+from benchmarks.quality import corpus, ranks, readme, statistics, workers
 from benchmarks.quality.contenders import BUILDERS, CONTENDERS
 from benchmarks.quality.stages import RATE, Bench, moved, sweep, transfers
 from benchmarks.quality.training import Run, measure
@@ -162,9 +162,10 @@ def test_the_plan_is_of_what_is_left(monkeypatch, tmp_path, capsys):
     out = tmp_path / "quality"
     arguments = ("--only", "galore", "apollo-mini", "--stages", "sweep", "seeds", "--workers", 1)
     run_main(monkeypatch, made_up(calls), *arguments, "--plan")
-    # Five rates of GaLore at two ranks and of APOLLO-Mini at its own; two more seeds each.
+    # Five rates of GaLore at two ranks and of APOLLO-Mini at its own, and four other ratios of it;
+    # two more seeds each.
     printed = capsys.readouterr().out
-    assert "sweep       15 runs left,   25 min" in printed
+    assert "sweep       19 runs left,   32 min" in printed
     assert "seeds        6 runs left,   10 min" in printed
     assert not calls
     swept = [word for word in arguments if word != "seeds"]
@@ -305,3 +306,8 @@ def test_a_contender_is_swept_on_a_gpu(monkeypatch, tmp_path):
     assert result["complete"]
     assert len(result["runs"]) == len(calls) == len(set(calls))
     assert on_gpu.describe("60m galore", result).startswith("loss 3.9980 of 3 seeds at lr 0.16 x 1")
+
+
+def test_the_readme_has_the_tables_of_the_committed_results():
+    text = readme.README.read_text()
+    assert readme.current(text) == text

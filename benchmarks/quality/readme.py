@@ -17,7 +17,10 @@ RESULTS = {"demo": "quality.json", "60m": "quality_60m.json"}
 
 def comments(name: str) -> tuple[str, str]:
     """What stands before and after the tables of a result."""
-    return f"<!-- {name}: made by python -m benchmarks.quality.readme -->\n", f"<!-- end: {name} -->\n"
+    return (
+        f"<!-- {name}: made by python -m benchmarks.quality.readme -->\n",
+        f"<!-- end: {name} -->\n",
+    )
 
 
 def current(text: str) -> str:

@@ -73,36 +73,54 @@ def _figure(columns: int, rows: int = 1, **options: Any) -> Any:
     return plt, *plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
 
 
+def to_the_left(place: tuple[float, float], places: list[tuple[float, float]], i: int) -> bool:
+    """Whether a point's name goes to its left: away from points as high, else by turns.
+
+    Args:
+      place: the point.
+      places: all points, from the lowest to the highest.
+      i: its number among them.
+    """
+    near = 0.03 * (places[-1][1] - places[0][1])
+    as_high = [x for x, y in places if abs(y - place[1]) < near]
+    if place[0] in (min(as_high), max(as_high)) and min(as_high) < max(as_high):
+        return place[0] == min(as_high)
+    return i % 2 == 1
+
+
 def plot_bytes(summary: Summary, path: Path) -> None:
     """Loss against bytes of state: a point for each contender, a panel for each width."""
     widths = sorted({cell["hidden"] for cell in summary["cells"]})
     plt, figure, axes = _figure(len(widths), figsize=(7 * len(widths), 5.5))
     for axis, hidden in zip(axes[0], widths, strict=True):
         cells = [cell for cell in summary["cells"] if cell["hidden"] == hidden]
-        for cell, marker in zip(cells, "os", strict=False):
-            for i, row in enumerate(sorted(cell["rows"], key=lambda row: row["loss"]["mean"])):
-                of_all = not BUILDERS[row["contender"]].ranked
-                if of_all and cell is not cells[0]:
-                    continue
-                axis.errorbar(
-                    row["state_bytes"] / 1e6,
-                    row["loss"]["mean"],
-                    row["loss"]["error"],
-                    marker="*" if of_all else marker,
-                    color=f"C{list(BUILDERS).index(row['contender']) % 10}",
-                    capsize=3,
-                    linestyle="none",
-                )
-                axis.annotate(
-                    row["contender"],
-                    (row["state_bytes"] / 1e6, row["loss"]["mean"]),
-                    # On both sides by turns, since neighbours are near to each other.
-                    xytext=(-7 if i % 2 else 7, 0),
-                    ha="right" if i % 2 else "left",
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7,
-                )
+        points = [
+            (row, "*" if not BUILDERS[row["contender"]].ranked else marker)
+            for cell, marker in zip(cells, "os", strict=False)
+            for row in cell["rows"]
+            if BUILDERS[row["contender"]].ranked or cell is cells[0]
+        ]
+        points.sort(key=lambda point: point[0]["loss"]["mean"])
+        places = [(row["state_bytes"] / 1e6, row["loss"]["mean"]) for row, _ in points]
+        for i, ((row, marker), place) in enumerate(zip(points, places, strict=True)):
+            left = to_the_left(place, places, i)
+            axis.errorbar(
+                *place,
+                row["loss"]["error"],
+                marker=marker,
+                color=f"C{list(BUILDERS).index(row['contender']) % 10}",
+                capsize=3,
+                linestyle="none",
+            )
+            axis.annotate(
+                row["contender"],
+                place,
+                xytext=(-7 if left else 7, 0),
+                ha="right" if left else "left",
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
         for cell, marker in zip(cells, "os", strict=False):
             axis.plot([], [], f"k{marker}", label=f"rank {cell['rank']}")
         axis.plot([], [], "k*", label="no rank, or 1")

@@ -155,13 +155,13 @@ def test_vocabularies_without_room_for_all_bytes_are_refused(spec, message):
 )
 def test_files_that_are_no_tokenizers_are_named(tmp_path, name, contents):
     (tmp_path / name).write_bytes(contents)
-    with pytest.raises(UsageError, match=rf"tokenizer=.*{name} cannot be read as one: "):
+    with pytest.raises(UsageError, match=rf"tokenizer='.*{name}' cannot be read as a tokenizer: "):
         load_tokenizer(tmp_path / name)
 
 
 def test_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("a")
-    with pytest.raises(UsageError, match=r"vocab.txt: expected a file called \*.json or \*.model"):
+    with pytest.raises(UsageError, match=r"vocab.txt': expected a file called \*.json or \*.model"):
         load_tokenizer(tmp_path / "vocab.txt")
 
 

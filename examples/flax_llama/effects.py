@@ -116,7 +116,8 @@ def check_effects(configs: Sequence[Config], default: Config) -> None:
       UsageError: names the settings, and what they are for.
     """
     for need in NEEDS:
-        given = [n for n in need.names if getattr(configs[0], n) != getattr(default, n)]
+        names = [name for name in need.names if name not in configs[0].by_default]
+        given = [n for n in names if getattr(configs[0], n) != getattr(default, n)]
         if given and not any(map(need.met, configs)):
             settings = " and ".join(f"{name}={getattr(configs[0], name)!r}" for name in given)
             values = dict.fromkeys(getattr(config, need.decides) for config in configs)

@@ -101,6 +101,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(watched):
     assert steps(config) == [4, 9, 10]
     with Checkpoints(config.out, read_only=True) as checkpoints:
         assert (checkpoints.find("best"), checkpoints.find("last")) == (4, 10)
+        assert checkpoints.find("9") == checkpoints.find(9) == 9
 
 
 def test_losses_over_other_tokens_are_not_compared(tmp_path):

@@ -105,7 +105,7 @@ def ends_where_it_is(out, step):
     before = contents(out)
     with pytest.raises(UsageError, match=f"steps={step - 1}, which was 7 .* {step} ends the run"):
         go_on("--steps", str(step - 1))
-    with pytest.raises(UsageError, match=r"^lr=0.5 would hold .*: give more as well"):
+    with pytest.raises(UsageError, match=r"^lr=0.5 would hold .*: give more updates as well"):
         go_on("--steps", str(step), "--lr", "0.5")
     assert contents(out) == before
     result = go_on("--steps", str(step))

@@ -192,7 +192,7 @@ def at_its_end(found: Beginning, stored: Config) -> Beginning:
         given = " and ".join(f"{name}={getattr(config, name)!r}" for name in vain)
         raise UsageError(
             f"{given} would hold from the next update on, and out={config.out} has none left after "
-            f"{found.step}: give more as well, steps=N, or leave it out."
+            f"{found.step}: give more updates as well, steps=N, or leave it out."
         )
     kinds = (Kind.PROCESS, Kind.FREE, Kind.DATA)
     given = {name: getattr(config, name) for name in RULES if RULES[name].kind in kinds}

@@ -185,7 +185,8 @@ class Config:
     keep: int = 2
     # Go on with the run in `out`, from its last checkpoint; its settings need not be repeated.
     # Those that are given, such as more `steps`, another `lr`, `batch`, `optimizer` or `rank`, or
-    # another place of the same `data`, hold from there on; README.md says what comes of each.
+    # another place of the same `data`, hold from there on; README.md says what comes of each. As
+    # many `steps` as are done end the run where it is.
     resume: bool = False
     # With --resume, go on with data that is not what it was, and read it from its start.
     new_data: bool = False

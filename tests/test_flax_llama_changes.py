@@ -209,6 +209,7 @@ def test_what_an_optimizer_has_no_use_for_is_no_change_and_is_not_lost(run):
     differ = changes.changes(config, back)
     assert differ["projector"] == [None, "gaussian"]
     assert "rank" not in differ
+    assert changes.changes(back, config).keys() == {"optimizer"}
 
 
 SIZE = 0.25 * math.sqrt(4 / 16)  # of GaLore's updates here, in learning rates
@@ -219,6 +220,7 @@ SIZE = 0.25 * math.sqrt(4 / 16)  # of GaLore's updates here, in learning rates
     [
         (["adamw"], f"adamw moves the layers' matrices as far with --lr {0.03 * SIZE:.2g}, by"),
         (["adamw", "--matrix-lr-ratio", "0.5"], f"with --lr {0.06 * SIZE:.2g}, by galore_optax"),
+        (["fira_adamw", "--matrix-lr-ratio", "0.5"], r"fira_adamw moves .* with --lr 0\.06, by"),
         (["lion"], r"lion may want another \(--lr\)"),
         (["adamw", "--lr", "0.01"], None),
         (["fira_adamw"], None),

@@ -90,6 +90,7 @@ def test_other_text_may_have_another_field_and_lines_without_one(run, tmp_path, 
         ("--data {path}", {"--text-field", "--on-bad-line"}),
         ("--data {path} --on-bad-line skip", {"--text-field", "--data"}),
         ("--tokens 1000000000", {"--data"}),
+        ("--data missing.txt", {"--data"}),
     ],
 )
 def test_what_an_error_tells_to_type_there_is(run, tmp_path, monkeypatch, given, flags):

@@ -145,6 +145,12 @@ def test_by_default_it_stays_however_often_a_run_is_resumed(run, tmp_path):
     assert stored.lr == config.lr
 
 
+def test_what_is_given_is_given_though_it_is_the_default(run):
+    _, config = run({"steps": 1000}, "--eval-every", "100")
+    assert "eval_every" not in config.resolve().by_default
+    assert "save_every" in config.resolve().by_default
+
+
 def test_what_was_by_default_another_optimizers_is_the_new_ones(run):
     _, config = run({"scale": 0.5}, "--optimizer", "apollo_adamw")
     config = config.resolve()

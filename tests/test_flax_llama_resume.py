@@ -65,7 +65,7 @@ def test_a_signal_saves_and_exits_with_zero_and_a_resumed_run_ends_like_one_that
     text, tmp_path, monkeypatch, capsys
 ):
     """Bit for bit; with a refresh in the middle, and signals of both kinds."""
-    config = tiny(text, steps=7, eval_every=7, update_proj_gap=3, out=tmp_path / "undisturbed")
+    config = tiny(text, steps=7, eval_every=3, update_proj_gap=3, out=tmp_path / "undisturbed")
     train.train(config)
     # Whoever trains may know of another command that goes on with the run.
     other = f"{train.RESUME}{tmp_path / 'stopped'} --keep 9"
@@ -109,7 +109,7 @@ def ends_where_it_is(out, step):
         go_on("--steps", str(step), "--lr", "0.5")
     assert contents(out) == before
     result = go_on("--steps", str(step))
-    assert [record["step"] for record in result.valid] == [step]
+    assert [record["step"] for record in result.valid] == [3, step]
     scores = evaluate.evaluate(out, tokens=200, step="best")
     assert result.valid[-1]["valid_loss"] == pytest.approx(scores["loss"], rel=1e-6)
     assert json.loads((out / "config.json").read_text())["train"]["steps"] == step

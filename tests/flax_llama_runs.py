@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.flax_llama.config import Config
+from examples.flax_llama.effects import has_effect
 from examples.flax_llama.run_directory import write_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,7 +37,7 @@ def tiny(data, **settings):
     return Config(**shape | small | shown | {"data": data, "steps": 20, "lr": 0.03} | settings)
 
 
-def pretend(config):
+def pretend(config, how_to_go_on=None):
     """Leaves what a run leaves for a comparison, at no cost: a loss that a larger rate makes lower.
 
     Diverges at rates beyond all bounds, falls from where the seed says, and differs by optimizer.
@@ -65,6 +66,8 @@ def arguments(config):
     """The command line that asks for a configuration."""
     words = []
     for name, value in vars(config).items():
+        if name == "by_default" or not has_effect(config, name):
+            continue
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")

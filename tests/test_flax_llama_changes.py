@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,16 @@ from flax import nnx
 from flax_llama_runs import metrics, saved_arrays, tiny, without_checkpoints_after, write_text
 
 import galore_optax
-from examples.flax_llama import changes, evaluate, history, optimizer_state, resume, step, train
+from examples.flax_llama import (
+    changes,
+    evaluate,
+    fingerprint,
+    history,
+    optimizer_state,
+    resume,
+    step,
+    train,
+)
 from examples.flax_llama.beginning import begin
 from examples.flax_llama.changes import RULES
 from examples.flax_llama.checkpoint import Checkpoints, load_run
@@ -159,13 +169,13 @@ def test_what_was_changed_holds_however_soon_the_run_ends_again(run, monkeypatch
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--hidden", "32"], r"hidden was 16 and is 32 \(the weights would have other shapes"),
-        (["--seed", "1", "--lr", "1"], r": seed was 0 and is 1 \(the order of the data, and so"),
-        (["--steps", "5"], r"steps was 6 and is 5 \(6 updates are done: it takes at least 7\)"),
-        (["--seq", "10"], r"seq was 20 and is 10 .*init_from=RUN with weights_only=True starts"),
+        (["--hidden", "32"], r"hidden=32, which was 16 \(the weights would have other shapes"),
+        (["--seed", "1", "--lr", "1"], r": seed=1, which was 0 \(the order of the data, and so"),
+        (["--steps", "5"], r"steps=5, which was 6 \(6 updates are done: 6 ends the run there"),
+        (["--seq", "10"], r"seq=10, which was 20 .*init_from=RUN with weights_only=True starts"),
         (["--param-dtype", "bfloat16"], "kept in another form"),
-        (["--optimizer", "q_galore_adamw"], "int8_weights was False and is True"),
-        (["--tokenizer", "bpe:300"], r"tokenizer was 'bytes' and is 'bpe:300' \(the weights are"),
+        (["--optimizer", "q_galore_adamw"], "int8_weights=True, which was False"),
+        (["--tokenizer", "bpe:300"], r"tokenizer='bpe:300', which was 'bytes' \(the weights are"),
         (["--init-from", "runs/other"], "a run begins only once"),
     ],
 )
@@ -179,12 +189,91 @@ def test_what_would_be_another_run_is_refused_with_the_reason(run, given, messag
 def test_another_optimizer_has_its_own_defaults_and_what_was_given_stays(run):
     config = arguments(run, "--optimizer", "apollo_adamw").resolve()
     assert (config.scale, config.projector, config.rank) == (1.0, "gaussian", 4)
-    config = arguments(run, "--optimizer", "apollo_adamw", "--scale", "0.25").resolve()
+    given = ("--optimizer", "apollo_adamw", "--scale", "0.25", "--steps", "8")
+    config = arguments(run, *given).resolve()
     assert (config.scale, config.lr, config.update_proj_gap) == (0.25, 0.03, 2)
     found = begin(config)
-    assert set(found.changes) == {"optimizer", "projector", "data"}
+    assert set(found.changes) == {"optimizer", "projector", "data", "steps"}
     assert found.anew
     assert any("moments and subspaces begin anew" in note for note in found.notes)
+
+
+def test_what_an_optimizer_has_no_use_for_is_no_change_and_is_not_lost(run):
+    given = ("--optimizer", "lion", "--steps", "8")
+    config = arguments(run, *given).resolve()
+    assert config.rank == 4
+    found = begin(config)
+    assert set(found.changes) == {"optimizer", "data", "steps"}
+    # Of the other way round it is told what was, which is nothing.
+    back = dataclasses.replace(config, optimizer="apollo_adamw", scale=1.0, projector="gaussian")
+    differ = changes.changes(config, back)
+    assert differ["projector"] == [None, "gaussian"]
+    assert "rank" not in differ
+    assert changes.changes(back, config).keys() == {"optimizer"}
+
+
+SIZE = 0.25 * math.sqrt(4 / 16)  # of GaLore's updates here, in learning rates
+
+
+@pytest.mark.parametrize(
+    ("given", "note"),
+    [
+        (["adamw"], f"adamw moves the layers' matrices as far with --lr {0.03 * SIZE:.2g}, by"),
+        (["adamw", "--matrix-lr-ratio", "0.5"], f"with --lr {0.06 * SIZE:.2g}, by galore_optax"),
+        (["fira_adamw", "--matrix-lr-ratio", "0.5"], r"fira_adamw moves .* with --lr 0\.06, by"),
+        (["lion"], r"lion may want another \(--lr\)"),
+        (["adamw", "--lr", "0.01"], None),
+        (["fira_adamw"], None),
+    ],
+)
+def test_another_optimizer_may_want_another_learning_rate(run, given, note):
+    notes = begin(arguments(run, "--steps", "8", "--optimizer", *given)).notes
+    told = [line for line in notes if "the learning rate is still 0.03" in line]
+    assert len(told) == (note is not None)
+    assert note is None or re.search(note, told[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--lr", "0.5", "--batch", "4"], r"batch=4 and lr=0.5|lr=0.5 and batch=4"),
+        (["--optimizer", "apollo_adamw"], r"^optimizer='apollo_adamw' would"),
+        (["--eval-tokens", "100"], "^eval_tokens=100"),
+    ],
+)
+def test_what_could_hold_for_no_update_is_refused_and_nothing_is_written(run, given, named):
+    before = contents(run)
+    with pytest.raises(UsageError, match=rf"({named}).* none left after 6: .*, steps=N, or"):
+        train.train(arguments(run, *given))
+    assert contents(run) == before
+
+
+def test_a_finished_run_is_told_of_a_new_place_of_its_data_and_of_nothing_else(run, capsys):
+    """It has not been trained with anything else."""
+    before = contents(run)
+    config = dataclasses.replace(arguments(run, "--keep", "5", "--no-quiet"), tensorboard=False)
+    there = json.loads((run / "config.json").read_text())["train"]["data"]
+    train.train(dataclasses.replace(config, data=there))
+    assert contents(run) == before
+    output = capsys.readouterr().out
+    assert "Already finished after update 6\nNot changed, since no update is left" in output
+    assert "keep 9 → 5" in output
+    train.train(config)
+    stored = json.loads((run / "config.json").read_text())["train"]
+    assert stored["data"] == str(run.parent / "text")
+    valid = evaluate.valid_of_run(run, None, 100)
+    (run.parent / "text").rename(run.parent / "moved")
+    message = r"text does not exist\. If the files .* have moved, data=PLACE names where"
+    with pytest.raises(UsageError, match=message):
+        begin(train.from_command_line(["--out", str(run), "--resume"]))
+    train.train(
+        train.from_command_line(["--out", str(run), "--resume", "--data", f"{run.parent}/moved"])
+    )
+    np.testing.assert_array_equal(evaluate.valid_of_run(run, None, 100).rows, valid.rows)
+    after = contents(run)
+    for path in before:
+        unchanged = path.parts[0] in ("checkpoints", "metrics.jsonl")
+        assert not unchanged or after[path] == before[path]
 
 
 @pytest.mark.parametrize("was", [1, 6, 8])
@@ -259,8 +348,8 @@ def append(run):
 
 CHANGED = {
     replace_six: r"00.jsonl has changed, .*04.jsonl has changed and 1 more \(of 20 files\)",
-    append: r"07.jsonl has changed \(of 20 files\)",
-    rename: r"03.jsonl is gone, 30.jsonl is new \(of 20 files\)",
+    append: r"07.jsonl has 17 bytes more at its end \(of 20 files\)",
+    rename: r"03.jsonl is gone, 30.jsonl is new \(of 20 files\); files that have moved are known",
 }
 
 
@@ -277,6 +366,23 @@ def test_changed_files_are_named_and_nothing_is_changed(run, change):
     found = begin(arguments(run, "--steps", "8", "--new-data"))
     assert found.new_data
     assert re.search(CHANGED[change], found.changes["data"][1])
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_a_file_that_has_grown_is_told_from_one_that_has_changed(tmp_path, size):
+    """Also where only samples of it are known."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(range(250)) * (size // 250))
+    was = fingerprint.Marks(fingerprint.marks_of([path]))
+    with open(path, "ab") as file:
+        file.write(b"more")
+
+    def told():
+        return fingerprint.differences(was, fingerprint.Marks(fingerprint.marks_of([path])))
+
+    assert told() == "text.txt has 4 bytes more at its end (of 1 file)"
+    path.write_bytes(b"!" + path.read_bytes()[1:])
+    assert told() == "text.txt has changed (of 1 file)"
 
 
 def test_the_same_files_at_another_place_are_the_same_data(run):
@@ -311,12 +417,10 @@ def test_new_data_is_read_from_its_start_and_an_evaluation_is_of_the_files_the_r
     assert begin(arguments(run, "--steps", "8")).changes.keys() == {"steps"}
     evaluate.valid_of_run(run, None, 100)
     append(run)
-    with pytest.raises(UsageError, match=r"other files than there are now: 07.jsonl has changed"):
+    with pytest.raises(UsageError, match=r"other files than there are now: 07.jsonl has 17 bytes"):
         evaluate.valid_of_run(run, None, 100)
     (run.parent / "text" / "09.jsonl").unlink()
-    with pytest.raises(
-        UsageError, match=r"09.jsonl is gone\. Bring them back, or .* with data=PATH"
-    ):
+    with pytest.raises(UsageError, match=r"09.jsonl is gone\. Bring them back; .* with data=PATH"):
         evaluate.valid_of_run(run, None, 100)
 
 
@@ -326,7 +430,7 @@ def test_other_text_to_validate_on_is_a_change_and_changed_text_is_not(run, tmp_
     # What was held out of the files would be trained on.
     with pytest.raises(UsageError, match="documents to validate on are no longer taken out of it"):
         begin(arguments(run, "--valid-data", str(text)))
-    found = begin(arguments(run, "--valid-data", str(text), "--new-data"))
+    found = begin(arguments(run, "--valid-data", str(text), "--new-data", "--steps", "8"))
     assert found.new_validation
     assert "valid_data" in found.entry.marked
 
@@ -355,7 +459,7 @@ def test_another_machine_or_version_is_told(run):
     entries = json.loads((run / "history.json").read_text())
     entries[-1]["machine"] |= {"devices": "8 x TPU v5e"}
     (run / "history.json").write_text(json.dumps(entries))
-    (note,) = begin(arguments(run)).notes
+    (note,) = [n for n in begin(arguments(run, "--steps", "8")).notes if "rate" not in n]
     assert re.search("not bit for bit .*: devices 8 x TPU v5e before and 1 x cpu now", note)
 
 
@@ -407,12 +511,12 @@ def test_weights_alone_go_into_another_form(root):
     [
         (
             ["--hidden", "32"],
-            r"hidden was 16 and is 32\. Leave that out",
+            r"hidden=32, which was 16\. Leave that out",
         ),
-        (["--rank", "2"], r"rank was 4 and is 2\. Give weights_only=True"),
-        (["--init-step", "5"], r"no checkpoint 5: it has 3, 6"),
+        (["--rank", "2"], r"rank=2, which was 4\. Give weights_only=True"),
+        (["--init-step", "5"], r"init_step=5: there is no such checkpoint .* of 3, 6\."),
         (["--tokenizer", "bpe:300"], "another tokenizer than tokenizer=bpe:300"),
-        (["--optimizer", "galore_lion"], "optimizer was 'galore_adamw'"),
+        (["--optimizer", "galore_lion"], "optimizer='galore_lion', which was 'galore_adamw'"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(

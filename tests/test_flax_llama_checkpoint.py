@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -100,6 +101,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(watched):
     assert steps(config) == [4, 9, 10]
     with Checkpoints(config.out, read_only=True) as checkpoints:
         assert (checkpoints.find("best"), checkpoints.find("last")) == (4, 10)
+        assert checkpoints.find("9") == checkpoints.find(9) == 9
 
 
 def test_losses_over_other_tokens_are_not_compared(tmp_path):
@@ -137,8 +139,21 @@ def test_the_final_checkpoint_is_the_trained_model(finished):
 @pytest.mark.parametrize("step", [5, "first"])
 def test_checkpoints_that_are_not_there_are_listed(finished, step):
     config, _ = finished
-    with pytest.raises(UsageError, match=rf"no checkpoint {step}: it has 4, 8, 12"):
+    message = rf"^step={step}: there is no such checkpoint in .*run/checkpoints; .* of 4, 8, 12\.$"
+    with pytest.raises(UsageError, match=message):
         load_run(config.out, step)
+
+
+def test_where_there_is_no_checkpoint_or_none_that_was_evaluated_it_is_said(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UsageError, match=rf"^There is no checkpoint in {tmp_path} yet\.$"):
+            checkpoints.find("last")
+        state = step.State({"p": jax.numpy.ones(2)}, {"m": jax.numpy.ones(2)})
+        checkpoints.save(7, state, checkpoint.Position(), {})
+        checkpoints.wait()
+        message = r"^step='best': no checkpoint in .* has a validation loss yet; .*, 7, are named"
+        with pytest.raises(UsageError, match=message):
+            checkpoints.find("best")
 
 
 def test_what_is_no_run_is_refused(tmp_path, text):
@@ -434,6 +449,45 @@ def test_a_full_disk_is_told_whatever_file_meets_it(copy, monkeypatch):
     monkeypatch.undo()
     train.train(copy)
     assert steps(copy) == [4, 8, 12]
+
+
+FULL = pathlib.Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="of Linux")
+@pytest.mark.parametrize("name", ["lock", "config.json", "data.json", "history.json"])
+def test_a_full_disk_is_told_of_each_file_that_a_resumed_run_writes(copy, tmp_path, name):
+    """Each is in turn one that cannot grow; a new place of the data is written to three of them."""
+    if name == "lock":
+        (copy.out / name).unlink()
+    (copy.out / (name if name == "lock" else f"{name}.partial")).symlink_to(FULL)
+    text = shutil.copy(copy.data, tmp_path)
+    message = (
+        rf"^{copy.out}/{name}: the disk is full\. Whole checkpoints in "
+        rf"{copy.out}/checkpoints: 4, 8, 12\.$"
+    )
+    before = (copy.out / "config.json").read_text()
+    with pytest.raises(CheckpointError, match=message):
+        train.train(dataclasses.replace(copy, data=text))
+    assert ((copy.out / "config.json").read_text() == before) == (name != "history.json")
+
+
+def test_a_directory_that_cannot_be_made_is_named(text, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UsageError, match=rf"^out=.*run cannot be made: {tmp_path}/file is no dir"):
+        train.train(tiny(text, out=tmp_path / "file" / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, _: path != tmp_path)
+        with pytest.raises(UsageError, match=rf"cannot be written: no permission for {tmp_path}\."):
+            train.train(tiny(text, out=tmp_path / "new" / "run"))
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted", "there")
+
+    # As a system's own directories do, whatever permissions they show.
+    monkeypatch.setattr(pathlib.Path, "mkdir", denied)
+    with pytest.raises(UsageError, match=r"^out=.*new cannot be made: Operation not permitted\.$"):
+        train.train(tiny(text, out=tmp_path / "new"))
 
 
 # In the end it does what Orbax' other writes may do, by chance of timing, after the one that fails.

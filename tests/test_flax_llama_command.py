@@ -43,8 +43,9 @@ WRONG = """
 --matrix-lr-ratio 0|--schedule step|--warmup 2|--final-lr 2|--weight-decay -1|--b2 2|--eps 0
 --clip-by x|--rank 1000|--update-proj-gap 0|--scale 0|--projector none|--transport none
 --residual none|--projector-dtype int2|--refresh never|--steps 0|--dtype int8|--param-dtype float16
---attention flash|--on-nan x|--eval-every 0|--new-data|--resume|--wandb p
---optimizer adamw --residual sign|--layerwise --on-nan skip|--clip-by layer
+--attention flash|--on-nan x|--eval-every 0|--new-data|--resume|--wandb p|--data=|--tokenizer=
+--optimizer adamw --residual sign --rank 4|--layerwise --on-nan skip|--clip-by layer
+--moment-dtype bfloat16 --optimizer lion|--init-step best|--max-bad-lines 3|--stochastic-rounding
 --optimizer apollo_adamw --transport rotate|--optimizer galore_lion --transport rotate
 """
 
@@ -85,10 +86,41 @@ def test_a_command_that_cleans_up_is_interrupted_in_a_line(capsys):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)
 
-    with pytest.raises(SystemExit) as stopped:
-        interrupted()
+    # As while the program was imported, it would quit at once.
+    previous = signal.signal(signal.SIGINT, lambda *_: done.append("quit"))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert done.pop() == "quit"
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert stopped.value.code == 130
     assert (done, capsys.readouterr().err) == (["cleaned up"], "Interrupted.\n")
+
+
+def read_line(process, seconds):
+    """The next line of a process, which must come soon."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        assert selector.select(seconds), "no answer"
+    return process.stdout.readline()
+
+
+@pytest.mark.long("a process of its own, which is interrupted before it has imported anything")
+def test_a_signal_is_answered_in_a_line_while_a_program_is_imported():
+    process = start("-X", "importtime", "-m", "examples.flax_llama.sample", "--help")
+    try:
+        while not read_line(process, 60).endswith(" examples.flax_llama\n"):
+            pass
+        process.send_signal(signal.SIGINT)
+        output = process.stdout.read()
+        assert process.wait(5) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+        process.stdout.close()
+    lines = [line for line in output.splitlines() if not line.startswith("import time:")]
+    assert lines == ["Interrupted."]
 
 
 def test_signals_that_a_program_is_started_without_stay_so():
@@ -120,14 +152,6 @@ def compile(*_):
 train.compile_update = compile
 train.main()
 """
-
-
-def read_line(process, seconds):
-    """The next line of a process, which must come soon."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        assert selector.select(seconds), "no answer"
-    return process.stdout.readline()
 
 
 @pytest.mark.long("a process of its own, which compiles when the signals come")

@@ -5,8 +5,10 @@ import dataclasses
 import json
 import logging
 import math
+import pathlib
 import re
 import shlex
+import shutil
 import sys
 
 import jax
@@ -57,9 +59,9 @@ def really(text, tmp_path_factory):
 def note(monkeypatch, names, train):
     """Lets `train` be what trains runs, whose names are noted."""
 
-    def noting(config):
+    def noting(config, how_to_go_on):
         names.append(config.out.name)
-        return train(config)
+        return train(config, how_to_go_on)
 
     monkeypatch.setattr(module, "train", noting)
 
@@ -92,7 +94,7 @@ def rows(report, start):
 def test_every_optimizer_has_its_own_defaults(text, tmp_path, monkeypatch):
     configs = []
 
-    def train(config):
+    def train(config, _):
         configs.append(config)
         config.out.mkdir(parents=True)
         raise FloatingPointError("it is enough to know what would be trained")
@@ -354,12 +356,39 @@ def test_new_values_are_trained_beside_finished_runs(pretended, trained):
     assert len(more.runs) == 3
 
 
+def test_a_run_that_is_stopped_tells_how_to_go_on_with_all(text, tmp_path, monkeypatch):
+    told = []
+
+    def train(config, how_to_go_on):
+        told.append(how_to_go_on)
+        return pretend(config)
+
+    monkeypatch.setattr(module, "train", train)
+    shared = tiny(text, steps=3, out=tmp_path / "out")
+    comparison = compare(shared, ("galore_adamw",), ("galore_adamw=0.01,0.02",), seeds=2)
+    assert told == [comparison.command] * 3
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="of Linux")
+@pytest.mark.parametrize("name", ["losses.png", "report.md.partial"])
+def test_a_full_disk_is_told_of_the_report(pretended, tmp_path, trained, name):
+    shared = dataclasses.replace(pretended[0], out=tmp_path / "out")
+    shutil.copytree(pretended[0].out, shared.out)
+    (shared.out / name).unlink(missing_ok=True)
+    (shared.out / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as found:
+        compare(shared, OPTIMIZERS, SWEEP, seeds=2)
+    assert found.value.filename.startswith(str(shared.out))
+    assert trained == []
+
+
 @pytest.mark.ci
 def test_an_interrupted_run_goes_on_to_the_same_end(really, tmp_path, monkeypatch):
     shared, comparison = really
     first = comparison.runs[0]
     word = f"adamw={first.settings['lr']}"
-    shared_here = dataclasses.replace(shared, save_every=2, out=tmp_path / "out")
+    own = {"rank": None, "update_proj_gap": None}  # for which adamw has no use
+    shared_here = dataclasses.replace(shared, save_every=2, out=tmp_path / "out", **own)
     update = training.RunLog.update
 
     def interrupted(log, step, values):
@@ -386,7 +415,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(really, tmp_path, monkeypatc
 
 
 def test_a_rate_that_diverges_loses_and_is_not_trained_again(text, tmp_path, trained):
-    shared = tiny(text, steps=3, warmup=0.0, clip=0.0, out=tmp_path / "out")
+    own = {"rank": None, "update_proj_gap": None}  # for which sgd has no use
+    shared = tiny(text, steps=3, warmup=0.0, clip=0.0, out=tmp_path / "out", **own)
     comparison = compare(shared, ("sgd",), ("sgd=0.1,1e38",))
     assert comparison.best["sgd"][0].settings["lr"] == 0.1
     (diverged,) = [run for run in comparison.runs if run.diverged]
@@ -410,7 +440,8 @@ def test_a_rate_that_diverges_loses_and_is_not_trained_again(text, tmp_path, tra
         ({"resume": True}, (), "resume=True: leave it out"),
         ({}, ("galore_adamw.rank=4,16",), "rank=16: expected 1 to 15"),
         ({}, ("galore_adamw.projector=svd,none",), "projector='none': expected one of svd"),
-        ({"residual": "sign"}, (), "residual='sign' needs an optimizer .*='adamw' is none"),
+        ({}, ("adamw.scale=0.25",), "scale=0.25 has no effect with optimizer='adamw', only"),
+        ({"momentum": 0.9}, (), "momentum=0.9 has no effect with optimizer='adamw', optimizer='g"),
         ({"batch": 0}, (), "batch=0: expected at least 1"),
     ],
 )
@@ -441,7 +472,7 @@ def test_a_directory_of_something_else_is_left_alone(text, tmp_path):
 
 def test_runs_with_other_settings_are_not_mixed(done):
     shared, _ = done
-    with pytest.raises(UsageError, match="of another configuration: steps was 6 and is 7"):
+    with pytest.raises(UsageError, match="of another configuration: steps=7, which was 6"):
         compare(dataclasses.replace(shared, steps=7), OPTIMIZERS, SWEEP)
 
 

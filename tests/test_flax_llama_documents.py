@@ -139,11 +139,14 @@ def test_a_file_that_is_not_compressed_as_its_name_says_is_an_error(tmp_path, co
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', "not JSON: Expecting"),
+        (
+            b'{"text": "a"',
+            "not JSON: Expecting .*; of JSON files each line is read as an object of",
+        ),
         (b'{"text": "\xff"}', "not UTF-8: .* 0xff"),
         (b'{"content": "a"}', "expected an object with a string 'text', got .*content"),
         (b'{"text": null}', "expected an object with a string 'text'"),
-        (b'["text"]', "expected an object with a string 'text'"),
+        (b'["text"]', "expected an object with a string 'text', got .*; of JSON files each line"),
         (b'{"text": "\\ud83d"}', "half a surrogate pair"),
     ],
 )
@@ -184,6 +187,7 @@ def test_globs_and_lists_are_expanded_in_order(tmp_path):
     ("name", "message"),
     [
         ("none.txt", "none.txt does not exist"),
+        ("table.csv,", "data='' is empty, or has nothing before or after a comma"),
         ("*.md", "md' matches no file"),
         ("empty.txt", "empty.txt is empty"),
         ("table.csv", r"table.csv: expected a name that ends in one of .txt, .*.jsonl"),
@@ -338,6 +342,28 @@ def test_bad_lines_are_left_out_and_counted_once_where_that_is_asked_for(tmp_pat
     message = r"line 14: .* one more than max_bad_lines=6; the first is .*a.jsonl, line 2\."
     with pytest.raises(UsageError, match=message):
         list(few.documents())
+
+
+def test_a_field_that_was_meant_is_told_once_and_again_in_the_end(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", nested("abcdefgh"))
+    reading = Reading(on_bad_line="skip", max_bad_lines=8)
+    assert [*files.File(path, reading).documents()] == []
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 5 + 1
+    hint = "--text-field NAME could name meta.content, id."
+    assert [line for line in shown if "NAME" in line] == [hint]
+    assert reading.summary() == f"Left out 8 lines that are no text. {hint}"
+    with pytest.raises(UsageError, match=rf"^Too few\. Left out 8 lines .*{hint}$"), reading.told():
+        raise UsageError("Too few.")
+    few = files.File(path, Reading(on_bad_line="skip", max_bad_lines=7))
+    message = (
+        r"text_field=NAME could name meta\.content, id\. That is one more than max_bad_lines=7"
+    )
+    with pytest.raises(UsageError, match=message):
+        list(few.documents())
+    # What is enough is not complained of.
+    with pytest.raises(UsageError, match=r"^Other\.$"), Reading().told():
+        raise UsageError("Other.")
 
 
 def test_a_bad_line_of_a_text_and_of_the_hub_is_left_out_alone(tmp_path, c4, capsys):

@@ -1,6 +1,8 @@
 """Perplexity and its standard error against loops, formulas and the bootstrap."""
 
 import dataclasses
+import inspect
+import json
 import math
 import re
 
@@ -69,6 +71,43 @@ def test_other_text_is_evaluated_whole(run, tmp_path):
     assert scores["tokens"] == 371
 
 
+def test_other_text_may_have_another_field_and_lines_without_one(run, tmp_path, capsys):
+    config, _ = run
+    texts = ["abcd efgh " * 3, "hgfe"]
+    lines = [json.dumps({"body": text}) for text in texts]
+    (tmp_path / "other.jsonl").write_text("\n".join([lines[0], "{]", lines[1]]))
+    scores = evaluate.evaluate(
+        config.out, data=str(tmp_path / "other.jsonl"), text_field="body", on_bad_line="skip"
+    )
+    # Their bytes, and an end for each.
+    assert scores["tokens"] == sum(len(text) + 1 for text in texts)
+    assert "Left out 1 line that is no text." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ("--data {path}", {"--text-field", "--on-bad-line"}),
+        ("--data {path} --on-bad-line skip", {"--text-field", "--data"}),
+        ("--tokens 1000000000", {"--data"}),
+        ("--data missing.txt", {"--data"}),
+    ],
+)
+def test_what_an_error_tells_to_type_there_is(run, tmp_path, monkeypatch, given, flags):
+    (tmp_path / "other.jsonl").write_text('{"body": "abcd"}\n')
+    words = given.format(path=tmp_path / "other.jsonl").split()
+    monkeypatch.setattr("sys.argv", ["evaluate", "--run", str(run[0].out), *words])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    line = stopped.value.code
+    assert flags <= set(re.findall(r"--[a-z-]+", line))
+    own = set(inspect.signature(evaluate.evaluate).parameters)
+    # The other one is for a training run, and says so.
+    told = {f.removeprefix("--").replace("-", "_") for f in re.findall(r"--[a-z-]+", line)}
+    assert told - own <= {"valid_data"}
+    assert not re.search(r"\b\w+=\w", line)
+
+
 def test_standard_error_is_that_of_equal_rows_in_the_textbook_case():
     sums = np.random.default_rng(0).normal(80.0, 9.0, size=50)
     result = evaluate.summarize(sums, np.full(50, 20))
@@ -116,8 +155,10 @@ def test_many_devices_find_what_one_does(run, tmp_path):
     [
         ({"tokens": 0}, "tokens=0: expected at least 1"),
         ({"batch": 0}, "batch=0: expected at least 1"),
-        ({"step": "7"}, "no checkpoint 7: it has"),
-        ({"step": "worst"}, "no checkpoint worst: it has"),
+        ({"step": "7"}, "step=7: there is no such checkpoint"),
+        ({"step": "worst"}, "step=worst: there is no such checkpoint"),
+        ({"text_field": "body"}, "text_field='body' has no effect without data=PATH"),
+        ({"max_bad_lines": 3}, "max_bad_lines=3 has no effect without on_bad_line='skip'"),
         ({"tokens": 10**9}, "There are only"),
         ({"data": "missing.txt"}, "missing.txt"),
     ],

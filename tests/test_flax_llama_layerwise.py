@@ -169,7 +169,6 @@ def test_clipping_by_layer_bounds_the_update_of_each(text):
     ("settings", "message"),
     [
         ({"layerwise": True, "on_nan": "skip"}, "on_nan='skip' looks at the whole gradient"),
-        ({"clip_by": "layer"}, "clip_by='layer' needs layerwise=True"),
         ({"clip_by": "leaf"}, "clip_by='leaf': expected one of global, layer"),
     ],
 )

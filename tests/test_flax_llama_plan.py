@@ -527,6 +527,7 @@ def test_a_plan_without_settings_is_of_the_run_without_settings():
         "7",
         "--accumulate",
         "4",
+        "--layerwise",
         "--clip-by",
         "layer",
         "--data",

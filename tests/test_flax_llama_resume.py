@@ -1,6 +1,7 @@
 """Runs that are interrupted and go on, against runs that never were."""
 
 import dataclasses
+import json
 import os
 import random
 import re
@@ -20,8 +21,9 @@ from flax_llama_runs import (
     write_text,
 )
 
-from examples.flax_llama import train
+from examples.flax_llama import evaluate, history, train
 from examples.flax_llama.interrupts import answered
+from examples.flax_llama.usage import UsageError
 
 # A refresh is due every 2 updates: the checkpoint after 3 is in the middle of a gap.
 SAVED, STEPS, GAP = 3, 6, 2
@@ -34,8 +36,9 @@ TRAIN = """
 import sys
 from pathlib import Path, PosixPath
 import jax
-from examples.flax_llama import train
+from examples.flax_llama import evaluate, history, train
 from examples.flax_llama.interrupts import answered
+from examples.flax_llama.usage import UsageError
 from examples.flax_llama.config import Config
 for devices, config in eval(sys.argv[1]):
     mesh = jax.make_mesh(
@@ -62,8 +65,10 @@ def test_a_signal_saves_and_exits_with_zero_and_a_resumed_run_ends_like_one_that
     text, tmp_path, monkeypatch, capsys
 ):
     """Bit for bit; with a refresh in the middle, and signals of both kinds."""
-    config = tiny(text, steps=7, eval_every=7, update_proj_gap=3, out=tmp_path / "undisturbed")
+    config = tiny(text, steps=7, eval_every=3, update_proj_gap=3, out=tmp_path / "undisturbed")
     train.train(config)
+    # Whoever trains may know of another command that goes on with the run.
+    other = f"{train.RESUME}{tmp_path / 'stopped'} --keep 9"
     stopped = dataclasses.replace(config, save_every=100, out=tmp_path / "stopped")
     update = train.RunLog.update
     signals = {2: signal.SIGTERM, 4: signal.SIGINT}
@@ -76,16 +81,47 @@ def test_a_signal_saves_and_exits_with_zero_and_a_resumed_run_ends_like_one_that
     monkeypatch.setattr(train.RunLog, "update", signalled)
     for step in (2, 4):
         with answered(), pytest.raises(SystemExit) as exit:
-            train.train(stopped)
+            train.train(stopped, other if step == 2 else None)
         assert exit.value.code == 0
         output = capsys.readouterr().out
         assert f"Stopped after update {step}, which is saved. To go on:\n{train.RESUME}" in output
+        assert (other in output) == (step == 2)
         command = output.splitlines()[-1].split()
         assert command[:3] == ["python", *COMMAND]
         stopped = train.from_command_line(command[3:])
+    shutil.copytree(stopped.out, tmp_path / "ended")
     train.train(stopped)
     assert signals == {}
     assert_same_end(config.out, stopped.out, config.steps)
+    ends_where_it_is(tmp_path / "ended", step)
+
+
+def ends_where_it_is(out, step):
+    """An interrupted run is evaluated, and finished, if it is to have no more updates."""
+
+    def go_on(*given):
+        return train.train(train.from_command_line(["--out", str(out), "--resume", *given]))
+
+    before = contents(out)
+    with pytest.raises(UsageError, match=f"steps={step - 1}, which was 7 .* {step} ends the run"):
+        go_on("--steps", str(step - 1))
+    with pytest.raises(UsageError, match=r"^lr=0.5 would hold .*: give more updates as well"):
+        go_on("--steps", str(step), "--lr", "0.5")
+    assert contents(out) == before
+    result = go_on("--steps", str(step))
+    assert [record["step"] for record in result.valid] == [3, step]
+    scores = evaluate.evaluate(out, tokens=200, step="best")
+    assert result.valid[-1]["valid_loss"] == pytest.approx(scores["loss"], rel=1e-6)
+    assert json.loads((out / "config.json").read_text())["train"]["steps"] == step
+    (*_, entry) = history.read_history(out)
+    assert (entry.step, entry.changes) == (step, {"steps": [7, step]})
+    ended = contents(out)
+    assert go_on().valid == result.valid
+    assert contents(out) == ended
+
+
+def contents(directory):
+    return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")

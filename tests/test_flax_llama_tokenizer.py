@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -155,13 +156,23 @@ def test_vocabularies_without_room_for_all_bytes_are_refused(spec, message):
 )
 def test_files_that_are_no_tokenizers_are_named(tmp_path, name, contents):
     (tmp_path / name).write_bytes(contents)
-    with pytest.raises(UsageError, match=rf"tokenizer=.*{name} cannot be read as one: "):
+    with pytest.raises(UsageError, match=rf"tokenizer='.*{name}' cannot be read as a tokenizer: "):
         load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="of Linux")
+def test_a_full_disk_is_told_of_the_tokenizer_in_a_line(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "new.json"
+    (tmp_path / "new.json.partial").symlink_to("/dev/full")
+    words = ["--data", str(corpus), "--out", str(out), "--vocab-size", "300"]
+    monkeypatch.setattr("sys.argv", ["train_tokenizer", *words])
+    with pytest.raises(SystemExit, match=rf"^error: {out}: the disk is full\.$"):
+        train_tokenizer.main()
 
 
 def test_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("a")
-    with pytest.raises(UsageError, match=r"vocab.txt: expected a file called \*.json or \*.model"):
+    with pytest.raises(UsageError, match=r"vocab.txt': expected a file called \*.json or \*.model"):
         load_tokenizer(tmp_path / "vocab.txt")
 
 

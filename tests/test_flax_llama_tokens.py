@@ -1,13 +1,15 @@
 """The directory of the tokenize command: what is in it, and that it is whole or not there."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 
 from examples.flax_llama import tokenize, tokens
 from examples.flax_llama.config import UsageError
-from examples.flax_llama.tokenizer import train_tokenizer
+from examples.flax_llama.tokenizer import load_tokenizer, train_tokenizer
 from examples.flax_llama.tokens import Tokens, load_tokens, write_tokens
 
 # No version of JAX has a part in it.
@@ -127,10 +129,23 @@ def test_a_damaged_directory_is_refused(written, damage, message):
         load_tokens(written)
 
 
+def test_a_full_disk_is_told_of_the_directory(written, tmp_path, monkeypatch):
+    """Which then is not there, nor anything else."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tokens.Tokenizer, "save", full)
+    out = tmp_path / "new" / "tokens"
+    with pytest.raises(OSError, match=rf"No space left on device: '{out}'"):
+        write_tokens(out, [TEXTS], load_tokenizer(written))
+    assert [*out.parent.iterdir()] == []
+
+
 def test_ids_too_small_for_the_tokenizer_are_refused(written, monkeypatch):
     larger = train_tokenizer(TEXTS, "bpe:300", eos=True)
     larger.vocab_size = 65_537
-    monkeypatch.setattr(tokens, "load_tokenizer", lambda _: larger)
+    monkeypatch.setattr(tokens, "load_tokenizer", lambda *_: larger)
     with pytest.raises(UsageError, match=r"dtype='uint16' cannot hold .* 65537 ids: .* uint32"):
         load_tokens(written)
 

@@ -5,6 +5,7 @@ the first update is: `commit` then writes the settings, the data's fingerprint a
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from examples.flax_llama.changes import (
     changes,
     check_allowed,
     config_of,
+    in_words,
     refuse,
     settings_of,
 )
@@ -38,7 +40,7 @@ from examples.flax_llama.history import (
     read_history,
     validated_since,
 )
-from examples.flax_llama.optimizers import learning_rate
+from examples.flax_llama.optimizers import learning_rate, size_of_updates
 from examples.flax_llama.run_directory import read_settings, write_settings
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.tokenizer import (
@@ -60,6 +62,8 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 class Beginning:
     """What a process begins with."""
 
+    # The settings that hold from here on, resolved.
+    config: Config
     fingerprint: Fingerprint
     # Updates that are done.
     step: int = 0
@@ -75,16 +79,32 @@ class Beginning:
     new_validation: bool = False
 
     @property
+    def finished(self) -> bool:
+        """Whether no update is left: the run has ended, or is to end where it is."""
+        return 0 < self.step == self.config.steps
+
+    @property
+    def to_write(self) -> bool:
+        """Whether something has changed in a run that has no update left."""
+        kinds = [RULES[name].kind for name in self.changes]
+        return self.finished and ("steps" in self.changes or Kind.DATA in kinds)
+
+    @property
     def anew(self) -> bool:
         """Whether the optimizer's moments and subspaces begin anew."""
         return any(RULES[name].kind is Kind.ANEW for name in self.changes)
 
     @property
+    def computed(self) -> list[str]:
+        """The changes that what is computed depends on."""
+        kinds = (Kind.NOW, Kind.ANEW)
+        found = [name for name in self.changes if RULES[name].kind in kinds]
+        return found + ["data"] * self.new_data + ["valid_data"] * self.new_validation
+
+    @property
     def entry(self) -> Entry:
         """What the history has of it."""
-        computed = (Kind.NOW, Kind.ANEW)
-        marked = [name for name in self.changes if RULES[name].kind in computed]
-        marked += ["data"] * self.new_data + ["valid_data"] * self.new_validation
+        marked = self.computed
         return Entry(
             self.step,
             self.changes,
@@ -96,12 +116,18 @@ class Beginning:
     def lines(self) -> list[str]:
         """What there is to tell before it begins."""
         changed = [f"  {line}" for line in self.entry.lines(self.changes)]
-        heading = [f"Changed from update {self.step + 1} on:"] if changed else []
-        return heading + changed + [f"Note: {note}." for note in self.notes]
+        if not self.finished:
+            heading = f"Changed from update {self.step + 1} on:"
+        elif self.to_write:
+            heading = "Changed:"
+        else:
+            heading = "Not changed, since no update is left that it could hold for:"
+        return [heading] * bool(changed) + changed + [f"Note: {note}." for note in self.notes]
 
-    def settings(self, config: Config) -> dict[str, Any]:
+    @property
+    def settings(self) -> dict[str, Any]:
         """What a checkpoint says of itself."""
-        return settings_of(config) | {DIGESTS: digests(self.fingerprint)}
+        return settings_of(self.config) | {DIGESTS: digests(self.fingerprint)}
 
 
 def digests(fingerprint: Fingerprint) -> dict[str, str]:
@@ -118,20 +144,23 @@ def begin(config: Config) -> Beginning:
         return go_on(config, config.out)
     if config.init_from is not None:
         check_source(config, config.init_from)
-    return Beginning(fingerprint_of(config))
+    return Beginning(config, fingerprint_of(config))
 
 
 def go_on(config: Config, out: Path) -> Beginning:
     """How a run goes on from its last checkpoint; from its start where it has none yet."""
     step, settings = last_checkpoint(out)
     stored = config_of(settings)
-    differ = check_allowed(stored, config, step)
+    # A run that has no update left is what it says of itself, however its last checkpoint was made.
+    written = config_of(read_settings(out)["train"])
+    differ = check_allowed(written if 0 < step == config.steps else stored, config, step)
     if "tokenizer" in differ:
         check_tokenizer(config, stored, out)
-    now, before = fingerprint_of(config), read_fingerprint(out)
+    now, before = fingerprint_now(config), read_fingerprint(out)
     changed = check_data(config, out, now, before)
     was = settings.get(DIGESTS) or digests(before or now)
     found = Beginning(
+        config,
         now,
         step,
         stored if step else None,
@@ -141,10 +170,50 @@ def go_on(config: Config, out: Path) -> Beginning:
     )
     if found.new_data:
         differ["data"] = [stored.data, f"{config.data}: {changed or 'as changed before'}"]
+    if found.finished:
+        return at_its_end(found, stored)
     notes = [RULES[name].note.format(name=name) for name in differ if RULES[name].note]
     if step:
         found.notes.extend(dict.fromkeys(notes + remarks(found, config, out, before)))
     return found
+
+
+def at_its_end(found: Beginning, stored: Config) -> Beginning:
+    """A run that has no update left, with the settings that it was trained with.
+
+    Raises:
+      UsageError: other settings are asked for, which could hold for no update.
+    """
+    config = found.config
+    vain = [name for name in found.computed if name in found.changes.keys() - {"steps"}]
+    vain = [name for name in vain if name not in config.by_default]
+    vain += ["new_data"] * (not vain and (found.new_data or found.new_validation))
+    if vain:
+        given = " and ".join(f"{name}={getattr(config, name)!r}" for name in vain)
+        raise UsageError(
+            f"{given} would hold from the next update on, and out={config.out} has none left after "
+            f"{found.step}: give more updates as well, steps=N, or leave it out."
+        )
+    kinds = (Kind.PROCESS, Kind.FREE, Kind.DATA)
+    given = {name: getattr(config, name) for name in RULES if RULES[name].kind in kinds}
+    config = dataclasses.replace(stored, **given, steps=found.step)
+    return dataclasses.replace(found, config=config)
+
+
+def fingerprint_now(config: Config) -> Fingerprint:
+    """The fingerprint of the data of a run that goes on.
+
+    Raises:
+      UsageError: some of it cannot be read; says how to name the place that it has moved to.
+    """
+    try:
+        return fingerprint_of(config)
+    except UsageError as error:
+        name = "valid_data" if "valid_data=" in str(error) else "data"
+        raise UsageError(
+            f"{error} If the files of the run have moved, {name}=PLACE names where they are now, "
+            "under the same names."
+        ) from error
 
 
 def remarks(found: Beginning, config: Config, out: Path, before: Fingerprint | None) -> list[str]:
@@ -156,6 +225,8 @@ def remarks(found: Beginning, config: Config, out: Path, before: Fingerprint | N
             f"the learning rate of update {found.step + 1} would have been {was:.3g} and is "
             f"{now:.3g}"
         )
+    if found.stored and "optimizer" in found.changes and "lr" not in found.changes:
+        said += of_the_learning_rate(found.stored, config)
     if found.anew:
         said.append(
             "the optimizer's moments and subspaces begin anew; weights, learning-rate schedule and "
@@ -189,6 +260,20 @@ def remarks(found: Beginning, config: Config, out: Path, before: Fingerprint | N
             "GPU"
         )
     return said
+
+
+def of_the_learning_rate(was: Config, now: Config) -> list[str]:
+    """What there is to say of a learning rate that was another optimizer's."""
+    before, after = size_of_updates(was), size_of_updates(now)
+    still = f"the learning rate is still {now.lr:g}, which was one for {was.optimizer}"
+    if before is None or after is None:
+        return [f"{still}: {now.optimizer} may want another (--lr), of a size that --help gives"]
+    if math.isclose(before, after):
+        return []
+    return [
+        f"{still}: {now.optimizer} moves the layers' matrices as far with --lr "
+        f"{now.lr * before / after:.2g}, by galore_optax.learning_rate_from_adamw"
+    ]
 
 
 def check_data(config: Config, out: Path, now: Fingerprint, before: Fingerprint | None) -> str:
@@ -226,7 +311,7 @@ def check_tokenizer(config: Config, stored: Config, out: Path) -> None:
         config.tokenizer is not None
         and not is_trained_here(config.tokenizer)
         and tokenizer_files(out)
-        and load_tokenizer(config.tokenizer).to_bytes() == load_tokenizer(out).to_bytes()
+        and load_tokenizer(config.tokenizer).to_bytes() == load_tokenizer(out, None).to_bytes()
     )
     if not same:
         differ = {"tokenizer": [stored.tokenizer, config.tokenizer]}
@@ -248,14 +333,12 @@ def check_source(config: Config, source: Path) -> None:
       UsageError: says what differs, and what would be right.
     """
     with open_run(source) as checkpoints:
-        stored = config_of(checkpoints.settings(checkpoints.find(config.init_step)))
+        stored = config_of(checkpoints.settings(checkpoints.find(config.init_step, "init_step")))
     differ = changes(stored, config)
     names = of_the_source(weights_only=config.weights_only)
     if found := [name for name in differ if name in names]:
-        said = "; ".join(
-            f"{name} was {differ[name][0]!r} and is {differ[name][1]!r}" for name in found
-        )
         what = "Leave that out" if set(found) & set(MODEL) else "Give weights_only=True"
+        said = in_words(dict.fromkeys(found, ""), differ)
         raise UsageError(f"init_from={source} is of another configuration: {said}. {what}.")
 
 
@@ -266,19 +349,20 @@ def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
       UsageError: they are.
     """
     source = config.init_from
-    if source is not None and load_tokenizer(source).to_bytes() != tokenizer.to_bytes():
+    if source is not None and load_tokenizer(source, None).to_bytes() != tokenizer.to_bytes():
         raise UsageError(
             f"init_from={source} has another tokenizer than tokenizer={config.tokenizer}: take "
             f"tokenizer={source}."
         )
 
 
-def commit(beginning: Beginning, config: Config, shape: LlamaConfig) -> None:
+def commit(beginning: Beginning, shape: LlamaConfig) -> None:
     """Writes, on the first process, that a run has begun or goes on in this way.
 
     Each file is written whole or not at all. Wherever a process ends in between, a resumed run
     compares with its last checkpoint, and finds the same changes again.
     """
+    config = beginning.config
     out = config.out
     if out is None or jax.process_index() > 0:
         return

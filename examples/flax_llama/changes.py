@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.flax_llama.config import Config
+from examples.flax_llama.effects import has_effect
 from examples.flax_llama.usage import UsageError
 
 
@@ -42,7 +43,7 @@ ROUND_OFF = "with another {name}, what is computed is the same to round-off, not
 WEIGHTS = "init_from=RUN with weights_only=True starts a new run from the weights of this one"
 
 RULES: dict[str, Rule] = {
-    **rules(Kind.PROCESS, "out", "resume", "new_data", "distributed", "quiet"),
+    **rules(Kind.PROCESS, "out", "resume", "new_data", "distributed", "quiet", "by_default"),
     **rules(Kind.FREE, "eval_every", "save_every", "keep", "tensorboard", "wandb"),
     **rules(Kind.FREE, "on_bad_line", "max_bad_lines"),
     **rules(Kind.NOW, "steps", "lr", "schedule", "warmup", "cooldown", "final_lr"),
@@ -101,19 +102,27 @@ def config_of(settings: dict[str, Any]) -> Config:
     """
     known: dict[str, Any] = {k: v for k, v in settings.items() if k not in RETIRED | {DIGESTS}}
     known |= {name: Path(known[name]) for name in ("out", "init_from") if known.get(name)}
+    by_default = known.pop("by_default", None)
     try:
-        return Config(**known)
+        config = Config(**known)
     except TypeError as error:
         raise UsageError(f"These are not the settings of this version: {error}") from error
+    if by_default is None:
+        # An earlier version did not say: what is as it would be by default.
+        by_default = [k for k, v in config.defaults().items() if getattr(config, k) == v]
+    return dataclasses.replace(config, by_default=tuple(by_default))
 
 
 def changes(was: Config, now: Config) -> dict[str, list[Any]]:
-    """What differs between two resolved configurations, as [was, is], but for a process' own."""
+    """What differs between two resolved configurations, as [was, is], but for a process' own.
+
+    What has no effect any more has not changed by itself: what it depended on has.
+    """
     before, after = settings_of(was), settings_of(now)
     return {
-        name: [before[name], after[name]]
+        name: [before[name] if has_effect(was, name) else None, after[name]]
         for name, rule in RULES.items()
-        if rule.kind is not Kind.PROCESS and before[name] != after[name]
+        if rule.kind is not Kind.PROCESS and before[name] != after[name] and has_effect(now, name)
     }
 
 
@@ -137,8 +146,8 @@ def check_allowed(was: Config, now: Config, done: int) -> dict[str, list[Any]]:
     """
     differ = changes(was, now)
     reasons = {name: RULES[name].note for name in differ if RULES[name].kind is Kind.NEVER}
-    if "steps" in differ and now.steps <= done:
-        reasons["steps"] = f"{done} updates are done: it takes at least {done + 1}"
+    if "steps" in differ and now.steps < done:
+        reasons["steps"] = f"{done} updates are done: {done} ends the run there, and more go on"
     refuse(now, reasons, differ)
     return differ
 
@@ -146,12 +155,16 @@ def check_allowed(was: Config, now: Config, done: int) -> dict[str, list[Any]]:
 def refuse(config: Config, reasons: dict[str, str], differ: dict[str, list[Any]]) -> None:
     """Raises UsageError for the settings that there are reasons against."""
     if reasons:
-        said = "; ".join(
-            f"{name} was {differ[name][0]!r} and is {differ[name][1]!r}"
-            + (f" ({reason})" if reason else "")
-            for name, reason in reasons.items()
-        )
         raise UsageError(
-            f"out={config.out} is of another configuration: {said}. Leave out what is not to "
-            "change, or name another directory."
+            f"out={config.out} is of another configuration: {in_words(reasons, differ)}. Leave out "
+            "what is not to change, or name another directory."
         )
+
+
+def in_words(reasons: dict[str, str], differ: dict[str, list[Any]]) -> str:
+    """Some changes, each with the reason why it is mentioned, if there is one."""
+    return "; ".join(
+        f"{name}={differ[name][1]!r}, which was {differ[name][0]!r}"
+        + (f" ({reason})" if reason else "")
+        for name, reason in reasons.items()
+    )

@@ -7,10 +7,8 @@ projectors and rounding are functions of the seed, which is in the configuration
 
 import contextlib
 import dataclasses
-import errno
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +18,17 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_manager, checkpoint_managers
 
 import galore_optax
 from examples.flax_llama.changes import config_of
 from examples.flax_llama.model import Llama
-from examples.flax_llama.optimizer_state import arrays
 from examples.flax_llama.run_directory import read_settings
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.step import State, initial_params
+from examples.flax_llama.stored import check_arrays, has_version
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
-from examples.flax_llama.usage import UsageError
+from examples.flax_llama.usage import UsageError, file_and_reason, first_line, reason
 
 DIRECTORY = "checkpoints"
 
@@ -132,18 +130,34 @@ class Checkpoints:
         """The numbers of updates after which there is a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def find(self, which: int | str) -> int:
+    def find(self, which: int | str, name: str = "step") -> int:
         """The number of updates of a checkpoint that is named by it, "last" or "best".
+
+        Args:
+          which: of them.
+          name: of the setting that says so, for errors.
 
         Raises:
           UsageError: there is none.
         """
         named = {"last": self._manager.latest_step(), "best": self._manager.best_step()}
-        step = named.get(which, which) if isinstance(which, str) else which
-        if not isinstance(step, int) or step not in self.steps:
-            there = ", ".join(map(str, self.steps)) or "none"
-            raise UsageError(f"{self.path} has no checkpoint {which}: it has {there}.")
+        step = int(which) if str(which).isdecimal() else named.get(str(which))
+        if not self.steps:
+            raise UsageError(f"There is no checkpoint in {self.path.parent} yet.")
+        if which == "best" and step is None:
+            raise UsageError(
+                f"{name}='best': no checkpoint in {self.path} has a validation loss yet; those "
+                f"there are, {self}, are named by their number of updates or 'last'."
+            )
+        if step not in self.steps:
+            raise UsageError(
+                f"{name}={which}: there is no such checkpoint in {self.path}; expected 'last', "
+                f"'best', or a number of updates of {self}."
+            )
         return step
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.steps)) or "none"
 
     def improves(self, valid_loss: float | None) -> bool:
         """Whether a validation loss, if there is one, is lower than all that it compares with."""
@@ -176,14 +190,33 @@ class Checkpoints:
             data=grain.checkpoint.CheckpointSave(batches),
             settings=ocp.args.JsonSave(settings),
         )
-        finite = valid_loss is not None and math.isfinite(valid_loss)
-        comparable = {"valid_loss": valid_loss, "validated_since": self._validated_since}
-        metrics = comparable if finite else None
         self._writing = step
         try:
-            self._manager.save(step, args=items, metrics=metrics)
+            self._manager.save(step, args=items, metrics=self._metrics(valid_loss))
         except Exception as error:
             raise self._failed(error) from error
+
+    def add_loss(self, step: int, valid_loss: float) -> None:
+        """Gives a checkpoint that was saved without a validation loss one, as `save` would have.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        metrics = self._metrics(valid_loss)
+        if metrics is None or self._manager.metrics(step) is not None:
+            return
+        self._writing, name = step, checkpoint_manager.METRIC_ITEM_NAME
+        try:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=name)) as checkpointer:
+                checkpointer.save(self.path / str(step) / name, metrics)
+        except Exception as error:
+            raise self._failed(error) from error
+        self._manager.reload()
+
+    def _metrics(self, valid_loss: float | None) -> dict[str, float] | None:
+        if valid_loss is None or not math.isfinite(valid_loss):
+            return None
+        return {"valid_loss": valid_loss, "validated_since": self._validated_since}
 
     def wait(self) -> None:
         """Waits until everything is written.
@@ -251,73 +284,33 @@ class Checkpoints:
                 f"{advice}; nothing has been changed."
             ) from error
 
-    @contextlib.contextmanager
-    def told_of_errors(self) -> Iterator[None]:
-        """Where something else of the run cannot be written, says what checkpoints there are.
-
-        Raises:
-          CheckpointError: in place of an error of the operating system.
-        """
-        try:
-            yield
-        except OSError as error:
-            raise self._error(error.filename or "the run cannot go on", error) from error
-
     def _failed(self, error: Exception) -> CheckpointError:
-        return self._error(
-            f"the checkpoint after update {self._writing} could not be written", error
+        return CheckpointError(
+            f"the checkpoint after update {self._writing} could not be written: {reason(error)}"
         )
 
-    def _error(self, what: str, error: Exception) -> CheckpointError:
-        full = os.strerror(errno.ENOSPC) in str(error)
-        reason = "the disk is full" if full else getattr(error, "strerror", "") or first_line(error)
-        whole = ", ".join(str(step) for step in self.steps if step != self._writing) or "none"
-        return CheckpointError(f"{what}: {reason}. Whole checkpoints in {self.path}: {whole}.")
 
-
-def stored_arrays(path: Path) -> dict[str, str]:
-    """The dtype and shape of each array of a saved tree, by path."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return arrays(checkpointer.metadata(path).item_metadata.tree)
-
-
-def has_version(path: Path) -> bool:
-    """Whether a saved optimizer state says of which version it is, which those of 0.1 do not."""
-    try:
-        return any(name.split("/")[-1] == "version" for name in stored_arrays(path))
-    except Exception:  # whatever is wrong with it, reading it says so
-        return True
-
-
-def check_arrays(path: Path, like: Any) -> None:
-    """Refuses a saved tree with other arrays than `like`, before any of them is read.
-
-    Orbax casts those of another dtype without a word, and does not name those of another shape.
+@contextlib.contextmanager
+def told_of_errors(out: Path) -> Iterator[None]:
+    """Where something of a run cannot be written, says what checkpoints there are to go on from.
 
     Raises:
-      UsageError: an array has another shape or dtype, is missing, or should not be there.
+      CheckpointError: in place of one without that, or of an error of the operating system.
     """
-
-    def at(name: str, tree: dict[str, str]) -> str:
-        parts = [
-            f"{key[len(name) + 1 :]} {x}" for key, x in tree.items() if key.startswith(f"{name}/")
-        ]
-        return tree.get(name) or ", ".join(parts) or "absent"
-
-    stored, wanted = stored_arrays(path), arrays(like)
-    for name in sorted(stored.keys() | wanted.keys()):
-        if stored.get(name) != wanted.get(name):
-            raise UsageError(
-                f"{path} does not fit: {name} is {at(name, stored)}, and should be "
-                f"{at(name, wanted)}. Resume with the settings and the version of galore_optax "
-                "that it was made with; nothing has been changed."
-            )
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        what = file_and_reason(error) if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"{what}.{whole_checkpoints(out)}") from error
 
 
-def first_line(error: Exception) -> str:
-    """The beginning and the end of an error's first line, where the reason may be."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 200 else f"{line[:80]} ... {line[-110:]}"
+def whole_checkpoints(out: Path) -> str:
+    """A sentence about the checkpoints of a run, if it has got so far as to have any."""
+    with contextlib.suppress(OSError):
+        if (out / DIRECTORY).is_dir():
+            with Checkpoints(out, read_only=True) as checkpoints:
+                return f" Whole checkpoints in {checkpoints.path}: {checkpoints}."
+    return ""
 
 
 def last_checkpoint(out: Path) -> tuple[int, dict[str, Any]]:
@@ -363,7 +356,7 @@ def open_run(directory: Path) -> Checkpoints:
       UsageError: there are none yet.
     """
     if not (directory / DIRECTORY).is_dir():
-        raise UsageError(f"{directory} has no checkpoint yet.")
+        raise UsageError(f"There is no checkpoint in {directory} yet.")
     return Checkpoints(directory, read_only=True)
 
 
@@ -379,4 +372,4 @@ def load_run(directory: Path, step: int | str = "last") -> tuple[Llama, Tokenize
     shape = model_of(read_settings(directory))
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
     model = nnx.merge(graphdef, galore_optax.dequantize_params(params))
-    return model, load_tokenizer(directory)
+    return model, load_tokenizer(directory, None)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from examples.flax_llama.config import UsageError
-from examples.flax_llama.interrupts import answered
+from examples.flax_llama.interrupts import answered, raising
+from examples.flax_llama.usage import file_and_reason
 
 # A setting of a message and its value, if it has one: name='value', name=True, name=value, name.
 SETTING = r"(?<![\w/.'-])({names})(?:=('[^']*'|\"[^\"]*\"|True\b|False\b)|(=)|(?![\w/]|\.\w))"
@@ -33,11 +34,12 @@ def program(
       at_once: Ctrl-C and SIGTERM are answered at once, even where nothing can be cleaned up.
     """
     flags = {name: default for each in settings for name, default in defaults(each).items()}
-    with answered() if at_once else contextlib.nullcontext():
+    with answered() if at_once else raising():
         try:
             yield
         except (UsageError, OSError, *errors) as error:
-            line = f"error: {as_typed(str(error), flags)}"
+            said = f"{file_and_reason(error)}." if isinstance(error, OSError) else str(error)
+            line = f"error: {as_typed(said, flags)}"
             if status == 1:
                 raise SystemExit(line) from None
             print(line, file=sys.stderr)

@@ -23,8 +23,9 @@ from examples.flax_llama.changes import check_same
 from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config, UsageError, at_least_one
+from examples.flax_llama.effects import check_effects
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
-from examples.flax_llama.report import Comparison, Run
+from examples.flax_llama.report import Comparison, Run, command
 from examples.flax_llama.report_pictures import write_report
 from examples.flax_llama.run_directory import (
     EMPTY,
@@ -34,7 +35,7 @@ from examples.flax_llama.run_directory import (
 )
 from examples.flax_llama.step import check_divides, initial_params
 from examples.flax_llama.train import train
-from examples.flax_llama.writing import write_whole
+from examples.flax_llama.writing import make_directory, naming, write_whole
 
 RESULTS = "results.json"
 # In the directory of a run that has ended.
@@ -107,8 +108,13 @@ def run_name(config: Config, shared: Config, swept: Sequence[str]) -> str:
     return "-".join([config.optimizer, *(f"{name}{getattr(config, name)}" for name in shown)])
 
 
-def run(config: Config, out: Path) -> Run:
+def run(config: Config, out: Path, how_to_go_on: str) -> Run:
     """Trains in a directory, or goes on with that, or reads what came out of it before.
+
+    Args:
+      config: its settings, but for `out`.
+      out: the directory.
+      how_to_go_on: the command that goes on with all runs.
 
     Raises:
       UsageError: the directory has a run with other settings.
@@ -122,7 +128,7 @@ def run(config: Config, out: Path) -> Run:
     settings = {name: getattr(config, name) for name in SWEPT}
     scores, diverged = {}, None
     try:
-        result = train(config)
+        result = train(config, how_to_go_on)
     except FloatingPointError as error:
         diverged = str(error)
     else:
@@ -161,6 +167,23 @@ class Shared(Config):
     distributed: tyro.conf.Suppress[bool] = Config.distributed
 
 
+def check_shared(shared: Config, optimizers: Sequence[str]) -> Path:
+    """The directory of a comparison.
+
+    Raises:
+      UsageError: there is none, there is no such optimizer, or a setting has no effect on any.
+    """
+    if shared.out is None:
+        raise UsageError("A comparison needs a directory: out=DIRECTORY.")
+    if shared.resume or shared.new_data:
+        raise UsageError("resume=True: leave it out; a comparison always goes on where it was.")
+    for name in optimizers:
+        if name not in OPTIMIZERS:
+            raise UsageError(f"optimizers={name!r}: expected some of {', '.join(OPTIMIZERS)}.")
+    check_effects([dataclasses.replace(shared, optimizer=name) for name in optimizers], Config())
+    return shared.out
+
+
 def compare(
     shared: Annotated[Config, tyro.conf.arg(name="", constructor=Shared)],
     optimizers: tuple[str, ...] = ("adamw", "galore_adamw"),
@@ -183,14 +206,7 @@ def compare(
       UsageError: a setting cannot work, or the directory has something else in it.
     """
     at_least_one("seeds", seeds)
-    out = shared.out
-    if out is None:
-        raise UsageError("A comparison needs a directory: out=DIRECTORY.")
-    if shared.resume or shared.new_data:
-        raise UsageError("resume=True: leave it out; a comparison always goes on where it was.")
-    for name in optimizers:
-        if name not in OPTIMIZERS:
-            raise UsageError(f"optimizers={name!r}: expected some of {', '.join(OPTIMIZERS)}.")
+    out = check_shared(shared, optimizers)
     grids = parse_sweep(sweep, optimizers)
     resolved = shared.resolve()
 
@@ -204,14 +220,18 @@ def compare(
             # A fraction is the rank that it comes to, which the report knows; two may be one.
             ranks = [configure(optimizer, shared.seed, {"rank": r}).rank for r in grid["rank"]]
             grid["rank"] = list(dict.fromkeys(ranks))
+        plain = dataclasses.replace(shared, optimizer=optimizer)
         for values in itertools.product(*grid.values()):
-            config = configure(optimizer, shared.seed, dict(zip(grid, values, strict=True)))
-            make_optimizer(config.resolve())
+            settings = dict(zip(grid, values, strict=True))
+            check_effects([dataclasses.replace(plain, **settings)], plain)
+            config = configure(optimizer, shared.seed, settings)
+            make_optimizer(config)
             check_divides(config)
     empty = not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= EMPTY)
     if not (empty or (out / RESULTS).is_file()):
         raise UsageError(f"out={out} is neither empty nor of a comparison: name another one.")
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
+    how_to_go_on = command(shared, optimizers, sweep, seeds)
     runs: dict[str, Run] = {}
 
     def ensure(optimizer: str, seed: int, settings: Settings) -> Run:
@@ -219,7 +239,7 @@ def compare(
         name = run_name(config, resolved, list(grids[optimizer]))
         if name not in runs:
             print(f"Run {len(runs) + 1}: {name}", flush=True)
-            runs[name] = run(config, out / name)
+            runs[name] = run(config, out / name, how_to_go_on)
             print(runs[name].outcome, flush=True)
         return runs[name]
 
@@ -233,7 +253,8 @@ def compare(
             best[optimizer] = [ensure(optimizer, seed + i, chosen) for i in range(seeds)]
         comparison = Comparison(shared, sweep, grids, list(runs.values()), best)
         write_json(out / RESULTS, {"machine": machine()} | comparison.as_json())
-        write_report(comparison, machine(), out)
+        with naming(out):
+            write_report(comparison, machine(), out)
     return comparison
 
 

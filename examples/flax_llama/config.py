@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from examples.flax_llama.methods import ADAMW, GALORE, IN_GALORE, own
+import tyro
+
+from examples.flax_llama.methods import GALORE, IN_GALORE, own
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.shapes import ATTENTIONS, DTYPES, PRESETS, RECIPES, LlamaConfig
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
@@ -184,7 +186,8 @@ class Config:
     keep: int = 2
     # Go on with the run in `out`, from its last checkpoint; its settings need not be repeated.
     # Those that are given, such as more `steps`, another `lr`, `batch`, `optimizer` or `rank`, or
-    # another place of the same `data`, hold from there on; README.md says what comes of each.
+    # another place of the same `data`, hold from there on; README.md says what comes of each. As
+    # many `steps` as are done end the run where it is.
     resume: bool = False
     # With --resume, go on with data that is not what it was, and read it from its start.
     new_data: bool = False
@@ -205,6 +208,9 @@ class Config:
     distributed: bool = False
     # Show no progress bar.
     quiet: bool = False
+
+    # Of a resolved configuration: the settings above that nobody gave. It is no flag.
+    by_default: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def _check_choices(self) -> None:
         for name, choices in {
@@ -230,38 +236,46 @@ class Config:
         Raises:
           UsageError: a setting cannot work.
         """
+        default = self.defaults()
+        unset = [name for name in default if getattr(self, name) is None]
+        config = dataclasses.replace(
+            self,
+            **{name: default[name] for name in unset},
+            by_default=tuple(
+                name
+                for name, value in default.items()
+                if name in unset or (name in self.by_default and getattr(self, name) == value)
+            ),
+        )
+        config = dataclasses.replace(config, rank=whole_rank(config.rank, config.hidden))
+        config._check()
+        return config
+
+    def defaults(self) -> dict[str, Any]:
+        """What the settings would be that can be left out, as the others are.
+
+        Raises:
+          UsageError: a setting is none of the choices that it has.
+        """
         self._check_choices()
         preset, recipe = PRESETS[self.preset], RECIPES[self.preset]
         filled: dict[str, Any] = {
             name: getattr(preset, name) for name in ("hidden", "intermediate", "layers", "heads")
         } | dataclasses.asdict(recipe)
+        q_galore_lr = filled.pop("q_galore_lr")
         filled |= {name: GALORE[name] for name in ("scale", "projector", "refresh")}
         filled["int8_weights"] = False
         if self.optimizer == "q_galore_adamw":
-            filled |= {"lr": recipe.q_galore_lr, "int8_weights": True}
-        if self.hidden is not None:
+            filled |= {"lr": q_galore_lr, "int8_weights": True}
+        if self.hidden not in (None, preset.hidden):
             filled["rank"] = max(1, self.hidden // 4)
         # Not transport and residual, which may be objects that no name says all of.
         names = ("rank", "update_proj_gap", "scale", "projector", "projector_dtype", "refresh")
         filled |= {k: v for k, v in own(self.optimizer).items() if k in names}
+        filled["rank"] = whole_rank(filled["rank"], self.hidden or preset.hidden)
         filled["eval_every"] = max(1, min((self.steps or recipe.steps) // 10, 1000))
         filled["save_every"] = self.eval_every or filled["eval_every"]
-        config = dataclasses.replace(
-            self,
-            **{name: value for name, value in filled.items() if getattr(self, name, value) is None},
-        )
-        if 0 < config.rank < 1:
-            config = dataclasses.replace(config, rank=max(1, round(config.rank * config.hidden)))
-        config._check()
-        return config
-
-    def without_defaults(self) -> "Config":
-        """A resolved configuration with None for what is its optimizer's or preset's default."""
-        names = ("lr", "rank", "update_proj_gap", "scale", "projector", "projector_dtype")
-        names += ("refresh", "int8_weights")
-        default = dataclasses.replace(self, **dict.fromkeys(names)).resolve()
-        same = [name for name in names if getattr(default, name) == getattr(self, name)]
-        return dataclasses.replace(self, **dict.fromkeys(same))
+        return filled
 
     def shape(self, vocab_size: int) -> LlamaConfig:
         """The model of a resolved configuration, for a tokenizer with so many tokens.
@@ -315,43 +329,30 @@ class Config:
         for name in ("cooldown", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name}={getattr(self, name)}: expected 0 to 1.")
-        for name in ("int8_weights", "transport", "residual"):
-            if getattr(self, name) and self.optimizer not in IN_GALORE:
-                raise UsageError(
-                    f"{name}={getattr(self, name)!r} needs an optimizer in GaLore, such as "
-                    f"galore_adamw; optimizer={self.optimizer!r} is none."
-                )
+        if self.int8_weights and self.optimizer not in IN_GALORE:
+            raise UsageError(
+                "int8_weights=True needs an optimizer in GaLore, such as galore_adamw; "
+                f"optimizer={self.optimizer!r} is none."
+            )
         if self.moment_dtype is not None:
             one_of("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
-            if self.optimizer not in ("adamw", *ADAMW):
-                raise UsageError(
-                    f"moment_dtype={self.moment_dtype!r} is for adamw, {', '.join(ADAMW)}; "
-                    f"optimizer={self.optimizer!r} is none of them."
-                )
         if self.layerwise and self.on_nan == "skip":
             raise UsageError(
                 "on_nan='skip' looks at the whole gradient before an update, which layerwise=True "
                 "never has: choose on_nan='stop'."
             )
-        if self.clip_by == "layer" and not self.layerwise:
-            raise UsageError(
-                "clip_by='layer' needs layerwise=True; clip_by='global' is for any run."
-            )
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise UsageError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} are more than all updates."
             )
-        if self.out is None:
-            for name in ("resume", "wandb"):
-                if getattr(self, name):
-                    raise UsageError(
-                        f"{name}={getattr(self, name)!r} needs the directory of the run: "
-                        "out=DIRECTORY."
-                    )
+        if self.resume and self.out is None:
+            raise UsageError("resume=True needs the directory of the run: out=DIRECTORY.")
+        for name, value in vars(self).items():
+            if value == "":
+                raise UsageError(f"{name}='' is empty: expected a value, or leave it out.")
         Reading(self.text_field, self.on_bad_line, self.max_bad_lines)
-        if self.new_data and not self.resume:
-            raise UsageError(
-                "new_data=True says how to go on with a run: it needs resume=True as well."
-            )
-        if self.weights_only and self.init_from is None:
-            raise UsageError("weights_only=True says what to begin with: it needs init_from=RUN.")
+
+
+def whole_rank(rank: Rank, hidden: int) -> Rank:
+    """A rank, of which a fraction is one of the hidden size."""
+    return max(1, round(rank * hidden)) if 0 < rank < 1 else rank

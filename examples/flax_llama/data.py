@@ -174,7 +174,7 @@ def vocabulary_size(data: str, tokenizer: str | None) -> int:
       UsageError: there is no such tokenizer.
     """
     if tokenizer is None and is_tokenized(data):
-        return load_tokenizer(data).vocab_size
+        return load_tokenizer(data, None).vocab_size
     spec = tokenizer or DEFAULT_TOKENIZER
     if not is_trained_here(spec):
         return load_tokenizer(spec).vocab_size

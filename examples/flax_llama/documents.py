@@ -28,6 +28,8 @@ TITLES = (
     "SENSE AND SENSIBILITY",
 )
 HELD_OUT = 0.05
+# Where that is not enough.
+OTHER_TEXT = "name other text, to train with valid_data=PATH, to evaluate with data=PATH"
 
 # How many shards a tokenizer is trained on: each costs a request where it comes from a network.
 SAMPLED_SHARDS = 32

@@ -5,8 +5,10 @@ python -m examples.flax_llama.evaluate --run runs/galore
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from examples.flax_llama.changes import config_of
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.command import program
+from examples.flax_llama.config import Config
 from examples.flax_llama.data import open_data
 from examples.flax_llama.documents import BUILT_IN
 from examples.flax_llama.fingerprint import Marks, differences, marks_of, read_fingerprint
@@ -95,23 +98,38 @@ def make_evaluate(
     return evaluate
 
 
-def valid_of_run(run: Path, data: str | None, tokens: int | None) -> Valid:
+def valid_of_run(
+    run: Path, data: str | None, tokens: int | None, reading: Reading | None = None
+) -> Valid:
     """The validation text of a run, or another one, in the run's tokens and rows.
+
+    Args:
+      run: its directory.
+      data: the other text.
+      tokens: number of targets; by default as `open_data` has it.
+      reading: how the text is read; by default as the run's.
 
     Raises:
       UsageError: the files that the run was validated on are gone, or not what they were.
     """
     config, kept = config_of(read_settings(run)["train"]), read_fingerprint(run)
-    reading = Reading(config.text_field, config.on_bad_line, config.max_bad_lines)
+    reading = reading or reading_of(config)
     rows = {"seq": config.seq, "packing": config.packing, "reading": reading}
-    if data is not None:
-        other = {"num_tokens": tokens, "name": "data"}
-        return open_valid(data, load_tokenizer(run), **other, **rows)
-    if config.valid_data is not None:
-        text = kept_files(config.valid_data, kept.valid if kept else None)
-        return open_valid(text, load_tokenizer(run), num_tokens=tokens, **rows)
-    own = {"tokenizer": str(run), "batch": config.batch, "eval_tokens": tokens}
-    return open_data(kept_files(config.data, kept.train if kept else None), **own, **rows).valid
+    with reading.told():
+        if data is not None:
+            other = {"num_tokens": tokens, "name": "data"}
+            return open_valid(data, load_tokenizer(run, None), **other, **rows)
+        if config.valid_data is not None:
+            text = kept_files(config.valid_data, kept.valid if kept else None)
+            return open_valid(text, load_tokenizer(run, None), num_tokens=tokens, **rows)
+        own = {"tokenizer": str(run), "batch": config.batch, "eval_tokens": tokens}
+        return open_data(kept_files(config.data, kept.train if kept else None), **own, **rows).valid
+
+
+def reading_of(config: Config, **given: Any) -> Reading:
+    """How a run reads its text, but for what is given and not None."""
+    own = {name: getattr(config, name) for name in ("text_field", "on_bad_line", "max_bad_lines")}
+    return Reading(**own | {name: value for name, value in given.items() if value is not None})
 
 
 def kept_files(data: str, marks: Marks | None) -> str | list[Path]:
@@ -132,7 +150,8 @@ def kept_files(data: str, marks: Marks | None) -> str | list[Path]:
     if changed:
         raise UsageError(
             f"The run was validated on text of other files than there are now: {changed}. Bring "
-            "them back, or name text to evaluate on with data=PATH."
+            "them back; if they have moved, train --resume --data PLACE tells the run so; or name "
+            "text to evaluate on with data=PATH."
         )
     return data if data == BUILT_IN or is_tokenized(data) else paths
 
@@ -143,6 +162,9 @@ def evaluate(
     tokens: int | None = None,
     step: str = "last",
     batch: int = 16,
+    text_field: str | None = None,
+    on_bad_line: str | None = None,
+    max_bad_lines: int | None = None,
 ) -> dict[str, float]:
     """Perplexity of a trained LLaMA, with its standard error.
 
@@ -154,18 +176,37 @@ def evaluate(
         Hugging Face data about the first million.
       step: the checkpoint: "last", "best" for the lowest validation loss, or its number of updates.
       batch: rows computed at a time, on each device.
+      text_field: with --data, field of JSON lines and of Hugging Face data that has the text; by
+        default that of the run.
+      on_bad_line: at a line that is no JSON, has no text, or is not UTF-8: error, or skip it; by
+        default as the run did.
+      max_bad_lines: with --on-bad-line skip, so many are left out; one more is an error.
     """
     at_least_one("batch", batch)
     if tokens is not None:
         at_least_one("tokens", tokens)
-    model, _ = load_run(run, int(step) if step.isdecimal() else step)
+    if text_field is not None and data is None:
+        raise UsageError(
+            f"text_field={text_field!r} has no effect without data=PATH: the text of the run has "
+            "its own. Leave it out."
+        )
+    config = config_of(read_settings(run)["train"])
+    lines = {"on_bad_line": on_bad_line, "max_bad_lines": max_bad_lines}
+    reading = reading_of(config, text_field=text_field, **lines)
+    if max_bad_lines is not None and reading.on_bad_line != "skip":
+        raise UsageError(
+            f"max_bad_lines={max_bad_lines} has no effect without on_bad_line='skip'. Leave it out."
+        )
+    model, _ = load_run(run, step)
     graphdef, params = nnx.split(model, nnx.Param)
     mesh = data_mesh()
-    valid = valid_of_run(run, data, tokens)
+    valid = valid_of_run(run, data, tokens, reading)
     result = make_evaluate(graphdef, mesh)(
         jax.device_put(nnx.to_pure_dict(params), replicated(mesh)),
         *valid.batches(batch * jax.device_count()),
     )
+    if reading.bad_lines:
+        print(reading.summary(), file=sys.stderr)
     scores = valid.scores(result.loss)
     return {
         "tokens": result.tokens,
@@ -179,7 +220,7 @@ def evaluate(
 
 
 def main() -> None:
-    with program(evaluate):
+    with program(Config, evaluate):
         scores = tyro.cli(evaluate)
     for name in ("loss", "perplexity"):
         print(f"{name:14} {scores[name]:.4f} +- {scores[f'{name}_standard_error']:.4f}")

@@ -115,6 +115,9 @@ def expand(data: str | Sequence[Path], name: str = "data") -> list[Path]:
 
 def matching(part: str, name: str) -> list[Path]:
     """The files of a path, a glob or a directory, each once."""
+    if not part:
+        # Which would be the directory that we are in.
+        raise UsageError(f"{name}='' is empty, or has nothing before or after a comma.")
     matches = [part]
     if glob.has_magic(part):
         root = Path(part[: part.index(next(c for c in part if c in "*?["))] + "x").parent

@@ -116,12 +116,12 @@ def marks_of(paths: Sequence[Path], name: str = "data") -> tuple[FileMark, ...]:
         raise cannot_be_read(f"{name}={error.filename}", error) from error
 
 
-def sample(path: Path) -> str:
-    """A digest of pieces of a file, or of all of it where it is small."""
-    digest, size = hashlib.sha256(), path.stat().st_size
+def sample(path: Path, size: int | None = None) -> str:
+    """A digest of pieces of a file, or of its first bytes; of all of them where they are few."""
+    digest, size = hashlib.sha256(), path.stat().st_size if size is None else size
     with open(path, "rb") as file:
         if size <= PIECES * PIECE:
-            digest.update(file.read())
+            digest.update(file.read(size))
         else:
             for piece in range(PIECES):
                 file.seek((size - PIECE) * piece // (PIECES - 1))
@@ -133,18 +133,22 @@ def differences(was: Marks, now: Marks) -> str:
     """What is not as it was, for a person; empty if nothing is."""
     if was.digest == now.digest:
         return ""
-    before = {file.name: file.known_by for file in was.files}
-    after = {file.name: file.known_by for file in now.files}
+    before = {file.name: file for file in was.files}
+    after = {file.name: file for file in now.files}
     changed = [
-        f"{name} is gone" if name not in after else f"{name} has changed"
-        for name, known_by in before.items()
-        if after.get(name) != known_by
+        f"{name} {difference(file, after.get(name))}"
+        for name, file in before.items()
+        if name not in after or after[name].known_by != file.known_by
     ]
-    changed += [f"{name} is new" for name in after if name not in before]
+    new = [f"{name} is new" for name in after if name not in before]
     parts = []
-    if changed:
-        more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
-        parts.append(f"{', '.join(changed[:NAMED])}{more} (of {len(was.files)} files)")
+    if changed or new:
+        count, named = len(changed) + len(new), ", ".join([*changed, *new][:NAMED])
+        more = f" and {count - NAMED} more" if count > NAMED else ""
+        files = "1 file" if len(was.files) == 1 else f"{len(was.files)} files"
+        parts.append(f"{named}{more} (of {files})")
+        if new and before.keys() - after.keys():
+            parts.append("files that have moved are known again by their names")
     elif list(before) != list(after) or len(before) != len(was.files):
         parts.append("the files come in another order")
     if was.text_field != now.text_field:
@@ -153,6 +157,16 @@ def differences(was: Marks, now: Marks) -> str:
         taken = "no longer" if was.held_out else "now"
         parts.append(f"documents to validate on are {taken} taken out of it")
     return "; ".join(parts)
+
+
+def difference(was: FileMark, now: FileMark | None) -> str:
+    """What became of a file that is not what it was."""
+    if now is None:
+        return "is gone"
+    grown = now.size - was.size
+    if grown > 0 and sample(Path(now.path), was.size) == was.digest:
+        return f"has {grown:,} bytes more at its end"
+    return "has changed"
 
 
 def write_fingerprint(out: Path, fingerprint: Fingerprint) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from examples.flax_llama.compile_step import Compiled
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import Device
+from examples.flax_llama.effects import check_effects
 from examples.flax_llama.memory import SPREAD, SPREAD_OF_PLAN, Estimate, estimate
 from examples.flax_llama.methods import ADAMW, IN_GALORE
 from examples.flax_llama.model import attention_implementation
@@ -114,7 +115,9 @@ class Question:
         Raises:
           UsageError: a setting cannot work.
         """
-        config = (given or self.given).resolve()
+        given = given or self.given
+        check_effects([given], Config())
+        config = given.resolve()
         attention = attention_implementation(
             config.shape(self.vocab_size), self.device.capability, self.device.description
         )

@@ -102,6 +102,20 @@ def answered() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def raising() -> Iterator[None]:
+    """Lets Ctrl-C be a KeyboardInterrupt, for a program that has something to clean up."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous == signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
 def stopping(how_to_go_on: str) -> Iterator[Callable[[int], bool]]:
     """Yields whether, by some update, a first signal has come to the program.
 

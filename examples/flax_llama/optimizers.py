@@ -12,7 +12,7 @@ import optax
 
 import galore_optax
 from examples.flax_llama.config import RESIDUALS, TRANSPORTS, Config, UsageError, one_of
-from examples.flax_llama.methods import ADAMW_8BIT, GALORE, IN_GALORE, own
+from examples.flax_llama.methods import ADAMW, ADAMW_8BIT, GALORE, IN_GALORE, own
 from examples.flax_llama.model import Params, dimension_numbers, stacked_matrices
 from galore_optax import CombinationError
 
@@ -127,7 +127,9 @@ def sgd(config: Config, schedule: optax.Schedule) -> optax.GradientTransformatio
 
 def adamw_8bit(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
     return galore_optax.low_bit(
-        adamw(config, schedule), min_size=smallest_in_codes(config), stacked=stacked_layers
+        optax.adamw(schedule, **of_adamw(config)),
+        min_size=smallest_in_codes(config),
+        stacked=stacked_layers,
     )
 
 
@@ -172,6 +174,23 @@ def micro_batches_at_rank(config: Config) -> int:
         or config.optimizer in ("flora", "galore_muon")
     )
     return 1 if before else config.accumulate
+
+
+def size_of_updates(config: Config) -> float | None:
+    """By how many learning rates an update moves an entry of the layers' matrices.
+
+    None where nothing is known of that: of optimizers without Adam inside.
+    """
+    if config.optimizer in ("adamw", "adamw_8bit"):
+        return config.matrix_lr_ratio
+    if config.optimizer not in (*ADAMW, *ADAMW_8BIT):
+        return None
+    given = galore_arguments(config)
+    names = [name for name in ("scale", "residual") if name in given]
+    of_adamw = galore_optax.learning_rate_from_adamw(
+        1.0, config.rank / config.hidden, **{name: given[name] for name in names}
+    )
+    return config.matrix_lr_ratio / of_adamw
 
 
 def in_galore(inner: Optimizer) -> Optimizer:

@@ -72,18 +72,7 @@ class Comparison:
     @property
     def command(self) -> str:
         """What makes the same comparison."""
-        words = ["python -m examples.flax_llama.compare --optimizers", *self.best]
-        words += ["--sweep", *self.sweep] if self.sweep else []
-        words += ["--seeds", str(self.seeds)] if self.seeds > 1 else []
-        for field in dataclasses.fields(self.given):
-            value = getattr(self.given, field.name)
-            if value != field.default:
-                option = field.name.replace("_", "-")
-                if isinstance(value, bool):
-                    words.append(f"--{option}" if value else f"--no-{option}")
-                else:
-                    words += [f"--{option}", shlex.quote(str(value))]
-        return " ".join(words)
+        return command(self.given, list(self.best), self.sweep, self.seeds)
 
     def as_json(self) -> dict[str, Any]:
         """All but the curves."""
@@ -99,6 +88,22 @@ class Comparison:
             },
             "runs": [dataclasses.asdict(run) for run in self.runs],
         }
+
+
+def command(given: Config, optimizers: Sequence[str], sweep: Sequence[str], seeds: int) -> str:
+    """What makes a comparison, and goes on with it."""
+    words = ["python -m examples.flax_llama.compare --optimizers", *optimizers]
+    words += ["--sweep", *sweep] if sweep else []
+    words += ["--seeds", str(seeds)] if seeds > 1 else []
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name)
+        if value != field.default:
+            option = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{option}" if value else f"--no-{option}")
+            else:
+                words += [f"--{option}", shlex.quote(str(value))]
+    return " ".join(words)
 
 
 def mean_loss(runs: Sequence[Run]) -> tuple[float, float]:

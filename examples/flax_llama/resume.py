@@ -101,7 +101,7 @@ def from_other_run(
     assert source is not None
     everywhere, like = replicated(mesh), jax.eval_shape(initial_state)
     with open_run(source) as checkpoints:
-        step = checkpoints.find(config.init_step)
+        step = checkpoints.find(config.init_step, "init_step")
         stored = config_of(checkpoints.settings(step))
         what = "weights" if config.weights_only else "weights and the state of the optimizer"
         beginning.notes.append(f"begins with the {what} of {source} after update {step}")

@@ -13,7 +13,7 @@ from examples.flax_llama.changes import settings_of
 from examples.flax_llama.config import Config
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.usage import UsageError, cannot_be_read
-from examples.flax_llama.writing import write_whole
+from examples.flax_llama.writing import naming, write_whole
 
 SETTINGS = "config.json"
 PARTIAL = "config.json.partial"
@@ -33,6 +33,11 @@ def check_directory(out: Path, *, resume: bool) -> None:
         with lock(out):
             pass
     check_contents(out, resume=resume)
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"out={out} cannot be made: {there} is no directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"out={out} cannot be written: no permission for {there}.")
 
 
 def check_contents(out: Path, *, resume: bool) -> None:
@@ -56,15 +61,18 @@ def lock(out: Path) -> Iterator[None]:
     Raises:
       UsageError: another process holds the lock.
     """
-    with open(out / LOCK, "r+" if (out / LOCK).exists() else "w+") as file:
+    path = out / LOCK
+    # Without a buffer, so that nothing is left to be written when it is closed.
+    with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file:
         try:
             # Of the kernel, so that it goes with the process, however that ends.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"out={out} is in use by process {file.read().strip()}.") from None
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+            holder = file.read().decode().strip()
+            raise UsageError(f"out={out} is in use by process {holder}.") from None
+        with naming(path):
+            file.write(f"{os.getpid()}\n".encode())
+            file.truncate()
         yield
 
 

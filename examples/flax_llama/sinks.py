@@ -41,16 +41,17 @@ def tensorboard(out: Path, start: int) -> Iterator[Sink]:
     flushed = time.monotonic()
 
     def append(**event: Any) -> None:
-        records.write(Event(wall_time=time.time(), **event).SerializeToString())
+        with naming(path):
+            records.write(Event(wall_time=time.time(), **event).SerializeToString())
 
     def write(record: Record) -> None:
         nonlocal flushed
         values = [Summary.Value(tag=tag, simple_value=x) for tag, x in tagged(record).items()]
-        with naming(path):
-            append(step=int(record["step"]), summary=Summary(value=values))
-            if time.monotonic() - flushed > FLUSH_SECONDS:
+        append(step=int(record["step"]), summary=Summary(value=values))
+        if time.monotonic() - flushed > FLUSH_SECONDS:
+            with naming(path):
                 records.flush()
-                flushed = time.monotonic()
+            flushed = time.monotonic()
 
     try:
         append(file_version="brain.Event:2")

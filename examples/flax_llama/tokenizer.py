@@ -170,32 +170,42 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return [directory / name for name in names if (directory / name).is_file()]
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, name: str | None = "tokenizer") -> Tokenizer:
     """The tokenizer of a tokenizer.json, a SentencePiece .model, or a directory with either.
+
+    Args:
+      path: of it.
+      name: of the setting that says so, for errors; None where none does, as of a run's own.
 
     Raises:
       UsageError: there is none, or the file is not one.
     """
+
+    def what() -> str:
+        return f"{name}={str(path)!r}" if name else str(path)
+
+    if path == "":
+        raise UsageError(f"{what()}: {EXPECTED}")
     path = Path(path)
     if path.is_dir():
         found = tokenizer_files(path)
         if not found:
             names = f"{JsonTokenizer.file_name} or {SentencePieceTokenizer.file_name}"
-            raise UsageError(f"tokenizer={path}: expected {names} in the directory.")
+            raise UsageError(f"{what()}: expected {names} in the directory.")
         path = found[0]
     if not path.is_file():
-        raise UsageError(f"tokenizer={str(path)!r}: there is no such file; {EXPECTED}")
+        raise UsageError(f"{what()}: there is no such file; {EXPECTED}")
     try:
         if path.suffix == ".json":
             return JsonTokenizer(path.read_text(encoding="utf-8"))
         if path.suffix == ".model":
             return SentencePieceTokenizer(path.read_bytes())
     except OSError as error:
-        raise cannot_be_read(f"tokenizer={path}", error) from error
+        raise cannot_be_read(what(), error) from error
     # The two libraries raise bare Exception and RuntimeError.
     except Exception as error:
-        raise UsageError(f"tokenizer={path} cannot be read as one: {error}") from error
-    raise UsageError(f"tokenizer={path}: expected a file called *.json or *.model.")
+        raise UsageError(f"{what()} cannot be read as a tokenizer: {error}") from error
+    raise UsageError(f"{what()}: expected a file called *.json or *.model.")
 
 
 def shard_tokenizer(spec: str, shards: Sequence[Shard], *, skip_held_out: bool) -> Tokenizer:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.flax_llama.documents import HELD_OUT
+from examples.flax_llama.documents import HELD_OUT, OTHER_TEXT
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
 from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.writing import make_directory, naming
 
 META = "meta.json"
 TOKENS = "tokens.bin"
@@ -51,7 +52,7 @@ class Tokens:
         if held_out >= len(self.ends):
             raise UsageError(
                 f"The last of {len(self.ends)} documents has more than {HELD_OUT:.0%} of the "
-                "tokens: name other text to validate on with valid_data."
+                f"tokens, too many to validate on: {OTHER_TEXT}."
             )
         cut = self.ends[held_out - 1]
         return (
@@ -79,7 +80,7 @@ def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
         raise cannot_be_read(str(directory / META), error) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{directory / META} is not of the tokenize command: {error!r}") from error
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, None)
     if dtype not in DTYPES or np.iinfo(dtype).max < tokenizer.vocab_size - 1:
         raise UsageError(
             f"{directory / META}: dtype={dtype!r} cannot hold the tokenizer's "
@@ -124,10 +125,11 @@ def check_new(path: Path) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to write to that gets its name at the end, and disappears on an error."""
     check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        yield partial
+        with naming(path):
+            yield partial
         partial.chmod(0o755)
         partial.rename(path)
     except BaseException:

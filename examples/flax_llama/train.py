@@ -8,12 +8,11 @@ import contextlib
 import dataclasses
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 
 import galore_optax
@@ -23,28 +22,30 @@ from examples.flax_llama.beginning import (
     begin,
     check_same_tokenizer,
     commit,
-    of_the_source,
     validation_began,
 )
-from examples.flax_llama.changes import config_of, settings_of
-from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, hide_abandoned_writes
+from examples.flax_llama.changes import settings_of
+from examples.flax_llama.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    hide_abandoned_writes,
+    told_of_errors,
+)
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, open_data
-from examples.flax_llama.evaluate import make_evaluate
+from examples.flax_llama.evaluate import Evaluation, make_evaluate, reading_of
+from examples.flax_llama.given import from_command_line
 from examples.flax_llama.interrupts import stopping
-from examples.flax_llama.model import Llama
+from examples.flax_llama.model import Llama, Params
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.progress import Progress, duration, header, print_text, scores, size
-from examples.flax_llama.reading import Reading
 from examples.flax_llama.records import Record
 from examples.flax_llama.resume import first_state
 from examples.flax_llama.run_directory import (
-    SETTINGS,
     check_contents,
     check_directory,
     lock,
-    read_settings,
     write_settings,
 )
 from examples.flax_llama.run_log import RunLog
@@ -59,7 +60,8 @@ from examples.flax_llama.step import (
 )
 from examples.flax_llama.tokenizer import Tokenizer, tokenizer_files
 from examples.flax_llama.usage import UsageError
-from examples.flax_llama.writing import naming
+from examples.flax_llama.validation import Valid
+from examples.flax_llama.writing import make_directory, naming
 
 RESUME = "python -m examples.flax_llama.train --resume --out "
 
@@ -81,87 +83,149 @@ class Result:
     update_bytes: int | None
 
 
-def train(config: Config) -> Result:
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run consists of while it goes on."""
+
+    config: Config
+    beginning: Beginning
+    shape: LlamaConfig
+    dataset: Data
+    mesh: jax.sharding.Mesh
+    log: RunLog
+    # None where nothing is written.
+    checkpoints: Checkpoints | None
+    # Whether to stop after some update.
+    stop: Callable[[int], bool]
+    # Of parameters, over the tokens to validate on.
+    evaluate: Callable[[Params], Evaluation]
+
+
+def train(config: Config, how_to_go_on: str | None = None) -> Result:
     """Trains one model; writes only if `config.out` is given, a directory that is new or empty.
 
     With `config.resume` it goes on with the run that is there: with the same settings to the same
     end, bit for bit, as if there had been no interruption, and else with the changed ones from
     there on. Where the program answers signals, SIGTERM or Ctrl-C saves a checkpoint and exits.
 
+    Args:
+      config: the settings.
+      how_to_go_on: the command that does, where the run is stopped; that of the run by default.
+
     Raises:
       UsageError: a setting cannot work; nothing has been written.
       FloatingPointError: the loss or a gradient is not finite any more; no checkpoint has it.
       CheckpointError: a checkpoint, or another file of the run, could not be written.
     """
-    config = config.resolve()
+    config, needed, stopped = config.resolve(), None, None
     out = config.out
-    if out is not None and jax.process_index() == 0:
-        check_directory(out, resume=config.resume)
-    beginning = begin(config)
-    check_divides(config)
-    optimizer, mesh = make_optimizer(config), data_mesh()
-    dataset = open_dataset(own_tokenizer(config, beginning))
-    if not beginning.step:
-        check_same_tokenizer(config, dataset.tokenizer)
-    shape = config.shape(dataset.tokenizer.vocab_size)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
-
-    def initial_state() -> State:
-        params = initial_params(config, shape)
-        return State(params, optimizer.init(params))
-
-    go_on = f"To go on:\n{RESUME}{shlex.quote(str(out))}"
+    go_on = f"To go on:\n{how_to_go_on or f'{RESUME}{shlex.quote(str(out))}'}"
     with contextlib.ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(told_of_errors(out))
+            if jax.process_index() == 0:
+                check_directory(out, resume=config.resume)
+        beginning = begin(config)
+        config = beginning.config
+        check_divides(config)
+        optimizer, mesh = make_optimizer(config), data_mesh()
+        dataset = open_dataset(own_tokenizer(config, beginning))
         stack.callback(dataset.train.close)
-        stop, checkpoints, start, stopped = never, None, beginning.step, False
+        if not beginning.step:
+            check_same_tokenizer(config, dataset.tokenizer)
+        shape = config.shape(dataset.tokenizer.vocab_size)
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
+
+        def initial_state() -> State:
+            params = initial_params(config, shape)
+            return State(params, optimizer.init(params))
+
+        stop, checkpoints = never, None
         if out is not None:
             stop = stack.enter_context(stopping(go_on))
             checkpoints = stack.enter_context(open_checkpoints(out, config, shape, beginning))
-            stack.enter_context(checkpoints.told_of_errors())
         state = first_state(checkpoints, beginning, config, initial_state, dataset, mesh)
         log = stack.enter_context(open_log(config, shape, dataset, beginning))
-        update, needed = make_update(config, graphdef, optimizer, mesh), None
-        if start < config.steps:
-            update, needed = compile_update(update, state, config, mesh, log.progress)
-        evaluate = make_evaluate(graphdef, mesh)
-        valid = dataset.valid.batches(config.batch // config.accumulate)
-        log.start_clock()
-        log.progress.begin()
-        for step in range(start + 1, config.steps + 1):
-            batch = put_batch(next(dataset.train), config.accumulate, mesh)
-            state, metrics = update(state, batch)
-            if step == beginning.step + 1:
-                jax.block_until_ready(state)
-                commit(beginning, config, shape)
-            log.update(step, metrics)
-            last, loss = step == config.steps, None
-            if step % config.eval_every == 0 or last:
-                log.flush()
-                with log.progress.doing("evaluating"):
-                    evaluation = evaluate(state.params, *valid)
-                loss = evaluation.loss
-                found = {"valid_loss": loss, "standard_error": evaluation.standard_error}
-                log.evaluation({"step": step} | found | dataset.valid.scores(loss))
-                log.start_clock()
-            stopped = stop(step) and not last
-            if checkpoints and (
-                step % config.save_every == 0 or last or stopped or checkpoints.improves(loss)
-            ):
-                # First what may raise: an update that is not finite is never saved.
-                log.flush()
-                checkpoints.save(step, state, dataset.train, beginning.settings(config), loss)
-                log.start_clock()
-            if stopped:
-                break
-        if start == config.steps and beginning.changes:
-            commit(beginning, config, shape)  # of a finished run
+        run = Parts(
+            *(config, beginning, shape, dataset, mesh, log, checkpoints, stop),
+            evaluate=over_validation(make_evaluate(graphdef, mesh), dataset.valid, config),
+        )
+        if beginning.finished:
+            conclude(run, state)
+        else:
+            update = make_update(config, graphdef, optimizer, mesh)
+            compiled, needed = compile_update(update, state, config, mesh, log.progress)
+            state, stopped = make_updates(run, compiled, state)
         if dataset.reading.bad_lines:
             log.progress.say(dataset.reading.summary())
-    if stopped:
-        print(f"Stopped after update {step}, which is saved. {go_on}", flush=True)
+    if stopped is not None:
+        print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
         raise SystemExit(0)
     model = nnx.merge(graphdef, galore_optax.dequantize_params(state.params))
     return Result(model, dataset.tokenizer, log.train, log.valid, needed)
+
+
+def make_updates(run: Parts, update: jax.stages.Compiled, state: State) -> tuple[State, int | None]:
+    """Makes all updates that are left, and evaluates and saves between them.
+
+    Returns:
+      The state in the end, and the update that the run was told to stop after, if it was.
+    """
+    config, log, start = run.config, run.log, run.beginning.step
+    log.start_clock()
+    log.progress.begin()
+    for step in range(start + 1, config.steps + 1):
+        batch = put_batch(next(run.dataset.train), config.accumulate, run.mesh)
+        state, metrics = update(state, batch)
+        if step == start + 1:
+            jax.block_until_ready(state)
+            commit(run.beginning, run.shape)
+        log.update(step, metrics)
+        last, loss = step == config.steps, None
+        if step % config.eval_every == 0 or last:
+            log.flush()
+            loss = evaluate_after(step, run, state)
+            log.start_clock()
+        stopped = run.stop(step) and not last
+        if run.checkpoints and (
+            step % config.save_every == 0 or last or stopped or run.checkpoints.improves(loss)
+        ):
+            # First what may raise: an update that is not finite is never saved.
+            log.flush()
+            settings = run.beginning.settings
+            run.checkpoints.save(step, state, run.dataset.train, settings, loss)
+            log.start_clock()
+        if stopped:
+            return state, step
+    return state, None
+
+
+def conclude(run: Parts, state: State) -> None:
+    """Ends a run that has no update left, where it has not ended yet."""
+    step, valid = run.beginning.step, run.log.valid
+    if not valid or valid[-1]["step"] < step:
+        loss = evaluate_after(step, run, state)
+        if run.checkpoints is not None:
+            run.checkpoints.add_loss(step, loss)
+    if run.beginning.to_write:
+        commit(run.beginning, run.shape)
+
+
+def evaluate_after(step: int, run: Parts, state: State) -> float:
+    """Evaluates and records the validation loss after some update, and returns it."""
+    with run.log.progress.doing("evaluating"):
+        found = run.evaluate(state.params)
+    record = {"step": step, "valid_loss": found.loss, "standard_error": found.standard_error}
+    run.log.evaluation(record | run.dataset.valid.scores(found.loss))
+    return found.loss
+
+
+def over_validation(
+    evaluate: Callable[..., Evaluation], valid: Valid, config: Config
+) -> Callable[[Params], Evaluation]:
+    """Evaluates parameters on all tokens to validate on, as many rows at a time as training."""
+    batches = valid.batches(config.batch // config.accumulate)
+    return lambda params: evaluate(params, *batches)
 
 
 def compile_update(
@@ -197,12 +261,14 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
 def open_dataset(config: Config) -> Data:
     """This process' part of the data."""
     names = ("data", "valid_data", "tokenizer", "batch", "seq", "packing", "seed", "eval_tokens")
-    return open_data(
-        **{name: getattr(config, name) for name in names},
-        reading=Reading(config.text_field, config.on_bad_line, config.max_bad_lines),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    reading = reading_of(config)
+    with reading.told():
+        return open_data(
+            **{name: getattr(config, name) for name in names},
+            reading=reading,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
 
 def own_tokenizer(config: Config, beginning: Beginning) -> Config:
@@ -228,7 +294,7 @@ def open_checkpoints(
     """The checkpoints in the run's directory, which is made, and kept from other processes."""
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            out.mkdir(parents=True, exist_ok=True)
+            make_directory(out)
             stack.enter_context(lock(out))
             # Another run may have come and gone while the data was read.
             check_contents(out, resume=config.resume)
@@ -274,28 +340,6 @@ def open_log(
 
 def never(step: int) -> bool:
     return False
-
-
-def from_command_line(args: Sequence[str] | None = None) -> Config:
-    """The settings given.
-
-    Where a run is resumed, all others are its own; but what its optimizer had by default is another
-    optimizer's own. Where one begins with another run, its model and optimizer are that one's.
-    """
-    config = tyro.cli(Config, args=args)
-    if config.resume and config.out is not None and (config.out / SETTINGS).is_file():
-        stored = config_of(read_settings(config.out)["train"])
-        own = dataclasses.replace(stored, out=config.out, resume=True, new_data=False)
-        config = tyro.cli(Config, args=args, default=own)
-        if config.optimizer != stored.optimizer:
-            config = tyro.cli(Config, args=args, default=own.without_defaults())
-    elif config.init_from is not None:
-        source = config_of(read_settings(config.init_from)["train"])
-        names = of_the_source(weights_only=config.weights_only)
-        same = {name: getattr(source, name) for name in names}
-        default = Config(**same, tokenizer=str(config.init_from))
-        config = tyro.cli(Config, args=args, default=default)
-    return config
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from examples.flax_llama.config import UsageError
 from examples.flax_llama.documents import open_shards, sample
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.tokenizer import Tokenizer, train_tokenizer
+from examples.flax_llama.writing import make_directory, write_whole
 
 
 def train(
@@ -44,13 +45,8 @@ def train(
     shards = open_shards(data, reading=Reading(text_field, on_bad_line, max_bad_lines))
     texts = sample(shards, characters, skip_held_out=False)
     tokenizer = train_tokenizer(texts, f"bpe:{vocab_size}", eos=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_bytes(tokenizer.to_bytes())
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    make_directory(out.parent)
+    write_whole(out, tokenizer.to_bytes())
     return tokenizer
 
 

@@ -1,5 +1,7 @@
-"""What is said of settings that cannot work."""
+"""What is said of settings that cannot work, and of files that cannot be read or written."""
 
+import errno
+import os
 from typing import Any
 
 
@@ -20,3 +22,21 @@ def at_least_one(name: str, value: int) -> None:
 def cannot_be_read(what: str, error: OSError) -> UsageError:
     """What to say of a file that the system does not let us read, whatever is in it."""
     return UsageError(f"{what} cannot be read: {error.strerror or error}.")
+
+
+def first_line(error: Exception) -> str:
+    """The beginning and the end of an error's first line, where the reason may be."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:80]} ... {line[-110:]}"
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be written, in a few words; libraries have errors of their own."""
+    if os.strerror(errno.ENOSPC) in str(error):
+        return "the disk is full"
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def file_and_reason(error: OSError) -> str:
+    """The same of an error of the operating system, and the file that it is about, if known."""
+    return f"{error.filename}: {reason(error)}" if error.filename else reason(error)

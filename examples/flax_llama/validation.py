@@ -153,7 +153,7 @@ def read_valid(
         raise UsageError(
             f"There are only {max(targets, 0)} tokens to validate on{wanted}. Of files, one "
             "document in twenty is kept for that, where a text file counts as one for every "
-            "16 KiB; name other text with valid_data."
+            f"16 KiB; {documents.OTHER_TEXT}."
         )
     if packing:
         rows, mask = covering_rows(np.concatenate([np.array(context, np.int32), *read]), seq)

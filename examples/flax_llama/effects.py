@@ -1,0 +1,128 @@
+"""Which settings have an effect only together with others: one table.
+
+A flag that does nothing is an error. A value that does nothing is none where it comes from a preset
+or from a former run, whose optimizer was another one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+
+from examples.flax_llama.config import Config
+from examples.flax_llama.documents import BUILT_IN
+from examples.flax_llama.methods import ADAMW, IN_GALORE
+from examples.flax_llama.optimizers import OPTIMIZERS
+from examples.flax_llama.tokens import is_tokenized
+from examples.flax_llama.usage import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What some settings need to have an effect."""
+
+    names: tuple[str, ...]
+    met: Callable[[Config], bool]
+    # The setting that decides it, and for which of its values they are.
+    decides: str
+    what: str
+
+
+def for_optimizers(names: tuple[str, ...], optimizers: Collection[str], what: str) -> Need:
+    """Settings that some optimizers have; an unheard-of optimizer is refused elsewhere."""
+    without = OPTIMIZERS.keys() - set(optimizers)
+    return Need(names, lambda config: config.optimizer not in without, "optimizer", what)
+
+
+def reads_text(config: Config) -> bool:
+    data = [config.data, config.valid_data]
+    return any(d and d != BUILT_IN and not is_tokenized(d) for d in data)
+
+
+WITH_ADAM = {name for name in OPTIMIZERS if "adamw" in name}
+LION = {"lion", "galore_lion"}
+NEEDS = (
+    for_optimizers(
+        (
+            *("rank", "update_proj_gap", "scale", "projector", "projector_dtype"),
+            *("transport", "residual", "refresh", "stagger"),
+        ),
+        IN_GALORE,
+        "optimizers in GaLore, such as galore_adamw",
+    ),
+    for_optimizers(("moment_dtype",), ("adamw", *ADAMW), f"adamw, {', '.join(ADAMW)}"),
+    for_optimizers(
+        ("b1",),
+        WITH_ADAM | LION | {"flora", "galore_muon"},
+        "those with adamw or lion in the name, flora and galore_muon",
+    ),
+    for_optimizers(
+        ("b2",),
+        WITH_ADAM | LION | {"galore_muon"},
+        "those with adamw or lion in the name, and galore_muon",
+    ),
+    for_optimizers(
+        ("eps",), WITH_ADAM | {"galore_muon"}, "those with adamw in the name, and galore_muon"
+    ),
+    for_optimizers(
+        ("momentum",),
+        {"sgd", "galore_sgd", "adafactor", "galore_adafactor", "galore_muon"},
+        "those with sgd or adafactor in the name, and galore_muon",
+    ),
+    Need(("cooldown",), lambda config: config.schedule == "wsd", "schedule", "schedule='wsd'"),
+    Need(
+        ("final_lr",),
+        lambda config: config.schedule != "constant",
+        "schedule",
+        "all other schedules",
+    ),
+    Need(("clip_by",), lambda config: config.layerwise, "layerwise", "layerwise=True"),
+    Need(
+        ("stochastic_rounding",),
+        lambda config: config.param_dtype == "bfloat16",
+        "param_dtype",
+        "param_dtype='bfloat16'",
+    ),
+    Need(("text_field", "on_bad_line"), reads_text, "data", "text in files and of the hub"),
+    Need(
+        ("max_bad_lines",),
+        lambda config: config.on_bad_line == "skip",
+        "on_bad_line",
+        "on_bad_line='skip'",
+    ),
+    Need(("keep", "save_every", "wandb"), lambda config: config.out is not None, "out", "out=RUN"),
+    Need(("new_data",), lambda config: config.resume, "resume", "resume=True"),
+    Need(
+        ("init_step", "weights_only"),
+        lambda config: config.init_from is not None,
+        "init_from",
+        "init_from=RUN",
+    ),
+)
+
+
+def has_effect(config: Config, name: str) -> bool:
+    """Whether anything depends on a setting, where the others are as they are."""
+    return all(need.met(config) for need in NEEDS if name in need.names)
+
+
+def check_effects(configs: Sequence[Config], default: Config) -> None:
+    """Refuses settings that were given and have no effect.
+
+    Args:
+      configs: as they were given, one or several that were given together; what has an effect in
+        any of them is right.
+      default: what they are where nothing is given.
+
+    Raises:
+      UsageError: names the settings, and what they are for.
+    """
+    for need in NEEDS:
+        names = [name for name in need.names if name not in configs[0].by_default]
+        given = [n for n in names if getattr(configs[0], n) != getattr(default, n)]
+        if given and not any(map(need.met, configs)):
+            settings = " and ".join(f"{name}={getattr(configs[0], name)!r}" for name in given)
+            values = dict.fromkeys(getattr(config, need.decides) for config in configs)
+            those = ", ".join(f"{need.decides}={value!r}" for value in values)
+            absent = values.keys() <= {None, False}
+            where = f"without {need.what}" if absent else f"with {those}, only with {need.what}"
+            verb = "has" if len(given) == 1 else "have"
+            raise UsageError(f"{settings} {verb} no effect {where}. Leave it out.")

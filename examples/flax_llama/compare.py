@@ -23,6 +23,7 @@ from examples.flax_llama.changes import check_same
 from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config, UsageError, at_least_one
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
 from examples.flax_llama.report import Comparison, Run
 from examples.flax_llama.report_pictures import write_report
@@ -39,6 +40,8 @@ from examples.flax_llama.writing import write_whole
 RESULTS = "results.json"
 # In the directory of a run that has ended.
 RESULT = "result.json"
+# Settings that a comparison decides itself.
+DECIDED = ("optimizer", "resume", "new_data", "distributed")
 
 
 def rank(word: str) -> int | float:
@@ -151,18 +154,8 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-@dataclasses.dataclass(frozen=True)
-class Shared(Config):
-    """A configuration of which a command line does not offer what a comparison decides itself."""
-
-    optimizer: tyro.conf.Suppress[str] = Config.optimizer
-    resume: tyro.conf.Suppress[bool] = Config.resume
-    new_data: tyro.conf.Suppress[bool] = Config.new_data
-    distributed: tyro.conf.Suppress[bool] = Config.distributed
-
-
 def compare(
-    shared: Annotated[Config, tyro.conf.arg(name="", constructor=Shared)],
+    shared: Annotated[Config, tyro.conf.arg(name="")],
     optimizers: tuple[str, ...] = ("adamw", "galore_adamw"),
     sweep: tuple[str, ...] = (),
     seeds: int = 1,
@@ -240,7 +233,7 @@ def compare(
 def main() -> None:
     hide_abandoned_writes()
     with program(compare, Config, errors=(CheckpointError,)):
-        comparison = tyro.cli(compare)
+        comparison = command_line(compare, hidden=DECIDED)()
         print(f"Wrote {comparison.given.out}/report.md")
 
 

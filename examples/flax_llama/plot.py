@@ -12,12 +12,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from examples.flax_llama.command import program
 from examples.flax_llama.config import UsageError
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.history import marks
 from examples.flax_llama.records import METRICS, Record, read_records
 
@@ -291,7 +291,7 @@ def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> str:
 
 def main() -> None:
     with program(plot):
-        print(tyro.cli(plot))
+        print(command_line(plot)())
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ python -m examples.flax_llama.sample --run runs/galore --prompt "It is a truth"
 
 from pathlib import Path
 
-import tyro
-
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.command import program
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.generate import generate
 
 
@@ -49,7 +48,7 @@ def sample(
 
 def main() -> None:
     with program(sample):
-        print(tyro.cli(sample))
+        print(command_line(sample)())
 
 
 if __name__ == "__main__":

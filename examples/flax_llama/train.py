@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 
 import galore_optax
@@ -32,6 +31,7 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, open_data
 from examples.flax_llama.evaluate import make_evaluate
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.interrupts import stopping
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
@@ -282,19 +282,19 @@ def from_command_line(args: Sequence[str] | None = None) -> Config:
     Where a run is resumed, all others are its own; but what its optimizer had by default is another
     optimizer's own. Where one begins with another run, its model and optimizer are that one's.
     """
-    config = tyro.cli(Config, args=args)
+    config = command_line(Config, args, description=__doc__)
     if config.resume and config.out is not None and (config.out / SETTINGS).is_file():
         stored = config_of(read_settings(config.out)["train"])
         own = dataclasses.replace(stored, out=config.out, resume=True, new_data=False)
-        config = tyro.cli(Config, args=args, default=own)
+        config = command_line(Config, args, default=own)
         if config.optimizer != stored.optimizer:
-            config = tyro.cli(Config, args=args, default=own.without_defaults())
+            config = command_line(Config, args, default=own.without_defaults())
     elif config.init_from is not None:
         source = config_of(read_settings(config.init_from)["train"])
         names = of_the_source(weights_only=config.weights_only)
         same = {name: getattr(source, name) for name in names}
         default = Config(**same, tokenizer=str(config.init_from))
-        config = tyro.cli(Config, args=args, default=default)
+        config = command_line(Config, args, default=default)
     return config
 
 

@@ -135,7 +135,7 @@ def run(config: Config, out: Path) -> Run:
         last = result.valid[-1]
         scores = {k: last[k] for k in ("valid_loss", "standard_error", "bits_per_byte")}
         tokens = sum(record["tokens"] for record in result.train)
-        seconds = sum(record["tokens"] / record["tokens_per_second"] for record in result.train)
+        seconds = sum(record["seconds"] for record in result.train)
         scores |= {
             "tokens_per_second": tokens / seconds,
             "parameter_bytes": memory.parameters,

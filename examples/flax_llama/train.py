@@ -70,7 +70,7 @@ class Result:
 
     model: Llama
     tokenizer: Tokenizer
-    # One record per update: step (from 1), loss, lr, grad_norm, update_norm, tokens,
+    # One record per update: step (from 1), loss, lr, grad_norm, update_norm, tokens, seconds,
     # tokens_per_second, mfu or flops_per_second, and what `galore_optax.metrics` has.
     train: list[Record]
     # One record per evaluation: step, valid_loss (nats per token), its standard_error, perplexity,
@@ -126,7 +126,6 @@ def train(config: Config) -> Result:
         evaluate = make_evaluate(graphdef, mesh)
         valid = dataset.valid.batches(config.batch // config.accumulate)
         log.start_clock()
-        log.progress.begin()
         for step in range(start + 1, config.steps + 1):
             batch = put_batch(next(dataset.train), config.accumulate, mesh)
             state, metrics = update(state, batch)
@@ -269,6 +268,8 @@ def open_log(
             quiet=config.quiet or jax.process_index() > 0,
         )
         log.progress.say("\n".join([header(config, shape, dataset, start), *beginning.lines()]))
+        if start >= config.steps and log.valid:
+            log.progress.say(scores(log.valid[-1]))
         yield stack.enter_context(log)
 
 
@@ -305,7 +306,8 @@ def main() -> None:
         if config.distributed:
             jax.distributed.initialize()
         result = train(config)
-        print_text(f"Finished: {scores(result.valid[-1])}")
+        # What else is there to say has been said.
+        print_text(f"Finished: {scores(result.valid[-1])}" if config.quiet else "Finished.")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def test_the_speed_is_of_the_last_updates_that_take_long_enough():
     rng = np.random.default_rng(0)
     times = rng.exponential(0.05, 400)
     speed = Speed(1.0)
+    assert speed.add(8, 30.0) == pytest.approx(8 / 30)
     found = [speed.add(8, each) for each in times]
     for end in range(1, 401):
         last = next((n for n in range(1, end + 1) if times[end - n : end].sum() >= 1), end)

@@ -49,16 +49,23 @@ class Part:
 
 
 class Speed:
-    """Tokens per second of the last updates, as many as take so many seconds."""
+    """Tokens per second of the last updates, as many as take so many seconds.
+
+    The first, which takes longer than the others, is left out as soon as there is another.
+    """
 
     def __init__(self, seconds: float):
         self._seconds = seconds
+        self._begun = False
         self._recent: deque[tuple[float, float]] = deque()
         # Of all of these together.
         self._sums = 0.0, 0.0
 
     def add(self, tokens: float, seconds: float) -> float:
         """Adds an update, lets go of those too long ago, and returns what it is now."""
+        if not self._begun:
+            self._begun = True
+            return tokens / seconds
         self._recent.append((tokens, seconds))
         self._sums = self._sums[0] + tokens, self._sums[1] + seconds
         while self._sums[1] - self._recent[0][1] >= self._seconds:

@@ -24,7 +24,7 @@ from examples.flax_llama.config import UsageError
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.report import Comparison, Run, mean_loss
-from examples.flax_llama.report_pictures import draw_curves, draw_sweep
+from examples.flax_llama.report_pictures import draw_bytes, draw_curves, draw_sweep
 from examples.flax_llama.step import initial_params
 
 OPTIMIZERS = ("adamw", "galore_adamw")
@@ -266,6 +266,16 @@ def test_pictures_cut_nothing_and_number_whole_updates(pretended, pictures):
     assert low < min(*losses, valid - error)
     assert max(*losses, valid + error) < high
     assert all(tick == round(tick) for tick in panel.get_xticks())
+
+
+def test_bytes_are_told_beside_their_bars_for_small_models_too(pretended, pictures):
+    shared, comparison = pretended
+    draw_bytes(comparison, shared.out)
+    left, _ = pictures["bytes.png"].axes
+    told = {text.xy[1]: text.get_text() for text in left.texts}
+    for name, runs in comparison.best.items():
+        parts = (runs[0].scores[f"{part}_bytes"] for part in ("parameter", "projector", "moment"))
+        assert told[name] == f"{sum(parts) / 1e6:.2f}"
 
 
 def run_of(lr, ratio, loss):

@@ -140,9 +140,12 @@ def test_help_has_every_text_whole_within_the_terminal(monkeypatch, columns):
     assert all(preset in text for preset in PRESETS)
     assert "None|" not in text
     assert "(default: None)" not in text
-    # No paragraph ends before its sentence does.
-    ends = [one for one, other in itertools.pairwise(lines) if re.match("│ --", other)]
-    assert {line.strip("│ ")[-1:] for line in ends if not line.startswith("╭")} <= {".", ")", ""}
+    # A line goes on as long as there is room for the next word.
+    rows = [line[2:-2] for line in lines if line.startswith("│")]
+    for one, other in itertools.pairwise(rows):
+        by_itself = re.fullmatch(r"--[\w-]+(, --[\w-]+| \S+)?", one.strip())
+        if other.startswith("  ") and other.strip() and not by_itself:
+            assert len(one.rstrip()) + 1 + len(other.split()[0]) > len(one), one
 
 
 def test_help_is_in_groups_that_have_all_settings_once(monkeypatch):

@@ -143,7 +143,7 @@ def draw_bytes(comparison: Comparison, out: Path) -> None:
         panel.set(xlabel="MB", xlim=(0, 1.15 * totals.max()))
         for name, total in zip(names, totals, strict=True):
             panel.annotate(
-                *(f"{total:,.1f}", (total, name)),
+                *(f"{total:,.1f}" if total >= 10 else f"{total:.2f}", (total, name)),
                 **{"xytext": (4, 0), "textcoords": "offset points", "va": "center"},
             )
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -46,7 +46,13 @@ def pretend(config, how_to_go_on=None):
     shape = config.shape(257)
     config.out.mkdir(parents=True)
     write_settings(config.out, config, shape)
-    speed = {"tokens": 160, "tokens_per_second": 1000.0, "lr": config.lr, "grad_norm": 1.0}
+    speed = {
+        "tokens": 160,
+        "seconds": 0.16,
+        "tokens_per_second": 1000.0,
+        "lr": config.lr,
+        "grad_norm": 1.0,
+    }
     first = 5.5 + 0.01 * config.seed
     optimizer = 0.01 * ("galore" not in config.optimizer) + 0.002 * ("8bit" in config.optimizer)
     losses = first - np.arange(config.steps) * (config.lr + optimizer)
@@ -115,7 +121,7 @@ def without_checkpoints_after(out, step):
 def metrics(out):
     """Records of a run without what depends on the machine's speed."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    speeds = ("tokens_per_second", "flops_per_second", "mfu")
+    speeds = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
     return [{k: v for k, v in record.items() if k not in speeds} for record in records]
 
 

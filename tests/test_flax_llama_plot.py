@@ -142,9 +142,46 @@ def test_a_dashed_line_is_where_a_run_went_on_with_other_settings(tmp_path, draw
         dashed = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
         assert [list(line.get_xdata()) for line in dashed] == [[20.5, 20.5]]
         assert dashed[0].get_color() == "C1"
-    (text,) = drawn()["loss"].texts
-    assert text.get_text().strip() == "lr 0.1 → 0.05, optimizer adamw → lion"
-    assert text.get_position()[0] == 20.5
+        # A number above the panel, which hides no curve.
+        (number,) = panel.texts
+        assert number.get_text() == "1"
+        assert number.xy == (20.5, 1)
+        assert number.get_position()[1] > 0
+    (_, told) = drawn()["loss"].figure.legends
+    (text,) = told.texts
+    said = "1: changed after update 20: lr 0.1 → 0.05, optimizer adamw → lion"
+    assert text.get_text() == said
+
+
+def test_numbers_of_changes_that_would_touch_are_one_text(tmp_path, drawn):
+    runs = [write_run(tmp_path / name, 100) for name in ("a", "b")]
+    for run, steps in zip(runs, ([50, 90], [48, 50]), strict=True):
+        history.add_entry(run, history.Entry(0))
+        for step in steps:
+            history.add_entry(run, history.Entry(step, {"lr": [step, 0]}, marked=["lr"]))
+    plot.plot(tuple(runs), tmp_path / "both.png")
+    panels = drawn()
+    texts = {text.xy[0]: text.get_text() for text in panels["loss"].texts}
+    assert texts == {49.5: "1, 3, 4", 90.5: "2"}
+    assert [text.get_text() for text in panels["after update 50"].texts] == ["1, 4", "2"]
+    (_, told) = panels["loss"].figure.legends
+    names = [text.get_text().partition(":")[2].partition(" after")[0] for text in told.texts]
+    assert names == [" a", " a", " b", " b"]
+
+
+def test_names_are_read_line_by_line_and_the_picture_grows_with_them(tmp_path, drawn):
+    names = [f"{letter}-{'x' * 40}" for letter in "abcde"]
+    plot.plot(tuple(write_run(tmp_path / name) for name in names), tmp_path / "five.png")
+    figure = drawn()["loss"].figure
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    places = {t.get_text(): t.get_window_extent() for t in legend.texts}
+    order = sorted(places, key=lambda name: (-round(places[name].y0), places[name].x0))
+    assert order == [*names, "held out"]
+    top = max(panel.get_tightbbox().y1 for panel in figure.axes)
+    assert all(box.y0 > top and box.x1 < figure.bbox.x1 for box in places.values())
+    plot.plot((tmp_path / names[0],), tmp_path / "one.png")
+    assert figure.bbox.height > drawn()["loss"].figure.bbox.height
 
 
 def test_speed_is_all_tokens_over_all_time(tmp_path, drawn):
@@ -163,15 +200,33 @@ def test_panels_are_those_that_any_run_has_and_skip_the_others(tmp_path, drawn):
     plot.plot((plain, galore), tmp_path / "two.png")
     panels = drawn()
     assert panels.keys() == {"loss", "after update 15", *plot.PANELS.values()}
-    empty, energy = panels[plot.PANELS["captured_energy"]].get_lines()
+    _, empty, _, energy = panels[plot.PANELS["captured_energy"]].get_lines()
     assert len(empty.get_xydata()) == 0
     np.testing.assert_array_equal(energy.get_ydata(), 0.5)
+    assert panels[plot.PANELS["captured_energy"]].get_ylim() == (0, 1.05)
 
 
-def test_names_are_what_the_directories_do_not_share(tmp_path):
+def test_more_than_all_of_the_energy_is_drawn_too(tmp_path, drawn):
+    run = write_run(tmp_path / "run", energy=True, at_9={"captured_energy": 1.4})
+    plot.plot((run,), tmp_path / "run.png")
+    panel = drawn()[plot.PANELS["captured_energy"]]
+    assert panel.get_ylim()[1] > 1.4
+
+
+def test_means_are_of_a_fiftieth_of_each_run(tmp_path, drawn):
+    runs = [write_run(tmp_path / name, steps) for name, steps in (("long", 300), ("short", 30))]
+    plot.plot(tuple(runs), tmp_path / "both.png")
+    found = lines(drawn()["loss"])
+    np.testing.assert_allclose(found["short"][:, 1], 3 / np.arange(1, 31))
+    assert found["long"][9, 1] == pytest.approx(np.mean(3 / np.arange(5, 11)))
+
+
+def test_names_are_as_short_as_tells_the_directories_apart(tmp_path):
     same = [write_run(tmp_path / kind / "run") for kind in ("a", "b")]
     assert [run.name for run in plot.read_curves(same)] == ["a/run", "b/run"]
     assert [run.name for run in plot.read_curves(same[:1])] == ["run"]
+    far = write_run(tmp_path / "a" / "deep" / "other")
+    assert [run.name for run in plot.read_curves([*same, far])] == ["a/run", "b/run", "other"]
 
 
 def test_a_run_in_progress_and_updates_that_were_skipped_are_drawn(tmp_path, drawn):

@@ -1,22 +1,26 @@
 """What a run shows while it goes on: lines without a terminal, a bar in one, and a header."""
 
+import dataclasses
 import io
+import itertools
 import json
 import math
+import os
 import re
 
+import numpy as np
 import pytest
 from flax_llama_runs import tiny, write_text
 from rich.console import Console
 
 from examples.flax_llama import progress
 from examples.flax_llama.config import PRESETS
-from examples.flax_llama.progress import Progress, fitting, header
+from examples.flax_llama.progress import Part, Progress, Speed, fitting, header, significant
 from examples.flax_llama.tokenizer import train_tokenizer
 from examples.flax_llama.tokens import write_tokens
 from examples.flax_llama.train import open_dataset
 
-SECOND = {"loss": 2.5, "lr": 0.01, "tokens": 400, "tokens_per_second": 400.0}
+SECOND = {"loss": 2.5, "lr": 0.01, "tokens": 400, "seconds": 1.0, "tokens_per_second": 400.0}
 SCORES = {"standard_error": 0.25, "perplexity": 7.4, "bits_per_byte": 2.9}
 
 
@@ -41,19 +45,20 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_for_each_evalu
     with Progress(start=0, steps=25, console=console) as shows:
         with shows.doing("compiling"):
             clock[0] += 60
-        shows.begin()
         for step in range(1, 26):
-            clock[0] += 1
+            # The first one takes longer.
+            clock[0] += 1 if step > 1 else 7
             shows.update({**SECOND, "step": step, "loss": 5 - step / 10})
             if step % 12 == 0:
                 shows.evaluation({"step": step, "valid_loss": 3 - step / 100, **SCORES})
     lines = shown(console)
     begins = ["update 1/25 ", "update 11/25 ", "update 12: ", "update 21/25 ", "update 24: "]
     assert [line[: len(begin)] for line, begin in zip(lines, begins, strict=False)] == begins
-    assert len(lines) == 6
+    # What ends it is the last evaluation.
+    assert len(lines) == 5
+    assert re.fullmatch(r"update 1/25  loss 4.900  lr 0.01  [\d.,]+ [GM]iB used", lines[0])
     assert "loss 3.900  lr 0.01  400 tokens/s  0:00:14 left" in lines[1]
-    assert "validation 2.880" in lines[3]
-    assert re.fullmatch(r"update 25/25  loss 2.500 .* 0:00:00 left  .* [GM]iB used", lines[5])
+    assert "loss 2.900  validation 2.880  lr" in lines[3]
     found = "validation loss 2.8800 ± 0.2500, perplexity 7.40, 2.9000 bits per byte"
     assert lines[2] == f"update 12: {found}"
     assert lines[4].endswith("bits per byte, the best so far")
@@ -64,8 +69,31 @@ def test_there_is_no_loss_before_the_first_one(clock):
     shows = Progress(start=4, steps=9, console=plain())
     with shows.doing("compiling"):
         clock[0] += 75
-        text = "  ".join(part for part, _ in shows.parts())
+        text = "  ".join(part.text for part in shows.parts() if part.text)
     assert re.fullmatch(r"update 4/9  compiling 0:01:15  [\d.,]+ [GM]iB used", text)
+
+
+def test_the_time_left_is_told_after_some_updates_and_without_the_first(clock):
+    shows = Progress(start=0, steps=100, console=plain())
+    left = []
+    for step in range(1, 6):
+        clock[0] += 30 if step == 1 else 0.9
+        shows.update({**SECOND, "step": step, "seconds": 0.9})
+        left += [part.text for part in shows.parts() if part.text.endswith((" left", "tokens/s"))]
+    assert left == ["444 tokens/s", "0:01:26 left", "444 tokens/s", "0:01:26 left"]
+
+
+def test_the_speed_is_of_the_last_updates_that_take_long_enough():
+    rng = np.random.default_rng(0)
+    times = rng.exponential(0.05, 400)
+    speed = Speed(1.0)
+    assert speed.add(8, 30.0) == pytest.approx(8 / 30)
+    found = [speed.add(8, each) for each in times]
+    for end in range(1, 401):
+        last = next((n for n in range(1, end + 1) if times[end - n : end].sum() >= 1), end)
+        assert found[end - 1] == pytest.approx(8 * last / times[end - last : end].sum())
+    # One that takes longer is by itself.
+    assert speed.add(8, 2.0) == pytest.approx(4.0)
 
 
 def test_an_evaluation_of_a_single_row_has_no_error():
@@ -79,44 +107,65 @@ def test_what_a_device_says_of_its_memory_is_shown(monkeypatch):
             return {"peak_bytes_in_use": 3 * 2**30, "bytes_in_use": 5}
 
     monkeypatch.setattr(progress.jax, "local_devices", lambda: [Device()])
-    assert Progress(start=0, steps=1, console=plain()).parts()[-1][0] == "3.00 GiB used"
+    assert Progress(start=0, steps=1, console=plain()).parts()[-1].text == "3.00 GiB used"
 
 
 def test_the_parts_that_matter_most_are_those_that_fit():
-    parts = [("aaaa", 0), ("bbbbbb", 3), ("cc", 1), ("ddddd", 2)]
+    parts = [Part(0, 4), Part(3, 6), Part(1, 2), Part(2, 5)]
 
     def best(width):
-        """The longest run of the most important ones that fits, tried one by one."""
-        ranked = sorted(parts, key=lambda part: part[1])
-        for count in range(len(ranked), 0, -1):
-            text = "  ".join(text for text, _ in parts if (text, _) in ranked[:count])
-            if len(text) <= width or count == 1:
-                return text
+        """Of all sets that fit the one that has the most important parts, one after the other."""
+        ranked = sorted(parts, key=lambda part: part.rank)
+        sets = itertools.product([True, False], repeat=4)
+        for taken in sorted(sets, reverse=True):
+            kept = [part for part in parts if taken[ranked.index(part)]]
+            if len("  ".join("x" * part.width for part in kept)) <= width:
+                return kept
         raise AssertionError
 
-    assert {fitting(parts, width) for width in range(40)} == {best(width) for width in range(40)}
-    for width in range(40):
+    for width in range(4, 40):
         assert fitting(parts, width) == best(width)
+    assert fitting(parts, 3) == parts[:1]
 
 
-@pytest.mark.parametrize("width", [40, 60, 120])
-def test_everything_fits_a_terminal_however_narrow(clock, width):
+@pytest.mark.parametrize("width", [40, 60, 100, 160])
+def test_everything_fits_a_terminal_and_stays_in_its_place(clock, width, monkeypatch):
     console = plain(force_terminal=True, width=width, color_system=None)
-    with Progress(start=0, steps=4, console=console) as shows:
+    monkeypatch.setattr(progress, "memory_used", lambda: clock[0] * 1e6)
+    with Progress(start=0, steps=1200, console=console) as shows:
         shows.say("a text of many words " * 9)
-        shows.begin()
-        for step in range(1, 4):
-            clock[0] += 1
-            shows.update({"step": step, **SECOND, "mfu": 0.4})
-            shows.evaluation({"step": step, "valid_loss": 3 - step / 100, **SCORES})
+        with shows.doing("compiling"):
+            clock[0] += 75
             shows._live.refresh()
+        for step in (1, 9, 10, 99, 100, 999, 1000):
+            clock[0] += step / 4
+            speed = {"lr": 0.1 / step, "seconds": 400 / 99 / step, "mfu": 0.4}
+            shows.update({**SECOND, "step": step, **speed})
+            shows._live.refresh()
+            if step in (10, 100):
+                with shows.doing("evaluating"):
+                    shows._live.refresh()
+                shows.evaluation({"step": step, "valid_loss": 3 - step / 1e3, **SCORES})
+                shows._live.refresh()
     text = re.sub(r"\x1b\[[\d?]*[A-Za-z]", "", console.file.getvalue())
     lines = re.split(r"[\r\n]+", text)
     assert max(map(len, lines)) <= width
-    last = [line for line in lines if "update 3/4" in line][-1]
-    assert "left" in last
-    assert ("MFU" in last) == ("━" in last) == (width == 120)
-    assert re.search(r"update 3: validation loss 2\.97", text)
+    shown = [line for line in lines if re.search(r"update [\d,]+/1,200  +(compiling|loss)", line)]
+    assert re.search(r"update 0/1,200  compiling 0:01:15", shown[0])
+    assert any("evaluating" in line for line in shown) == (width > 40)
+    assert re.search(r"update 10: validation loss 2\.99", text)
+    # Wherever a word is shown, it begins in the same column.
+    words = {"update", "loss", "validation", "lr"}
+    columns = {word: {line.find(word) for line in shown[1:]} - {-1} for word in words}
+    assert all(len(found) < 2 for found in columns.values())
+    # What is shown once is not left out again, but for what gives way to an evaluation.
+    words |= {"left", "tokens/s", "MFU", "used"}
+    there = {word for word in words if any(word in line for line in shown[1:])}
+    assert len(there) == {40: 3, 60: 4, 100: 7, 160: 8}[width]
+    assert all(word in shown[-1] for word in there)
+    assert {"update", "loss"} <= there
+    assert ("left" in there) == (width > 40)
+    assert ("━" in shown[-1]) == (width == 160)
 
 
 def test_quiet_shows_nothing(clock):
@@ -136,11 +185,11 @@ def texts(tmp_path_factory):
         return [json.loads(line)["text"] for line in file], path
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_the_header_counts_documents_tokens_and_epochs(texts, tmp_path, packing):
+@pytest.mark.parametrize(("packing", "steps"), [(True, 700), (True, 1), (False, 700)])
+def test_the_header_counts_documents_tokens_and_epochs(texts, tmp_path, packing, steps):
     documents, _ = texts
     write_tokens(tmp_path / "tokens", [documents], train_tokenizer([], "bytes", eos=True))
-    settings = {"tokenizer": None, "eval_tokens": None, "packing": packing, "steps": 700}
+    settings = {"tokenizer": None, "eval_tokens": None, "packing": packing, "steps": steps}
     config = tiny(str(tmp_path / "tokens"), **settings).resolve()
     data = open_dataset(config)
     data.train.close()
@@ -157,7 +206,8 @@ def test_the_header_counts_documents_tokens_and_epochs(texts, tmp_path, packing)
     assert valid == (sum(rest) if packing else sum(min(size - 1, 20) for size in rest))
     # An epoch has each row once.
     rows = tokens // 20 if packing else trained
-    assert float(found[3]) == pytest.approx(700 * 8 / rows, abs=0.005)
+    assert float(found[3]) == pytest.approx(steps * 8 / rows, rel=0.05)
+    assert f"{steps * 8 * 20:,} in all" in text
 
 
 def test_the_header_is_of_the_real_model_and_of_files_says_what_it_can(texts):
@@ -169,7 +219,19 @@ def test_the_header_is_of_the_real_model_and_of_files_says_what_it_can(texts):
     count = kernels + 2 * 257 * 16 + 5 * 16
     assert f"LLaMA of {count:,} parameters: hidden 16, 2 layers, 2 heads, vocabulary 257;" in text
     assert not any(re.search(rf"\b{name}\b", text) for name in PRESETS)
-    assert "tokens to train on are read as training goes on, and 200 to validate on" in text
+    kib = os.path.getsize(texts[1]) / 1024
+    told = f"{texts[1]}: 1 file of {kib:.1f} KiB, whose tokens are not counted, and 200 to validate"
+    assert told in text
+    config = dataclasses.replace(config, data="hf:name")
+    assert "hf:name: read from the hub, whose tokens" in header(config, config.shape(257), data, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.000267, "0.00027"), (0.0349, "0.035"), (1.04, "1.0"), (27.3, "27"), (1234.5, "1,234")],
+)
+def test_two_digits_that_count_are_shown(value, shown):
+    assert significant(value) == shown
 
 
 def test_a_resumed_run_says_from_where(texts):

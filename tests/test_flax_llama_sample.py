@@ -20,6 +20,7 @@ from examples.flax_llama.generate import (
     keep_top_k,
     keep_top_p,
     padded_length,
+    pieces,
     prefill,
 )
 from examples.flax_llama.model import Llama
@@ -211,6 +212,34 @@ def test_the_command_prints_the_text_of_a_checkpoint(monkeypatch, capsys):
         expected = generate(model(), tokenizer(), "Emma", tokens=9, seed=3, top_k=4)
         assert capsys.readouterr().out == expected + "\n"
     assert [(str(run), step) for run, step in asked] == [("runs/a", "best"), ("runs/a", 40)]
+
+
+def test_the_command_prints_each_piece_as_soon_as_it_is_made(monkeypatch, capsys):
+    def stream(*_, **__):
+        for piece in ("Emma", " Wood", "house"):
+            yield piece
+            assert capsys.readouterr().out == piece
+
+    monkeypatch.setattr(sample, "load_run", lambda *_: (model(), tokenizer()))
+    monkeypatch.setattr(sample, "stream", stream)
+    monkeypatch.setattr("sys.argv", ["sample", "--run", "runs/a"])
+    sample.main()
+    assert capsys.readouterr().out == "\n"
+
+
+def test_pieces_are_made_one_by_one_of_whole_characters():
+    """Of bytes at random, which are hardly ever characters, and of text that has long ones."""
+    text = "Jane Austen \N{EM DASH} \N{PILE OF POO} na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve"
+    (start,) = tokenizer().encode("A").tolist()
+    for ids in (np.random.default_rng(0).integers(256, size=300), tokenizer().encode(text)):
+        taken = []
+        stream = pieces(tokenizer(), [start], (taken.append(each) or each for each in ids))
+        assert next(stream) == "A"
+        assert taken == []
+        found = list(stream)
+        assert taken == ids.tolist()
+        assert "A" + "".join(found) == tokenizer().decode([start, *ids])
+    assert found == [*text, ""]
 
 
 def test_an_error_of_the_command_is_one_line(monkeypatch, tmp_path):

@@ -317,18 +317,20 @@ def test_what_is_trained_is_told_before(run, printed):
     shape = result.model.config
     count = sum(p.size for p in jax.tree.leaves(params_of(result.model)))
     assert f"LLaMA of {count:,} parameters" in output
-    assert f"{shape.flops_per_token / 1e6:.1f} MFLOP per token" in output
-    assert "20 updates of 8 x 20 tokens" in output
+    assert f"{progress.significant(shape.flops_per_token / 1e6)} MFLOP per token" in output
+    assert "20 updates of 8 x 20 tokens, 3,200 in all" in output
     needed = progress.size(result.update_bytes)
     assert re.search(rf"\nCompiled in 0:\d\d:\d\d; an update needs {needed} of memory\n", output)
 
 
-def test_each_evaluation_is_told_and_the_last_update(run, printed):
+def test_each_evaluation_is_told_and_the_first_update(run, printed):
     _, result = run
     lines = printed.getvalue().splitlines()
     for record in result.valid:
         told = f"update {record['step']}: {progress.scores(record)}"
         assert any(line.startswith(told) for line in lines)
-    loss = result.train[-1]["loss"]
-    assert any(line.startswith(f"update 20/20  loss {loss:.3f}  validation ") for line in lines)
+    loss = result.train[0]["loss"]
+    assert any(line.startswith(f"update 1/20  loss {loss:.3f}  lr ") for line in lines)
+    # The end is told once.
+    assert lines[-1].startswith("update 20: ")
     assert "nan" not in printed.getvalue()

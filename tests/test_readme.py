@@ -1,4 +1,4 @@
-"""The code of the README runs, and prints what the README says it prints."""
+"""The code of the README runs as it stands there, and prints what the README says it prints."""
 
 import contextlib
 import io
@@ -28,15 +28,13 @@ def sections():
     return {title: blocks for title, blocks in found.items() if blocks}
 
 
-def namespace(directory):
-    """What the code takes for granted."""
+def of_the_reader():
+    """What stands for a reader's own things, which the text names; all else the code imports."""
     params = {"kernel": jnp.ones((256, 512)), "learning_rate": jnp.ones(3)}
     return {
-        **{name: getattr(galore_optax, name) for name in galore_optax.__all__},
-        **{"galore_optax": galore_optax, "jax": jax, "jnp": jnp, "optax": optax},
         **{"params": params, "grads": jax.tree.map(jnp.ones_like, params)},
         "loss_fn": lambda params, batch: jnp.sum((batch @ params["kernel"].dequantize()) ** 2),
-        **{"batch": jnp.ones((2, 256)), "key": jax.random.key(0), "directory": directory},
+        **{"batch": jnp.ones((2, 256)), "key": jax.random.key(0)},
     }
 
 
@@ -49,18 +47,24 @@ def run(code, names):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The names that the code of each section leaves, once it has run."""
+    """The names that the code of each section leaves, once it has run from top to bottom."""
     found = {}
 
     def of(title):
         if title not in found:
-            found[title] = namespace(tmp_path_factory.mktemp("readme"))
-            for code, output in sections()[title]:
-                printed = run(code, found[title])
-                assert printed == (output or ""), code
+            found[title] = of_the_reader()
+            with contextlib.chdir(tmp_path_factory.mktemp("readme")):
+                for code, output in sections()[title]:
+                    printed = run(code, found[title])
+                    assert printed == (output or ""), code
         return found[title]
 
     return of
+
+
+def test_what_a_reader_has_to_bring_is_named():
+    for name in of_the_reader():
+        assert f"`{name}`" in TEXT
 
 
 # These have figures, or leave what other tests need.

@@ -24,6 +24,7 @@ from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_write
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config, UsageError, at_least_one
 from examples.flax_llama.effects import check_effects
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
 from examples.flax_llama.report import Comparison, Run, command
 from examples.flax_llama.report_pictures import write_report
@@ -40,6 +41,8 @@ from examples.flax_llama.writing import make_directory, naming, write_whole
 RESULTS = "results.json"
 # In the directory of a run that has ended.
 RESULT = "result.json"
+# Settings that a comparison decides itself.
+DECIDED = ("optimizer", "resume", "new_data", "distributed")
 
 
 def rank(word: str) -> int | float:
@@ -138,7 +141,7 @@ def run(config: Config, out: Path, how_to_go_on: str) -> Run:
         last = result.valid[-1]
         scores = {k: last[k] for k in ("valid_loss", "standard_error", "bits_per_byte")}
         tokens = sum(record["tokens"] for record in result.train)
-        seconds = sum(record["tokens"] / record["tokens_per_second"] for record in result.train)
+        seconds = sum(record["seconds"] for record in result.train)
         scores |= {
             "tokens_per_second": tokens / seconds,
             "parameter_bytes": memory.parameters,
@@ -155,16 +158,6 @@ def run(config: Config, out: Path, how_to_go_on: str) -> Run:
 def write_json(path: Path, value: Any) -> None:
     """Writes a file, whole or not at all."""
     write_whole(path, json.dumps(value, indent=1) + "\n")
-
-
-@dataclasses.dataclass(frozen=True)
-class Shared(Config):
-    """A configuration of which a command line does not offer what a comparison decides itself."""
-
-    optimizer: tyro.conf.Suppress[str] = Config.optimizer
-    resume: tyro.conf.Suppress[bool] = Config.resume
-    new_data: tyro.conf.Suppress[bool] = Config.new_data
-    distributed: tyro.conf.Suppress[bool] = Config.distributed
 
 
 def check_shared(shared: Config, optimizers: Sequence[str]) -> Path:
@@ -185,7 +178,7 @@ def check_shared(shared: Config, optimizers: Sequence[str]) -> Path:
 
 
 def compare(
-    shared: Annotated[Config, tyro.conf.arg(name="", constructor=Shared)],
+    shared: Annotated[Config, tyro.conf.arg(name="")],
     optimizers: tuple[str, ...] = ("adamw", "galore_adamw"),
     sweep: tuple[str, ...] = (),
     seeds: int = 1,
@@ -261,7 +254,7 @@ def compare(
 def main() -> None:
     hide_abandoned_writes()
     with program(compare, Config, errors=(CheckpointError,)):
-        comparison = tyro.cli(compare)
+        comparison = command_line(compare, hidden=DECIDED)()
         print(f"Wrote {comparison.given.out}/report.md")
 
 

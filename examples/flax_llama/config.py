@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import tyro
 
@@ -34,16 +34,22 @@ else:
 class Config:
     """The settings of a training run. What is None is the preset's, until `resolve`."""
 
-    # Shape of the model, and the recipe that fills the settings left at None: 9m, 20m, 35m, 60m,
-    # 130m, 250m, 350m, 1b, 3b, 7b or 13b.
+    # The first setting of each group that help shows.
+    GROUPS: ClassVar = {
+        **{"model": "preset", "data": "data", "optimizer": "optimizer", "galore": "rank"},
+        **{"training": "steps", "run": "out"},
+    }
+
+    # Shape of the model, and the recipe for what is not given: 9m, 20m, 35m, 60m, 130m, 250m,
+    # 350m, 1b, 3b, 7b or 13b.
     preset: str = "9m"
-    # Hidden size.
+    # Hidden size; the preset's by default.
     hidden: FromPreset[int] = None
-    # Width of the MLP.
+    # Width of the MLP; the preset's by default.
     intermediate: FromPreset[int] = None
-    # Number of layers.
+    # Number of layers; the preset's by default.
     layers: FromPreset[int] = None
-    # Number of attention heads.
+    # Number of attention heads; the preset's by default.
     heads: FromPreset[int] = None
     # Vocabulary of the model; the tokenizer's by default, and never smaller.
     vocab_size: int | None = None
@@ -105,7 +111,7 @@ class Config:
     # Of sgd; also of adafactor, which then has a first moment. 0 has none. Of galore_muon, which
     # takes 0.95 for 0; flora's momentum is b1.
     momentum: float = 0.0
-    # Largest norm of a gradient; 0 does not clip.
+    # Largest norm of a gradient; 0 does not clip. The preset's by default.
     clip: FromPreset[float] = None
     # Whose norm that is: "global", of the whole gradient, for which `layerwise` takes another
     # backward pass; or "layer", of each layer by itself, with `layerwise` alone.
@@ -147,9 +153,9 @@ class Config:
     # Spread the choices for the layers' matrices over the updates from one to the next.
     stagger: bool = False
 
-    # Number of updates.
+    # Number of updates; the preset's by default.
     steps: FromPreset[int] = None
-    # Sequences per update, over all devices.
+    # Sequences per update, over all devices; the preset's by default.
     batch: FromPreset[int] = None
     # Micro-batches that one update's sequences are computed in, one after the other.
     accumulate: int = 1

@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 
 import jax
-import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +18,7 @@ from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_write
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, unigram_loss
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.generate import generate
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.plot import plot
@@ -87,7 +87,7 @@ def demo(out: Path | None = None, steps: int = GALORE.steps) -> None:
 def main() -> None:
     hide_abandoned_writes()
     with program(demo, errors=(CheckpointError, FloatingPointError)):
-        tyro.cli(demo)
+        command_line(demo)()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -24,6 +23,7 @@ from examples.flax_llama.config import Config
 from examples.flax_llama.data import open_data
 from examples.flax_llama.documents import BUILT_IN
 from examples.flax_llama.fingerprint import Marks, differences, marks_of, read_fingerprint
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.loss import token_losses
 from examples.flax_llama.model import Params
 from examples.flax_llama.reading import Reading
@@ -221,7 +221,7 @@ def evaluate(
 
 def main() -> None:
     with program(Config, evaluate):
-        scores = tyro.cli(evaluate)
+        scores = command_line(evaluate)()
     for name in ("loss", "perplexity"):
         print(f"{name:14} {scores[name]:.4f} +- {scores[f'{name}_standard_error']:.4f}")
     if "bits_per_byte" in scores:

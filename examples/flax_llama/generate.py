@@ -6,7 +6,8 @@ Sizes in the suffixes of names: S sequence, V vocabulary.
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from examples.flax_llama.usage import UsageError, at_least_one
 
 # No vocabulary has more tokens.
 ALL = 2**31 - 1
+# What stands for bytes that are no character, or not yet.
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def keep_top_k(logits_V: jax.Array, top_k: jax.Array | int) -> jax.Array:
@@ -136,7 +139,7 @@ def check_sampling(
         raise UsageError("prompt='' is empty: give at least one character to continue.")
 
 
-def generate(
+def stream(
     model: Llama,
     tokenizer: Tokenizer,
     prompt: str,
@@ -146,8 +149,8 @@ def generate(
     top_p: float = 0.95,
     top_k: int | None = None,
     seed: int = 0,
-) -> str:
-    """The prompt, continued up to the end of the document, or by `tokens` tokens.
+) -> Iterator[str]:
+    """The prompt, continued up to the end of the document, or by `tokens` tokens, as it is made.
 
     Args:
       model: a language model.
@@ -159,14 +162,35 @@ def generate(
       top_k: draw from that many of the likeliest tokens only, before `top_p`; by default from all.
       seed: of the drawing.
 
+    Returns:
+      Pieces of the text, the first of which is the prompt.
+
     Raises:
       UsageError: a setting is out of its range, or the prompt is empty.
     """
     ids = tokenizer.encode(prompt)
     check_sampling(ids, tokens, temperature, top_p, top_k)
     settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    stream = generate_ids(model, ids, **settings)
+    endless = generate_ids(model, ids, **settings)
     added = itertools.takewhile(
-        lambda token: token != tokenizer.eos_id, itertools.islice(stream, tokens)
+        lambda token: token != tokenizer.eos_id, itertools.islice(endless, tokens)
     )
-    return tokenizer.decode([*ids, *added])
+    return pieces(tokenizer, ids.tolist(), added)
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], added: Iterable[int]) -> Iterator[str]:
+    """The text of some tokens, and what each one adds to it; a character is not cut in two."""
+    text = tokenizer.decode(ids)
+    yield text
+    for token in added:
+        ids.append(token)
+        longer = tokenizer.decode(ids)
+        if not longer.endswith(REPLACEMENT):
+            yield longer[len(text) :]
+            text = longer
+    yield tokenizer.decode(ids)[len(text) :]
+
+
+def generate(model: Llama, tokenizer: Tokenizer, prompt: str, **settings: Any) -> str:
+    """The whole text of `stream`, which says what the settings are."""
+    return "".join(stream(model, tokenizer, prompt, **settings))

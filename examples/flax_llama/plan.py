@@ -22,6 +22,7 @@ from examples.flax_llama.config import Config
 from examples.flax_llama.data import vocabulary_size
 from examples.flax_llama.devices import FRACTION, FRACTION_VARIABLE, GIB, Device, chosen_device
 from examples.flax_llama.fit import Change, Fit, Need, Question, advice
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.memory import Estimate, estimate
 from examples.flax_llama.memory_chart import Bar, draw, picture
 from examples.flax_llama.methods import IN_GALORE
@@ -351,7 +352,7 @@ def plan(settings: Plan) -> Fit:
 
 def main() -> None:
     with program(Config, Plan, status=ERROR), check_needs_driver():
-        found = plan(tyro.cli(Plan, description=__doc__))
+        found = plan(command_line(Plan, description=__doc__))
     raise SystemExit(STATUS[found])
 
 

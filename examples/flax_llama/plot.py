@@ -4,20 +4,22 @@ python -m examples.flax_llama.plot --runs runs/galore runs/adamw --out runs/curv
 """
 
 import dataclasses
+import itertools
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from examples.flax_llama.command import program
 from examples.flax_llama.config import UsageError
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.history import marks
 from examples.flax_llama.records import METRICS, Record, read_records
 
@@ -28,6 +30,11 @@ PANELS = {
     "tokens_per_second": "tokens per second",
     "captured_energy": "share of the gradient's energy in the subspace",
 }
+# Part of a panel's width, within which two numbers of changes would touch.
+TOO_NEAR = 0.05
+# Of text beside each other, about as many as there is room for; and the height of a line of it.
+CHARACTERS = 120
+INCHES_OF_LINE = 0.2
 # Updates of the longest run, of which the second half has a panel of its own.
 FEWEST_TO_HALVE = 20
 STYLE = {
@@ -69,6 +76,11 @@ def moving_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0)
 
 
+def smoothed(values: np.ndarray, width: int | None) -> np.ndarray:
+    """Moving means; over a fiftieth of all values where no width is given."""
+    return moving_mean(values, width or max(1, len(values) // 50))
+
+
 def points(records: Sequence[Record], field: str) -> tuple[np.ndarray, np.ndarray]:
     """Updates of the records that have a field, and its values."""
     pairs = [(record["step"], record[field]) for record in records if field in record]
@@ -77,20 +89,21 @@ def points(records: Sequence[Record], field: str) -> tuple[np.ndarray, np.ndarra
 
 
 def read_curves(runs: Sequence[Path]) -> list[Curves]:
-    """The records of each run, named by what its directory has not in common with the others.
+    """The records of each run, named by the last parts of its path, as few as are its own.
 
     Raises:
       UsageError: a directory has no metrics, or none yet.
     """
-    common = Path(os.path.commonpath([run.absolute().parent for run in runs]))
+    paths = [run.absolute().parts for run in runs]
+
+    def name(path: tuple[str, ...]) -> str:
+        counts = range(1, len(path))
+        own = (n for n in counts if sum(other[-n:] == path[-n:] for other in paths) == 1)
+        return str(Path(*path[-next(own, len(path)) :]))
+
     return [
-        Curves(
-            str(run.absolute().relative_to(common)),
-            *read_metrics(run),
-            read_tokenizer(run),
-            marks(run),
-        )
-        for run in runs
+        Curves(name(path), *read_metrics(run), read_tokenizer(run), marks(run))
+        for run, path in zip(runs, paths, strict=True)
     ]
 
 
@@ -167,14 +180,14 @@ def loss_panels(runs: Sequence[Curves]) -> list[int]:
 
 
 def draw_losses(
-    panel: Axes, runs: Sequence[Curves], *, width: int, after: int = 0, unit: str
+    panel: Axes, runs: Sequence[Curves], *, width: int | None, after: int = 0, unit: str
 ) -> None:
     """Training losses as lines and held-out ones as points with bars of one standard error.
 
     Args:
       panel: to draw in, which shows all that is drawn.
       runs: to draw.
-      width: number of updates to average over.
+      width: number of updates to average over; a fiftieth of each run's if None.
       after: number of updates that are left out.
       unit: of the losses.
     """
@@ -183,19 +196,14 @@ def draw_losses(
         steps, losses = run.of("loss")
         shown = steps > after
         panel.plot(steps[shown], losses[shown], color=color, alpha=0.2, linewidth=0.7)
-        losses = moving_mean(losses, width)
+        losses = smoothed(losses, width)
         panel.plot(steps[shown], losses[shown], color=color, label=run.name)
         steps, held_out = points(run.valid, "valid_loss")
         errors = np.array([record.get("standard_error", math.nan) for record in run.valid])
         shown = steps > after
         style = {"fmt": "o", "markersize": 4, "capsize": 3, "zorder": 3}
         panel.errorbar(steps[shown], held_out[shown], errors[shown], color=color, **style)
-        for step, what in draw_changes(panel, run, color, after):
-            panel.text(
-                *(step, 0.98, f"{textwrap.shorten(what, 60, placeholder=' ...')} "),
-                transform=panel.get_xaxis_transform(),
-                **{"rotation": 90, "ha": "right", "va": "top", "size": "x-small", "color": color},
-            )
+    draw_changes(panel, runs, after)
     # Of no data, for the legend.
     panel.errorbar([], [], [], fmt="o", color="gray", markersize=4, capsize=3, label="held out")
     panel.set_title(f"after update {after:,}" if after else "")
@@ -203,30 +211,78 @@ def draw_losses(
     whole_updates(panel)
 
 
-def draw_changes(panel: Axes, run: Curves, color: str, after: int = 0) -> list[tuple[float, str]]:
-    """Lines between the updates where a run changed, and what is to be said of each.
+def draw_changes(panel: Axes, runs: Sequence[Curves], after: int = 0) -> None:
+    """Lines between the updates where runs changed, and above them the numbers of the changes.
 
-    Those of the first `after` updates are left out.
+    Those of the first `after` updates are left out; numbers that would touch are written as one.
     """
-    places = [(step + 0.5, what) for step, what in run.changes if step >= after]
-    for step, _ in places:
-        panel.axvline(step, color=color, linestyle="--", linewidth=0.8)
-    return places
+    room = TOO_NEAR * (max(run.train[-1]["step"] for run in runs) - after)
+    groups: list[list[Change]] = []
+    for change in sorted(changes_of(runs), key=lambda change: change.step):
+        if change.step >= after:
+            panel.axvline(change.step + 0.5, color=change.color, linestyle="--", linewidth=0.8)
+            near = groups and change.step - groups[-1][-1].step < room
+            groups[-1:] = [[*groups[-1], change]] if near else [*groups[-1:], [change]]
+    for group in groups:
+        middle = (group[0].step + group[-1].step + 1) / 2
+        place = {"xycoords": panel.get_xaxis_transform(), "textcoords": "offset points"}
+        style = {"ha": "center", "va": "bottom", "size": "small"}
+        numbers = ", ".join(f"{number}" for number in sorted(each.number for each in group))
+        panel.annotate(numbers, (middle, 1), xytext=(0, 1), **place, **style)
 
 
-def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Where a run went on with other settings."""
+
+    number: int
+    step: int
+    color: str
+    text: str
+
+
+def changes_of(runs: Sequence[Curves]) -> list[Change]:
+    """The changes of all runs, numbered."""
+    found = [
+        (step, f"C{index % 10}", f"{run.name} after update {step:,}: {what}")
+        for index, run in enumerate(runs)
+        for step, what in run.changes
+    ]
+    return [Change(number, *each) for number, each in enumerate(found, 1)]
+
+
+def draw_legends(figure: Figure, runs: Sequence[Curves]) -> None:
+    """Names above the panels, line by line; beneath them what changed. The figure grows by both."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    columns = max(1, min(4, len(names), CHARACTERS // (max(map(len, names)) + 8)))
+    # Matplotlib fills columns.
+    order = [*itertools.chain(*(range(len(names))[i::columns] for i in range(columns)))]
+    lines, texts = [handles[i] for i in order], [names[i] for i in order]
+    figure.legend(lines, texts, loc="outside upper center", ncols=columns)
+    rows = math.ceil(len(names) / columns)
+    if changes := changes_of(runs):
+        told = [textwrap.fill(f"{each.number}: {each.text}", CHARACTERS) for each in changes]
+        dashes = [Line2D([], [], color=change.color, linestyle="--") for change in changes]
+        style = {"fontsize": "small", "handlelength": 1.5, "borderpad": 1.0}
+        figure.legend(dashes, told, loc="outside lower left", **style)
+        rows += sum(text.count("\n") + 1 for text in told)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + INCHES_OF_LINE * rows)
+
+
+def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int | None) -> None:
     """One training metric of all runs that have it."""
     for index, run in enumerate(runs):
         color = f"C{index % 10}"
         steps, values = run.of(field)
         if field == "tokens_per_second":
             # All tokens over all time: one is fetched late and the next one early.
-            values = 1 / moving_mean(1 / values, width)
-        elif field == "grad_norm":
+            values = 1 / smoothed(1 / values, width)
+        elif field != "lr":
             panel.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
-            values = moving_mean(values, width)
+            values = smoothed(values, width)
         panel.plot(steps, values, color=color)
-        draw_changes(panel, run, color)
+    draw_changes(panel, runs)
     panel.set_title(PANELS[field])
     whole_updates(panel)
     if field == "grad_norm":
@@ -235,7 +291,9 @@ def draw_metric(panel: Axes, runs: Sequence[Curves], field: str, width: int) -> 
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter(NullFormatter())
     else:
-        panel.set_ylim(bottom=0, top=1 if field == "captured_energy" else None)
+        # A random sketch may have more than all.
+        top = max(1, panel.dataLim.y1) * 1.05 if field == "captured_energy" else None
+        panel.set_ylim(bottom=0, top=top)
         panel.yaxis.set_major_formatter(EngFormatter(sep="") if "tokens" in field else "{x:g}")
 
 
@@ -243,14 +301,14 @@ def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> str:
     """Draws what one or several runs have logged so far, finished or not.
 
     Lines are training metrics, points the held-out loss with bars of one standard error. A dashed
-    line is where a run went on with other settings, which its history.json has. Runs with different
+    line is where a run went on with other settings, which are told beneath. Runs with different
     tokenizers are drawn in bits per byte, others in nats per token.
 
     Args:
       runs: the --out directories of training runs.
       out: picture to write; its suffix gives the format, such as .png, .svg or .pdf.
-      smooth: number of updates that losses, gradient norms and speeds are averaged over; a
-        fiftieth of the longest run by default.
+      smooth: number of updates that all but learning rates are averaged over; a fiftieth of each
+        run by default.
 
     Returns:
       What was written, and where.
@@ -260,26 +318,22 @@ def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> str:
     if smooth is not None and smooth < 1:
         raise UsageError(f"smooth={smooth}: expected at least 1.")
     curves, unit = comparable(read_curves(runs))
-    width = smooth or max(1, max(len(run.train) for run in curves) // 50)
     fields = [field for field in PANELS if any(len(run.of(field)[0]) for run in curves)]
     rows = (len(fields) + 1) // 2
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(9, 4.5 + 2.2 * rows), layout="constrained")
+    with plt.rc_context(STYLE | {"axes.titlepad": 12}):  # with numbers of changes between
+        figure = plt.figure(figsize=(9, 4.2 + 2.2 * rows), layout="constrained")
         grid = figure.add_gridspec(1 + rows, 2, height_ratios=[2] + [1] * rows)
         parts = loss_panels(curves)
         for column, after in enumerate(parts):
             place = grid[0, column if len(parts) > 1 else slice(None)]
             panel = figure.add_subplot(place)
-            draw_losses(panel, curves, width=width, after=after, unit=unit)
+            draw_losses(panel, curves, width=smooth, after=after, unit=unit)
         for i, field in enumerate(fields):
             row, column = divmod(i, 2)
             alone = column == 0 and i == len(fields) - 1
             panel = figure.add_subplot(grid[1 + row, slice(None) if alone else column])
-            draw_metric(panel, curves, field, width)
-        longest = max(len(run.name) for run in curves)
-        columns = max(1, min(4, len(curves) + 1, 110 // (longest + 8)))
-        handles = figure.axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper center", ncols=columns)
+            draw_metric(panel, curves, field, smooth)
+        draw_legends(figure, curves)
         try:
             figure.savefig(out, dpi=150)
         except (ValueError, OSError) as error:
@@ -291,7 +345,7 @@ def plot(runs: tuple[Path, ...], out: Path, smooth: int | None = None) -> str:
 
 def main() -> None:
     with program(plot):
-        print(tyro.cli(plot))
+        print(command_line(plot)())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ GROUPS = {
     "train": ("loss", "lr", "grad_norm", "update_norm", "tokens", "skipped", "skipped_in_a_row"),
     "eval": ("valid_loss", "standard_error", "perplexity", "bits_per_byte"),
     "subspace": ("refreshes", "captured_energy", "captured_energy_min", "overlap"),
-    "speed": ("tokens_per_second", "flops_per_second", "mfu"),
+    "speed": ("seconds", "tokens_per_second", "flops_per_second", "mfu"),
 }
 TAGS = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
 

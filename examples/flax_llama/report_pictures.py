@@ -27,9 +27,8 @@ def draw_curves(comparison: Comparison, out: Path) -> None:
     figure, panels = plt.subplots(
         1, len(parts), figsize=(5.5 * len(parts), 4.5), squeeze=False, layout="constrained"
     )
-    width = max(1, comparison.given.resolve().steps // 50)
     for panel, after in zip(panels[0], parts, strict=True):
-        draw_losses(panel, curves, width=width, after=after, unit="nats per token")
+        draw_losses(panel, curves, width=None, after=after, unit="nats per token")
     panels[0, 0].legend()
     figure.savefig(out / "losses.png", dpi=150)
     plt.close(figure)
@@ -144,7 +143,7 @@ def draw_bytes(comparison: Comparison, out: Path) -> None:
         panel.set(xlabel="MB", xlim=(0, 1.15 * totals.max()))
         for name, total in zip(names, totals, strict=True):
             panel.annotate(
-                *(f"{total:,.1f}", (total, name)),
+                *(f"{total:,.1f}" if total >= 10 else f"{total:.2f}", (total, name)),
                 **{"xytext": (4, 0), "textcoords": "offset points", "va": "center"},
             )
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)

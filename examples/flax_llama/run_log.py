@@ -8,13 +8,15 @@ from pathlib import Path
 
 import jax
 
-from examples.flax_llama.progress import Progress
+from examples.flax_llama.progress import Progress, Speed
 from examples.flax_llama.records import METRICS, Record, dump, restart
 from examples.flax_llama.sinks import Sink
 from examples.flax_llama.writing import naming
 
 # Updates in a row that are left out before a run that skips them is stopped.
 MOST_SKIPPED = 10
+# Over which speeds are averaged: updates of milliseconds are fetched in fits and starts.
+SECONDS = 1.0
 
 # Dense bfloat16 operations per second with float32 sums, by the start of the device's name. From
 # NVIDIA's data sheets (without sparsity), for GeForce its architecture white papers; Google's
@@ -72,6 +74,7 @@ class RunLog:
         self.train: list[Record] = []
         self.valid: list[Record] = []
         self._sinks, self._flops_per_token = sinks, flops_per_token
+        self._speed = Speed(SECONDS)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._path = out and out / METRICS
         if self._path is None:
@@ -115,7 +118,8 @@ class RunLog:
         (step, metrics), self._pending = self._pending, None
         record = {"step": step} | {k: v.item() for k, v in jax.device_get(metrics).items()}
         now = time.perf_counter()
-        record["tokens_per_second"] = record["tokens"] / (now - self._clock)
+        record["seconds"] = now - self._clock
+        record["tokens_per_second"] = self._speed.add(record["tokens"], record["seconds"])
         flops = record["tokens_per_second"] * self._flops_per_token
         record |= {"mfu": flops / self._peak} if self._peak else {"flops_per_second": flops}
         self._clock = now

@@ -3,13 +3,13 @@
 python -m examples.flax_llama.sample --run runs/galore --prompt "It is a truth"
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-
-import tyro
 
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.command import program
-from examples.flax_llama.generate import generate
+from examples.flax_llama.flags import command_line
+from examples.flax_llama.generate import stream
 
 
 def sample(
@@ -21,7 +21,7 @@ def sample(
     top_p: float = 0.95,
     top_k: int | None = None,
     seed: int = 0,
-) -> str:
+) -> Iterator[str]:
     """Continues a prompt with a trained LLaMA.
 
     Args:
@@ -33,9 +33,12 @@ def sample(
       top_p: draw from the likeliest tokens only whose probabilities reach this sum; 1 is all.
       top_k: draw from that many of the likeliest tokens only, before --top-p; by default from all.
       seed: of the drawing.
+
+    Returns:
+      Pieces of the text, as they are made.
     """
     model, tokenizer = load_run(run, int(step) if step.isdecimal() else step)
-    return generate(
+    return stream(
         model,
         tokenizer,
         prompt,
@@ -49,7 +52,9 @@ def sample(
 
 def main() -> None:
     with program(sample):
-        print(tyro.cli(sample))
+        for piece in command_line(sample)():
+            print(piece, end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ python -m examples.flax_llama.tokenize --data 'c4/*.json.gz' --tokenizer tokeniz
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.flax_llama.command import program
 from examples.flax_llama.documents import Shard, batched, open_shards, texts
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.tokenizer import shard_tokenizer
 from examples.flax_llama.tokens import Tokens, check_new, write_tokens
@@ -77,7 +77,7 @@ def watched(shards: Sequence[Shard], progress: Progress) -> Iterator[list[str]]:
 def main() -> None:
     # What it has written of a directory disappears.
     with program(tokenize, at_once=False):
-        tokens = tyro.cli(tokenize)
+        tokens = command_line(tokenize)()
     print(f"{len(tokens.ids):,} tokens of {len(tokens.ends):,} documents")
 
 

@@ -72,7 +72,7 @@ class Result:
 
     model: Llama
     tokenizer: Tokenizer
-    # One record per update: step (from 1), loss, lr, grad_norm, update_norm, tokens,
+    # One record per update: step (from 1), loss, lr, grad_norm, update_norm, tokens, seconds,
     # tokens_per_second, mfu or flops_per_second, and what `galore_optax.metrics` has.
     train: list[Record]
     # One record per evaluation: step, valid_loss (nats per token), its standard_error, perplexity,
@@ -173,7 +173,6 @@ def make_updates(run: Parts, update: jax.stages.Compiled, state: State) -> tuple
     """
     config, log, start = run.config, run.log, run.beginning.step
     log.start_clock()
-    log.progress.begin()
     for step in range(start + 1, config.steps + 1):
         batch = put_batch(next(run.dataset.train), config.accumulate, run.mesh)
         state, metrics = update(state, batch)
@@ -335,6 +334,8 @@ def open_log(
             quiet=config.quiet or jax.process_index() > 0,
         )
         log.progress.say("\n".join([header(config, shape, dataset, start), *beginning.lines()]))
+        if start >= config.steps and log.valid:
+            log.progress.say(scores(log.valid[-1]))
         yield stack.enter_context(log)
 
 
@@ -345,11 +346,12 @@ def never(step: int) -> bool:
 def main() -> None:
     hide_abandoned_writes()
     with program(Config, errors=(CheckpointError, FloatingPointError)):
-        config = from_command_line()
+        config = from_command_line(description=__doc__)
         if config.distributed:
             jax.distributed.initialize()
         result = train(config)
-        print_text(f"Finished: {scores(result.valid[-1])}")
+        # What else is there to say has been said.
+        print_text(f"Finished: {scores(result.valid[-1])}" if config.quiet else "Finished.")
 
 
 if __name__ == "__main__":

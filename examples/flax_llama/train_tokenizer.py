@@ -5,11 +5,10 @@ python -m examples.flax_llama.train_tokenizer --data 'c4/*.json.gz' --out tokeni
 
 from pathlib import Path
 
-import tyro
-
 from examples.flax_llama.command import program
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.documents import open_shards, sample
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.tokenizer import Tokenizer, train_tokenizer
 from examples.flax_llama.writing import make_directory, write_whole
@@ -52,7 +51,7 @@ def train(
 
 def main() -> None:
     with program(train):
-        tokenizer = tyro.cli(train)
+        tokenizer = command_line(train)()
     print(f"{tokenizer.vocab_size:,} tokens")
 
 

@@ -139,8 +139,8 @@ def test_everything_fits_a_terminal_and_stays_in_its_place(clock, width, monkeyp
             shows._live.refresh()
         for step in (1, 9, 10, 99, 100, 999, 1000):
             clock[0] += step / 4
-            speed = {"lr": 0.1 / step, "seconds": 400 / 99 / step, "mfu": 0.4}
-            shows.update({**SECOND, "step": step, **speed})
+            speed = {"tokens_per_second": 99 * step, "seconds": 400 / 99 / step, "mfu": step / 2000}
+            shows.update({**SECOND, "step": step, "lr": 0.1 / step, **speed})
             shows._live.refresh()
             if step in (10, 100):
                 with shows.doing("evaluating"):

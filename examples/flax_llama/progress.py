@@ -160,7 +160,7 @@ class Progress:
         if updates and seconds >= ENOUGH:
             say["speed"](f"{speed:,.0f} tokens/s")
             if "mfu" in record:
-                say["mfu"](f"{record['mfu'] * speed / record['tokens_per_second']:.0%} MFU")
+                say["mfu"](f"{record['mfu'] * speed / record['tokens_per_second']:>3.0%} MFU")
             left = (self._steps - self._step) * seconds / updates
             say["left"](f"{duration(left)} left")
         if not self._has_bar and now - self._last_line >= SECONDS:

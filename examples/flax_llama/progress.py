@@ -20,10 +20,10 @@ from examples.flax_llama.config import Config, LlamaConfig
 from examples.flax_llama.data import Data
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.records import Record
+from examples.flax_llama.units import size
 
 # From one line to the next where there is no bar; also what the speed is averaged over.
 SECONDS = 10.0
-GIB = 2**30
 # In characters: no bar is drawn where there is less room left.
 SHORTEST_BAR = 10
 # Of a text, and how much it matters: the larger, the sooner it is left out.
@@ -168,11 +168,6 @@ def fitting(parts: Sequence[Part], width: int) -> str:
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds."""
     return str(timedelta(seconds=round(seconds)))
-
-
-def size(count: float) -> str:
-    """Bytes, as the planner counts them."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
 def memory_used() -> int:

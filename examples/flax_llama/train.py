@@ -18,15 +18,15 @@ from flax import nnx
 
 import galore_optax
 from examples.flax_llama import sinks
+from examples.flax_llama.bases import settings_given
 from examples.flax_llama.beginning import (
     Beginning,
     begin,
     check_same_tokenizer,
     commit,
-    of_the_source,
     validation_began,
 )
-from examples.flax_llama.changes import config_of, settings_of
+from examples.flax_llama.changes import settings_of
 from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, hide_abandoned_writes
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
@@ -35,16 +35,14 @@ from examples.flax_llama.evaluate import make_evaluate
 from examples.flax_llama.interrupts import stopping
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.progress import Progress, duration, header, print_text, scores, size
+from examples.flax_llama.progress import Progress, duration, header, print_text, scores
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.records import Record
 from examples.flax_llama.resume import first_state
 from examples.flax_llama.run_directory import (
-    SETTINGS,
     check_contents,
     check_directory,
     lock,
-    read_settings,
     write_settings,
 )
 from examples.flax_llama.run_log import RunLog
@@ -58,6 +56,7 @@ from examples.flax_llama.step import (
     put_batch,
 )
 from examples.flax_llama.tokenizer import Tokenizer, tokenizer_files
+from examples.flax_llama.units import size
 from examples.flax_llama.usage import UsageError
 from examples.flax_llama.writing import naming
 
@@ -277,25 +276,8 @@ def never(step: int) -> bool:
 
 
 def from_command_line(args: Sequence[str] | None = None) -> Config:
-    """The settings given.
-
-    Where a run is resumed, all others are its own; but what its optimizer had by default is another
-    optimizer's own. Where one begins with another run, its model and optimizer are that one's.
-    """
-    config = tyro.cli(Config, args=args)
-    if config.resume and config.out is not None and (config.out / SETTINGS).is_file():
-        stored = config_of(read_settings(config.out)["train"])
-        own = dataclasses.replace(stored, out=config.out, resume=True, new_data=False)
-        config = tyro.cli(Config, args=args, default=own)
-        if config.optimizer != stored.optimizer:
-            config = tyro.cli(Config, args=args, default=own.without_defaults())
-    elif config.init_from is not None:
-        source = config_of(read_settings(config.init_from)["train"])
-        names = of_the_source(weights_only=config.weights_only)
-        same = {name: getattr(source, name) for name in names}
-        default = Config(**same, tokenizer=str(config.init_from))
-        config = tyro.cli(Config, args=args, default=default)
-    return config
+    """The settings given, and those of the run that they go on with; see `bases`."""
+    return settings_given(lambda base: tyro.cli(Config, args=args, default=base))
 
 
 def main() -> None:

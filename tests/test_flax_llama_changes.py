@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from flax_llama_runs import metrics, saved_arrays, tiny, without_checkpoints_aft
 import galore_optax
 from examples.flax_llama import (
     changes,
+    devices,
     evaluate,
     fingerprint,
     history,
     optimizer_state,
+    plan,
+    remedies,
     resume,
     step,
     train,
@@ -29,6 +33,7 @@ from examples.flax_llama.changes import RULES
 from examples.flax_llama.checkpoint import Checkpoints, load_run
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import position_in_batches
+from examples.flax_llama.fit import Fit
 from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.usage import UsageError
@@ -525,3 +530,65 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=message):
         train.train(new_run(root, tmp_path, "--steps", "2", *given))
     assert not (tmp_path / "new").exists()
+
+
+# Plans of runs that go on.
+
+
+def going_on(root, how):
+    words = {
+        "resume": ["--resume", "--out", str(root / "run")],
+        "init_from": ["--init-from", str(root / "run"), "--data", str(root / "text")],
+    }[how]
+    return [*words, "--data", str(root / "text"), "--text-field", "meta.text"]
+
+
+@pytest.mark.parametrize("how", ["resume", "init_from"])
+def test_a_plan_is_of_the_run_that_goes_on(root, capsys, monkeypatch, how):
+    real, named = plan.vocabulary_size, []
+
+    def vocabulary_size(data, tokenizer):
+        named.append(tokenizer)
+        return real(data, tokenizer)
+
+    monkeypatch.setattr(plan, "vocabulary_size", vocabulary_size)
+    words = [*going_on(root, how), "--lr", "0.5"]
+    asked = plan.from_command_line([*words, "--device", "t4_16gb"])
+    question = plan.question_of(asked.run, devices.device_named(asked.device))
+    arrays = saved_arrays(root / "run", STEPS).values()
+    assert question.need().stays == sum(array.nbytes for array in arrays)
+    # Its own tokenizer, wherever that was from.
+    assert named == [str(root / "run")]
+    # Another optimizer comes with its own defaults, as it would in training.
+    if how == "resume":
+        changed = dataclasses.replace(question.given, optimizer="apollo_mini_adamw")
+        given = train.from_command_line([*words, "--optimizer", "apollo_mini_adamw"])
+        assert changed.resolve() == given.resolve()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["plan", *words, "--device", "t4_16gb"])
+        with pytest.raises(SystemExit) as stopped:
+            plan.main()
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    (command,) = re.findall(r"^  python -m examples\.flax_llama\.train (.*)$", printed, re.M)
+    given = train.from_command_line(shlex.split(command))
+    assert given == train.from_command_line(words)
+    begin(given.resolve())
+
+
+@pytest.mark.parametrize("how", ["resume", "init_from"])
+def test_a_plan_suggests_only_what_a_run_may_change(root, how):
+    words = going_on(root, how)
+    device = dataclasses.replace(devices.device_named("t4_16gb"), context=0)
+    question = plan.question_of(train.from_command_line(words), device)
+    asked = question.need()
+    assert question.fixed >= {"hidden", "param_dtype"}
+    enough = dataclasses.replace(device, memory=asked.stays + asked.passes // 2)
+    found = remedies.advice(dataclasses.replace(question, device=enough))
+    for change in found:
+        given = train.from_command_line([*words, *shlex.split(change.flags)]).resolve()
+        assert given == change.given.resolve()
+        begin(given)
+        assert "--param-dtype" not in change.flags
+    assert dataclasses.replace(question, device=enough).fit(found[0].given) is Fit.SURE
+    assert "--optimizer" in " ".join(c.flags for c in found) or how == "init_from"

@@ -11,12 +11,11 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import tyro
 from flax_llama_runs import write_text
 from matplotlib.text import Text
 
 from examples.flax_llama import compile_step as compiling
-from examples.flax_llama import devices, fit, memory, memory_chart, plan
+from examples.flax_llama import devices, fit, memory, memory_chart, plan, plan_text, remedies
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step, standard_error
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.data import open_data, vocabulary_size
@@ -33,7 +32,7 @@ from examples.flax_llama.topology import CUDA_PLUGINS, installed
 from examples.flax_llama.train import from_command_line
 
 VOCAB = 300
-
+UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 
 HERE = Here("here", "this one", 16 * GIB, "made up", platform="cpu")
 # A run that a consumer's card has room for.
@@ -69,6 +68,12 @@ def run(capsys, *words):
         with pytest.raises(SystemExit) as stopped:
             plan.main()
     return stopped.value.code, capsys.readouterr().out
+
+
+def table_of(printed):
+    """The rows of the table, each as {name: (number, unit)}."""
+    rows = re.findall(r"^(\w+) +([\d.,]+) (\w?i?B)\b", printed, re.MULTILINE)
+    return {name: (float(number.replace(",", "")), unit) for name, number, unit in rows}
 
 
 def refusal(capsys, *words):
@@ -224,14 +229,13 @@ def test_the_largest_batch_is_the_last_that_fits(accumulate, most):
 def test_the_command_says_how_much_room_there_is(capsys):
     status, printed = run(capsys, "--device", "rtx4060ti_16gb")
     assert status == 0
-    sizes = dict(re.findall(r"^(\w+) +([\d.]+)", printed, re.MULTILINE))
+    sizes = table_of(printed)
     parts = ("weights", "projectors", "moments", "gradients", "inputs", "working")
-    assert sum(float(sizes[part]) for part in parts) == pytest.approx(
-        float(sizes["total"]), abs=0.03
-    )
+    in_gib = {name: number * UNITS[unit] / GIB for name, (number, unit) in sizes.items()}
+    assert sum(in_gib[part] for part in parts) == pytest.approx(in_gib["total"], abs=0.03)
     # As the README has it.
-    stays = float(sizes["stays"])
-    assert stays == 10.65
+    stays = in_gib["stays"]
+    assert sizes["stays"] == (10.65, "GiB")
     pattern = r"estimate: ([\d.]+) GiB of ([\d.]+) GiB: fits, with at least ([\d.]+) GiB to spare"
     total, usable, spare = map(float, re.search(pattern, printed).groups())
     low, high = memory.SPREAD["cuda"]
@@ -239,6 +243,21 @@ def test_the_command_says_how_much_room_there_is(capsys):
     assert (usable, spare) == (15.02, pytest.approx(usable - most, abs=0.02))
     (least,) = re.findall(r"^\(([\d.]+) GiB to", printed, re.MULTILINE)
     assert float(least) == pytest.approx(stays + low * (total - stays), abs=0.02)
+
+
+@pytest.mark.parametrize(("batch", "unit"), [(1, "KiB"), (4096, "GiB")])
+def test_no_part_is_shown_as_nothing(batch, unit):
+    found = estimate(config(optimizer="sgd", batch=batch, seq=64), VOCAB)
+    shown = table_of(plan_text.table(found, None))
+    for name, count in found.parts.items():
+        assert (name in shown) == (count > 0), name
+        if count:
+            number, own = shown[name]
+            assert number * UNITS[own] == pytest.approx(count, rel=0.05), name
+    assert shown["total"][1] == unit
+    # All else is in one unit with the total, where it can be read in it.
+    assert shown["moments"] == (4, "B")
+    assert {own for name, (_, own) in shown.items() if name in ("inputs", "passes")} <= {unit}
 
 
 def test_what_fits_what_is_close_and_what_does_not():
@@ -291,7 +310,7 @@ def test_what_is_said_to_fit_does(capsys, words):
     status, printed = run(capsys, *words.split())
     assert status == 3
     as_asked = float(re.search(r"^estimate: ([\d.]+) GiB of", printed, re.MULTILINE)[1])
-    groups = re.split(r"^(What [^:]*:|To train|Nothing).*$", printed, flags=re.MULTILINE)
+    groups = re.split(r"^(What [^:]*:|To train).*$", printed, flags=re.MULTILINE)
     expected = {
         "What fits:": Fit.SURE,
         "What is close, and worth a try:": Fit.CLOSE,
@@ -300,7 +319,7 @@ def test_what_is_said_to_fit_does(capsys, words):
     told = []
     for title, lines in zip(groups[1::2], groups[2::2], strict=True):
         for flags, size in re.findall(r"^  (--.*?) +([\d.]+) GiB", lines, re.MULTILINE):
-            asked = tyro.cli(plan.Plan, args=[*LARGE, *words.split(), *shlex.split(flags)])
+            asked = plan.from_command_line([*LARGE, *words.split(), *shlex.split(flags)])
             question = Question(asked.run, 2048, device_named(asked.device))
             assert question.fit() is expected[title], flags
             assert f"{question.need().total / GIB:.2f}" == size
@@ -333,7 +352,23 @@ def test_what_cannot_fit_is_told_so_before_anything_is_compiled(capsys, monkeypa
     status, printed = run(capsys, *words.split())
     assert status == 3
     assert "XLA: not compiled, since" in printed
-    assert "Nothing that is known here is enough: another device, or a smaller mod" in printed
+    (names,) = re.findall(
+        r"^Nothing that was tried is enough, in any combination: (.*)$", printed, re.M
+    )
+    for name in (
+        "--layerwise",
+        "--moment-dtype bfloat16",
+        "--optimizer q_galore_adamw",
+        "lower ran",
+    ):
+        assert f"{name}" in names
+    # What needs least of it is that much too large.
+    found = re.search(r"^Of all that this needs least, (.*) of (.*):\n  (--.*)$", printed, re.M)
+    least, usable, flags = found.groups()
+    assert (
+        f"estimate: {least} of {usable}: does not fit"
+        in run(capsys, *words.split(), *flags.split())[1]
+    )
     assert "What fits" not in printed
     # The least sequences are not enough, and what they need is said.
     (size,) = re.findall(r"^  --batch 1 +(.*) GiB$", printed, re.MULTILINE)
@@ -348,9 +383,9 @@ def test_advice_goes_by_what_the_compiler_found():
     high = memory.SPREAD_OF_PLAN[1]
     # So much that it does not fit by a byte, at its most.
     more = round((device.usable - found.arguments) / high) - found.temporaries + 1
-    question = Question(settings, 32_000, device, more)
+    question = Question(settings, 32_000, device, more=more)
     assert question.fit() is Fit.CLOSE
-    (batch,) = [c.given.batch for c in fit.advice(question) if c.flags.startswith("--batch")]
+    (batch,) = [c.given.batch for c in remedies.advice(question) if c.flags.startswith("--batch")]
     for size, expected in ((batch, Fit.SURE), (batch + 1, Fit.CLOSE)):
         assert question.fit(dataclasses.replace(settings, batch=size)) is expected
     assert question.need().passes == found.temporaries + more
@@ -372,7 +407,7 @@ def test_a_sweep_takes_the_largest_batch_whatever_is_given(capsys, batch):
 def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refused, accumulate):
     """Here each sequence takes 1 GiB and all else 2, where more than some are not refused.
 
-    The device has room for nine, each taken for 6 % more.
+    The device has room for nine, each taken for 7 % more.
     """
 
     def compile_step(config, vocab_size, device):
@@ -383,7 +418,7 @@ def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refus
 
     monkeypatch.setattr(plan, "compile_step", compile_step)
     given = config(batch=16, accumulate=accumulate)
-    device = dataclasses.replace(HERE, memory=2 * GIB + round(9 * 1.06 * GIB) + 1, context=0)
+    device = dataclasses.replace(HERE, memory=2 * GIB + round(9 * 1.07 * GIB) + 1, context=0)
     found, compiled = plan.compiled_to_fit(Question(given, VOCAB, device))
     batch = found.given.batch
     assert (batch, compiled.peak) == {1: (9, 11 * GIB), 2: (8, 10 * GIB)}[accumulate]
@@ -409,6 +444,11 @@ def test_a_compiled_sweep_ends_at_the_largest_batch_that_fits(monkeypatch, refus
         ),
         ("--compile --device rtx3060_12gb", "no description of rtx3060_12gb here. It has those of"),
         ("--tokenizer none.json", "--tokenizer none.json: there is no such file"),
+        ("--data none.txt", "error: --data none.txt does not exist."),
+        ("--valid-data none.txt", "error: --valid-data none.txt does not exist."),
+        ("--seq 1", "error: --seq 1: expected at least 2. Attention to one token has no choice"),
+        ("--resume --out no_run", "--out no_run holds no run to resume: leave out --resume"),
+        ("--init-from no_run", "no_run is not the directory of a run"),
         ("--batch 3 --accumulate 2", "--batch 3 does not divide into --accumulate 2"),
         ("--vocab-size 0", "--vocab-size 0"),
         (
@@ -443,7 +483,7 @@ def test_the_memory_of_a_device_can_be_given(capsys):
     for words in (("--memory", size), ("--memory", size, "--device", "h100_80gb")):
         status, printed = run(capsys, *words)
         assert status == 0
-        assert "GiB (as given by --memory), 0.50 of them" in printed
+        assert "GiB (as given by --memory), 0.50 GiB of them" in printed
         assert printed.partition("\n\n")[2] == expected.partition("\n\n")[2]
 
 
@@ -465,7 +505,7 @@ def test_the_device_is_the_one_that_is_here(capsys, monkeypatch, platform):
     # A GPU's is what JAX allows itself of it, a TPU's all there is; a CPU's that of the machine.
     expected = {
         "cpu": "This machine's CPU: 8.00 GiB (all that this machine has; --device plans for",
-        "gpu": "NVIDIA H100: 40.00 GiB (read from it), 0.50 of them for the driver",
+        "gpu": "NVIDIA H100: 40.00 GiB (read from it), 0.50 GiB of them for the driver",
         "tpu": "TPU v4: 30.00 GiB (what JAX may use of it)\n",
     }[platform]
     words = ["--preset", "9m", "--no-layerwise", "--optimizer", "adamw", "--attention", "auto"]
@@ -519,7 +559,7 @@ def test_the_documentation_shows_what_is_printed(capsys):
 
 def test_a_plan_without_settings_is_of_the_run_without_settings():
     """All of a run's settings are taken, and no default is another."""
-    assert tyro.cli(plan.Plan, args=[]).run == from_command_line([]) == Config()
+    assert plan.from_command_line([]).run == from_command_line([]) == Config()
     given = [
         "--preset",
         "60m",
@@ -535,7 +575,8 @@ def test_a_plan_without_settings_is_of_the_run_without_settings():
         "--steps",
         "3",
     ]
-    assert tyro.cli(plan.Plan, args=given).run == from_command_line(given)
+    planned = plan.from_command_line([*given, "--memory", "3"])
+    assert (planned.run, planned.memory) == (from_command_line(given), 3.0)
 
 
 @pytest.mark.parametrize("tokenizer", [None, "bytes", "bpe:300", "saved"])
@@ -568,15 +609,15 @@ def test_the_vocabulary_is_that_of_the_run(tmp_path, data, tokenizer):
         "--preset 1b --optimizer adamw --dtype float32 --param-dtype float32 --no-remat",
         "--optimizer q_galore_adamw --accumulate 2 --attention cudnn --refresh periodic",
         "--preset 1b --optimizer fira_adamw_8bit --transport rotate --residual sign --rank 0.5",
-        "--data texts/a.txt --tokenizer bpe:500 --attention auto --steps 7 --out runs/it --lr 0.1",
+        "--data DATA --tokenizer bpe:500 --attention auto --steps 7 --out runs/it --lr 0.1",
     ],
 )
-def test_the_command_to_train_is_of_what_was_planned(capsys, words):
-    words = ["--seq", "128", *words.split()]
+def test_the_command_to_train_is_of_what_was_planned(capsys, tmp_path, words):
+    words = ["--seq", "128", *words.replace("DATA", write_text(tmp_path)).split()]
     status, printed = run(capsys, "--device", "h100_80gb", *words)
     assert status == 0
     (command,) = re.findall(r"^  (.*)python -m \S*train (.*)$", printed, re.MULTILINE)
-    planned = tyro.cli(plan.Plan, args=[*LARGE, *words]).run
+    planned = plan.from_command_line([*LARGE, *words]).run
     (batch,) = re.findall(r"largest batch that fits: (\d+)", printed) or [planned.batch]
     wanted = dataclasses.replace(planned, batch=int(batch))
     assert from_command_line(shlex.split(command[1])) == wanted
@@ -617,10 +658,11 @@ def test_figures_stand_beside_the_estimate(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "compile_step", lambda *_: found)
     status, printed = run(capsys, "--device", "rtx4060ti_16gb", "--compile")
     assert status == 0
-    columns = dict(re.findall(r"^(\w+) +[\d.]+ +([\d.]+)", printed, re.MULTILINE))
-    assert columns == {"stays": "10.00", "passes": "2.00", "total": "13.00"}
-    # 10 that stay, and at most 1.06 times 3.
-    assert "XLA: 13.00 GiB of 15.02 GiB: fits, with at least 1.84 GiB to spare" in printed
+    pattern = r"^(\w+) +[\d.]+ GiB +([\d.]+ GiB)"
+    columns = dict(re.findall(pattern, printed, re.MULTILINE))
+    assert columns == {"stays": "10.00 GiB", "passes": "2.00 GiB", "total": "13.00 GiB"}
+    # 10 that stay, and at most 1.07 times 3.
+    assert "XLA: 13.00 GiB of 15.02 GiB: fits, with at least 1.81 GiB to spare" in printed
     assert "or could not: Can't reduce" in printed
     assert "To train so" in printed
     # The compiler is believed, not the estimate.
@@ -688,6 +730,12 @@ def drawn(monkeypatch, bars, devices, out):
     return axes, boxes
 
 
+def units_in(axes):
+    """The units of all that is written in a picture."""
+    words = [axes.get_xlabel(), *(text.get_text() for text in axes.texts)]
+    return set(re.findall(r"\b[KMG]iB\b", " ".join(words)))
+
+
 def test_bars_are_the_parts_and_lines_the_devices(tmp_path, monkeypatch):
     estimates = [estimate(seven_billion(optimizer=name), 32_000) for name in ("adamw", "sgd")]
     bars = [memory_chart.Bar(e.moment, e.parts, 30 * GIB, Fit.NOT) for e in estimates]
@@ -697,34 +745,56 @@ def test_bars_are_the_parts_and_lines_the_devices(tmp_path, monkeypatch):
     ends = np.array([[bar.get_x() + bar.get_width() for bar in c] for c in axes.containers])
     np.testing.assert_allclose(ends[-1], [e.total / GIB for e in estimates])
     np.testing.assert_allclose(ends[0], [e.weights / GIB for e in estimates])
+    # As they are called in the table.
+    assert [container.get_label() for container in axes.containers] == list(estimates[0].parts)
     lines = [line.get_xdata() for line in axes.get_lines()]
     np.testing.assert_array_equal(lines[0], [30, 30])
     np.testing.assert_allclose(lines[1:], [[d.usable / GIB] * 2 for d in devices])
-    sizes = [name for name in boxes if name.startswith("30.0")]
     names = [name for name in boxes if name.startswith("NVIDIA")]
-    assert sizes == ["30.0  does not fit"]
     assert len(names) == 2
     for name in names:
         # Above the axes, so that no total is taken for a device's, and over no other name.
         assert boxes[name].y0 >= axes.bbox.y1
         assert not boxes[name].count_overlaps([boxes[n] for n in names if n != name])
-    # A total is beside its bar, within the axes.
-    for text, bar in zip(axes.texts[:2], bars, strict=True):
-        assert text.xy[0] * GIB == pytest.approx(bar.end)
-        assert Text.get_window_extent(text).x1 <= axes.bbox.x1 * 1.001
+    # A total is beside the axes, at its bar, so that no line goes through it.
+    totals = [text for text in axes.texts if text.get_text() == "30.00 GiB  does not fit"]
+    for text, y in zip(totals, (0, 1), strict=True):
+        box = Text.get_window_extent(text)
+        assert box.x0 >= axes.bbox.x1
+        assert box.y0 < axes.transData.transform((0, y))[1] < box.y1
+    assert units_in(axes) == {"GiB"}
 
 
 def test_a_small_model_on_a_large_card_can_be_read(tmp_path, monkeypatch):
     small = estimate(Config().resolve(), 2048)
     bars = [memory_chart.Bar("small", small.parts, None, Fit.SURE)]
     device = device_named("h100_80gb")
-    axes, _ = drawn(monkeypatch, bars, [device], tmp_path / "memory.png")
+    axes, boxes = drawn(monkeypatch, bars, [device], tmp_path / "memory.png")
     # The bar takes most of the width, and the device is named with how much more it has.
-    assert small.total / 2**20 > 0.6 * axes.get_xlim()[1]
-    assert axes.get_xlabel().startswith("MiB")
-    times = f"{device.usable / small.total:,.0f} times as much"
-    assert f"NVIDIA H100 80 GB, 78.6 GiB, {times}" in axes.get_xlabel()
+    assert small.total / 2**20 > 0.9 * axes.get_xlim()[1]
+    much = f"{device.usable / 2**20:,.0f} MiB for JAX are {device.usable / small.total:,.0f} times"
+    assert any(much in name for name in boxes)
     assert not axes.get_lines()
+    assert units_in(axes) == {"MiB"}
+
+
+def test_a_bar_far_beyond_a_device_is_cut_so_that_what_fits_can_be_read(tmp_path, monkeypatch):
+    device = device_named("rtx4090_24gb")
+    parts = {"weights": 5 * GIB, "inputs": 15 * GIB}
+    bars = [
+        memory_chart.Bar("asked", parts | {"inputs": 1234 * GIB}, None, Fit.NOT),
+        memory_chart.Bar("fits", parts, None, Fit.SURE),
+        memory_chart.Bar("near", parts | {"inputs": 30 * GIB}, None, Fit.NOT),
+    ]
+    axes, boxes = drawn(monkeypatch, bars, [device], tmp_path / "memory.png")
+    right = axes.get_xlim()[1]
+    assert bars[1].end / GIB > right / 4
+    # The one that is cut looks torn, and says how long it is.
+    torn = [line for line in axes.get_lines() if line.get_color() == "white"]
+    assert len(torn) == 1
+    assert {round(y) for y in torn[0].get_ydata()} == {0}
+    assert 0.9 * right < min(torn[0].get_xdata()) < max(torn[0].get_xdata()) < right
+    assert {"1,239.00 GiB  does not fit", "20.00 GiB  fits"} <= boxes.keys()
 
 
 def test_the_picture_shows_what_fits(capsys, monkeypatch, tmp_path):

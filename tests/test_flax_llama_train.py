@@ -24,6 +24,7 @@ from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import OPTIMIZERS
 from examples.flax_llama.records import TAGS
+from examples.flax_llama.units import size
 
 README = pathlib.Path(train.__file__).with_name("README.md")
 
@@ -319,7 +320,7 @@ def test_what_is_trained_is_told_before(run, printed):
     assert f"LLaMA of {count:,} parameters" in output
     assert f"{progress.significant(shape.flops_per_token / 1e6)} MFLOP per token" in output
     assert "20 updates of 8 x 20 tokens, 3,200 in all" in output
-    needed = progress.size(result.update_bytes)
+    needed = size(result.update_bytes)
     assert re.search(rf"\nCompiled in 0:\d\d:\d\d; an update needs {needed} of memory\n", output)
 
 

@@ -81,3 +81,18 @@ def as_typed(message: str, flags: dict[str, Any]) -> str:
 
     names = "|".join(sorted(flags, key=len, reverse=True))
     return re.sub(SETTING.format(names=names), typed, message)
+
+
+def as_flags(settings: Any, base: Any) -> list[str]:
+    """The words with which a command line says what differs between two dataclasses."""
+    words = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != getattr(base, field.name):
+            flag = f"--{field.name.replace('_', '-')}"
+            if isinstance(field.default, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                whole = isinstance(value, float) and value.is_integer()
+                words += [flag, str(int(value) if whole else value)]
+    return words

@@ -74,7 +74,7 @@ class Config:
     # Fill every row with tokens; --no-packing has one document per row, cut or padded, as the
     # reference implementation does.
     packing: bool = True
-    # Tokens per sequence.
+    # Tokens per sequence, at least 2.
     seq: int = 256
     # Validation tokens per evaluation; by default all there are, of files and of Hugging Face data
     # about the first million.
@@ -257,6 +257,11 @@ class Config:
         config._check()
         return config
 
+    def unset(self) -> "Config":
+        """With None for what nobody gave."""
+        unset: dict[str, Any] = dict.fromkeys(self.by_default)
+        return dataclasses.replace(self, **unset)
+
     def defaults(self) -> dict[str, Any]:
         """What the settings would be that can be left out, as the others are.
 
@@ -302,7 +307,11 @@ class Config:
         )
 
     def _check(self) -> None:
-        at_least_one("seq", self.seq)
+        if self.seq < 2:
+            raise UsageError(
+                f"seq={self.seq}: expected at least 2. Attention to one token has no choice, and "
+                "its queries and keys would never be trained."
+            )
         self.shape(self.vocab_size or 1)
         if not (isinstance(self.rank, int) and 1 <= self.rank < self.hidden):
             raise UsageError(

@@ -17,10 +17,9 @@ from jax.sharding import AxisType, Mesh
 
 from examples.flax_llama.config import UsageError, one_of
 from examples.flax_llama.model import capability_here
-from examples.flax_llama.step import data_mesh
 from examples.flax_llama.topology import cuda_devices, tpu_devices
+from examples.flax_llama.units import GIB
 
-GIB = 2**30
 # What a GPU's memory holds besides JAX's arrays: the driver's context, loaded kernels, the handles
 # and workspaces of cuBLAS and cuSOLVER. A round number for one process, not a measurement.
 CONTEXT = GIB // 2
@@ -104,8 +103,8 @@ class Here(Device):
     """The device that JAX computes on in this process."""
 
     def mesh(self, count: int = 1) -> Mesh:
-        """The mesh that training takes, of all devices of this kind that are here."""
-        return data_mesh()
+        """Likewise, of the first devices that are here."""
+        return Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
 
 
 def device_here() -> Device:

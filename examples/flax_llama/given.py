@@ -1,63 +1,94 @@
-"""The settings of a command line, and those of the run that it goes on with or begins with."""
+"""The settings that a command line asks for, with those that the run has that it goes on with."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from examples.flax_llama.beginning import of_the_source
-from examples.flax_llama.changes import config_of
+from examples.flax_llama.changes import RULES, Kind, config_of
+from examples.flax_llama.command import as_flags
 from examples.flax_llama.config import Config
 from examples.flax_llama.effects import check_effects
-from examples.flax_llama.flags import command_line
 from examples.flax_llama.run_directory import SETTINGS, read_settings
 
 
-def from_command_line(
-    args: Sequence[str] | None = None, *, description: str | None = None
-) -> Config:
-    """The settings given.
-
-    Where a run is resumed, all others are its own; but what nobody gave is by default again, where
-    that has become something else: another optimizer's own, or a tenth of other `steps`. Where one
-    begins with another run, its model and optimizer are that one's.
+def settings_given(parse: Callable[[Config], Config]) -> Config:
+    """The settings that a command line gives, whose defaults depend on what it gives.
 
     Args:
-      args: the words of the command line; those of the program by default.
-      description: what help begins with.
+      parse: reads the command line with these settings where it says nothing.
 
     Raises:
       UsageError: a setting that was given has no effect, or a run cannot be read.
     """
-    config = command_line(Config, args, description=description)
-    if config.resume and config.out is not None and (config.out / SETTINGS).is_file():
-        return gone_on(config.out, args)
-    default = Config()
+    base = Config()
+    config = parse(base)
+    while (found := base_of(config)) != base:
+        base, config = found, parse(found)
+    check_effects([config], base)
+    return config if (out := resumed(config)) is None else as_it_was(config, settings_of(out))
+
+
+def base_of(config: Config) -> Config:
+    """The settings that a command line for a configuration need not repeat.
+
+    Where a run is resumed, they are its own, with None for what nobody gave. Where one begins with
+    another run, its model and optimizer are that one's.
+    """
+    if (out := resumed(config)) is not None:
+        return settings_of(out).unset()
     if config.init_from is not None:
-        default = begun_with(config.init_from, weights_only=config.weights_only)
-        config = command_line(Config, args, default=default)
-    check_effects([config], default)
-    return config
+        source = config_of(read_settings(config.init_from)["train"])
+        names = of_the_source(weights_only=config.weights_only)
+        same = {name: getattr(source, name) for name in names}
+        by_default = tuple(name for name in source.by_default if name in names)
+        return Config(**same, tokenizer=str(config.init_from), by_default=by_default)
+    return Config()
 
 
-def gone_on(out: Path, args: Sequence[str] | None) -> Config:
-    """The settings of a run, and those given in place of them."""
+def resumed(config: Config) -> Path | None:
+    """The directory of the run that goes on, if one does."""
+    out = config.out
+    return out if config.resume and out is not None and (out / SETTINGS).is_file() else None
+
+
+def settings_of(out: Path) -> Config:
+    """The settings of the run that goes on."""
     stored = config_of(read_settings(out)["train"])
-    own = dataclasses.replace(stored, out=out, resume=True, new_data=False)
-    unset: dict[str, Any] = dict.fromkeys(own.by_default)
-    nobody_gave = dataclasses.replace(own, **unset)
-    config = command_line(Config, args, default=nobody_gave)
-    check_effects([config], nobody_gave)
-    before, after = nobody_gave.defaults(), config.defaults()
+    return dataclasses.replace(stored, out=out, resume=True, new_data=False)
+
+
+def as_it_was(config: Config, own: Config) -> Config:
+    """With what a run has where nobody gave anything, unless that has become something else.
+
+    That is another optimizer's own, or a tenth of other `steps`.
+    """
+    before, after = own.unset().defaults(), config.defaults()
     still = [name for name in own.by_default if getattr(config, name) is None]
     same = {name: getattr(own, name) for name in still if before[name] == after[name]}
     return dataclasses.replace(config, **same, by_default=tuple(still))
 
 
-def begun_with(source: Path, *, weights_only: bool) -> Config:
-    """The settings that a run has of the one that it begins with."""
-    stored = config_of(read_settings(source)["train"])
-    names = of_the_source(weights_only=weights_only)
-    same = {name: getattr(stored, name) for name in names}
-    by_default = tuple(name for name in stored.by_default if name in names)
-    return Config(**same, tokenizer=str(source), by_default=by_default)
+def fixed_settings(config: Config) -> frozenset[str]:
+    """The settings that cannot be others, since a run goes on, or begins with another one."""
+    if config.resume:
+        return frozenset(name for name, rule in RULES.items() if rule.kind is Kind.NEVER)
+    if config.init_from is not None:
+        return frozenset(of_the_source(weights_only=config.weights_only))
+    return frozenset()
+
+
+def flags(config: Config, base: Config) -> list[str]:
+    """The words of a command line that make a configuration of the settings it need not repeat.
+
+    What is None in the configuration alone is said only where it is not what the base has.
+    """
+    now, was = config.resolve(), base.resolve()
+    chosen = {
+        name: default if getattr(now, name) == getattr(was, name) else getattr(now, name)
+        for name, default in vars(base).items()
+        if default is not None and getattr(config, name) is None
+    }
+    # What nobody gave is nothing to say.
+    chosen["by_default"] = base.by_default
+    return as_flags(dataclasses.replace(config, **chosen), base)

@@ -11,31 +11,31 @@ and 2 if a setting cannot work.
 import dataclasses
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from examples.flax_llama.beginning import begin
 from examples.flax_llama.command import program
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import vocabulary_size
-from examples.flax_llama.devices import FRACTION, FRACTION_VARIABLE, GIB, Device, chosen_device
-from examples.flax_llama.fit import Change, Fit, Need, Question, advice
+from examples.flax_llama.devices import FRACTION, FRACTION_VARIABLE, Device, chosen_device
+from examples.flax_llama.fit import Fit, Need, Question
 from examples.flax_llama.flags import command_line
-from examples.flax_llama.memory import Estimate, estimate
+from examples.flax_llama.given import base_of, fixed_settings, flags, settings_given
+from examples.flax_llama.memory import estimate
 from examples.flax_llama.memory_chart import Bar, draw, picture
 from examples.flax_llama.methods import IN_GALORE
-from examples.flax_llama.optimizers import micro_batches_at_rank
+from examples.flax_llama.plan_text import kept_inputs, summary, table, verdict
+from examples.flax_llama.remedies import Change, advice, least_need, names_of_tried
+from examples.flax_llama.run_directory import check_contents
 from examples.flax_llama.topology import check_needs_driver
+from examples.flax_llama.train import own_tokenizer
+from examples.flax_llama.units import size
 
-MIB = 2**20
-MOMENTS = {
-    "block": "the backward pass of a layer",
-    "head": "the backward pass of the head",
-    "update": "the optimizer's update of the layers' matrices",
-    "choice": "the choice of how to average micro-batches, for which XLA copies what stays",
-}
 STATUS = {Fit.SURE: 0, Fit.CLOSE: 4, Fit.NOT: 3}
 ERROR = 2
 # Alternatives that a picture has: of those that fit, and of the others.
@@ -69,18 +69,10 @@ def train_command(given: Config, question: Question) -> str:
     if fraction is not None:
         words.append(f"{FRACTION_VARIABLE}={fraction}")
     words += ["python", "-m", "examples.flax_llama.train"]
-    for field in dataclasses.fields(Config):
-        value = getattr(given, field.name)
-        if value != field.default:
-            words += option(field.name, value, of_bool=isinstance(field.default, bool))
-    return shlex.join(words)
-
-
-def option(name: str, value: object, of_bool: bool) -> list[str]:
-    flag = "--" + name.replace("_", "-")
-    if of_bool:
-        return [flag if value else flag.replace("--", "--no-")]
-    return [flag, str(value)]
+    base = base_of(given)
+    if base.resume:
+        words += ["--resume", "--out", str(given.out)]
+    return shlex.join([*words, *flags(given, base)])
 
 
 def memory_fraction(need: Need, device: Device) -> float | None:
@@ -88,99 +80,6 @@ def memory_fraction(need: Need, device: Device) -> float | None:
     if device.capability is None or need.most <= FRACTION * device.memory:
         return None
     return math.floor(100 * device.usable / device.memory) / 100
-
-
-def unit_of(size: int) -> tuple[int, str]:
-    units = ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB"))
-    return next(unit for unit in units if size >= unit[0] or unit[1] == "KiB")
-
-
-def shown(size: int, unit: tuple[int, str]) -> str:
-    """A size in a unit, of which all but GiB are whole."""
-    return f"{size / unit[0]:,.{2 if unit[0] == GIB else 0}f}"
-
-
-def words(size: int) -> str:
-    """A size in a unit of its own."""
-    unit = unit_of(size)
-    return f"{shown(size, unit)} {unit[1]}"
-
-
-def table(estimated: Estimate, compiled: Compiled | None) -> str:
-    """The parts, and the compiler's sums beside them."""
-    notes = {
-        "gradients": f"at the fullest moment, which is {MOMENTS[estimated.moment]}",
-        "inputs": "of each layer, kept by the forward pass",
-        "working": "what else is computed with at that moment",
-    }
-    unit = unit_of(estimated.total)
-    lines = [f"{unit[1]:14}{'estimate':>10}{'XLA' if compiled else '':>10}".rstrip()]
-
-    def row(name: str, size: int, xla: int | None = None, note: str = "") -> None:
-        beside = "" if xla is None else shown(xla, unit)
-        lines.append(f"{name:14}{shown(size, unit):>10}{beside:>10}  {note}".rstrip())
-
-    for name, size in estimated.parts.items():
-        row(name, size, note=notes.get(name, ""))
-    row(
-        "stays",
-        estimated.arguments,
-        compiled.arguments if compiled else None,
-        "between updates: weights, projectors and moments",
-    )
-    row("passes", estimated.temporaries, compiled.temporaries if compiled else None, "the rest")
-    row(
-        "total",
-        estimated.total,
-        compiled.peak if compiled else None,
-        "XLA's is what it needs at its fullest moment" if compiled else "",
-    )
-    return "\n".join(lines)
-
-
-def kept_inputs(config: Config) -> str:
-    """Why a layer-wise update keeps the inputs of several micro-batches."""
-    line = (
-        f"Inputs are those of all {config.accumulate} micro-batches, since one layer's gradient is "
-        "averaged over them before the next one's is computed"
-    )
-    if config.optimizer in IN_GALORE and micro_batches_at_rank(config) > 1:
-        line += "; between refreshes, where GaLore averages at rank r, those of one"
-    return f"{line}."
-
-
-def verdict(need: Need, device: Device, whose: str) -> str:
-    """Whether it fits, by how much, and within which bounds that is known."""
-    found = need.fit(device)
-    by = {
-        Fit.SURE: f", with at least {words(device.usable - need.most)} to spare",
-        Fit.CLOSE: "",
-        Fit.NOT: f", by at least {words(need.least - device.usable)}",
-    }
-    low, high = need.spread
-    basis = "XLA's plan" if whose == "XLA" else "the estimate"
-    return (
-        f"{whose}: {words(need.total)} of {words(device.usable)}: {found.value}{by[found]}\n"
-        f"({words(need.least)} to {words(need.most)}: what stays is exact; of what passes, other "
-        f"steps needed {low:g} to {high:g} times {basis})"
-    )
-
-
-def summary(config: Config, vocab_size: int, device: Device) -> str:
-    rank = f", rank {config.rank}" if config.optimizer in IN_GALORE else ""
-    how = "layers updated inside the backward pass" if config.layerwise else "ordinary updates"
-    how += ", activations computed again" * (config.remat and not config.layerwise)
-    shape = config.shape(vocab_size)
-    return (
-        f"LLaMA of {shape.num_params:,} parameters ({config.preset}), vocabulary "
-        f"{shape.vocab_size:,}; {config.optimizer}{rank}; {how}\n"
-        f"{config.batch} x {config.seq} tokens per update"
-        f"{f' in {config.accumulate} micro-batches' if config.accumulate > 1 else ''}; activations "
-        f"{config.dtype}, parameters {config.param_dtype}, attention of "
-        f"{'cuDNN' if config.attention == 'cudnn' else 'XLA'}\n"
-        f"{device.description}: {device.memory / GIB:.2f} GiB ({device.source})"
-        f"{f', {device.context / GIB:.2f} of them for the driver' if device.context else ''}"
-    )
 
 
 def compiled_to_fit(question: Question) -> tuple[Question, Compiled | None]:
@@ -225,14 +124,12 @@ def compiled_step(question: Question, sweep: bool) -> tuple[Question, Compiled |
 
 def suggestions(question: Question, changes: list[Change]) -> str:
     """What to change, in groups, with what it would need then; the first that fits as a command."""
-    if not changes:
-        return "Nothing that is known here would help: take another device, or a smaller model."
     titles = {
         Fit.SURE: "What fits:",
         Fit.CLOSE: "What is close, and worth a try:",
         Fit.NOT: "What needs less, but not enough by itself:",
     }
-    width = max(len(change.flags) for change in changes)
+    width = max((len(change.flags) for change in changes), default=0)
     lines, last = [], None
     for change in changes:
         need = question.need(change.given)
@@ -240,15 +137,39 @@ def suggestions(question: Question, changes: list[Change]) -> str:
         if found is not last:
             lines.append(titles[found])
             last = found
-        unit = unit_of(need.total)
         same = "  trains the same" * change.same
-        lines.append(f"  {change.flags:{width}}{shown(need.total, unit):>10} {unit[1]}{same}")
+        lines.append(f"  {change.flags:{width}}{size(need.total):>14}{same}")
+    found = question.fit(changes[0].given) if changes else Fit.NOT
+    if found is Fit.NOT:
+        return "\n".join([*lines, *nothing_fits(question)])
     best = changes[0]
-    if question.fit(best.given) is Fit.SURE:
-        lines.append(f"To train with {best.flags}:\n  {train_command(best.given, question)}")
-    else:
-        lines.append("Nothing that is known here is enough: another device, or a smaller model.")
+    if found is Fit.CLOSE:
+        lines.append("Nothing that was tried fits surely.")
+    lines.append(f"To train with {best.flags}:\n  {train_command(best.given, question)}")
+    lines += far_from_published(question.config(best.given))
     return "\n".join(lines)
+
+
+def nothing_fits(question: Question) -> list[str]:
+    """What was tried in vain, and how far from enough the least of it is."""
+    least, need = least_need(question)
+    names = ", ".join(names_of_tried(question))
+    how = "fits surely" if question.fit() is Fit.CLOSE else "is enough"
+    return [
+        f"Nothing that was tried {how}, in any combination: {names}, lower ranks, smaller batches, "
+        "more micro-batches.",
+        f"Of all that this needs least, {size(need.total)} of {size(question.device.usable)}:",
+        f"  {least}",
+        "What is left is another device, a smaller model, or a shorter --seq.",
+    ]
+
+
+def far_from_published(config: Config) -> list[str]:
+    """A word of caution about a rank for which there is no published recipe."""
+    if config.optimizer in IN_GALORE and 8 * config.rank < config.hidden:
+        part = f"1/{config.hidden / config.rank:.0f} of the hidden size"
+        return [f"(Rank {config.rank} is {part}; the published recipes have 1/4 to 1/3.)"]
+    return []
 
 
 def bars(
@@ -331,28 +252,56 @@ def batches(question: Question, compiled: Compiled | None, found: Fit) -> str:
     return line
 
 
+def question_of(given: Config, device: Device) -> Question:
+    """What to fit, of a run that could begin, or go on, with these settings.
+
+    Raises:
+      UsageError: it could not.
+    """
+    config = given.resolve()
+    if config.resume and config.out is not None:
+        check_contents(config.out, resume=True)
+        # What it has by default is not another optimizer's.
+        given = given.unset()
+    named = own_tokenizer(config, begin(config))
+    vocab_size = vocabulary_size(named.data, named.tokenizer)
+    question = Question(given, vocab_size, device, fixed_settings(config))
+    question.need()
+    return question
+
+
 def plan(settings: Plan) -> Fit:
     """Prints the plan, and draws it where asked to; returns whether it fits.
 
     Raises:
       UsageError: a setting cannot work, or the compiler for the device is missing.
     """
-    given, device = settings.run, chosen_device(settings.device, settings.memory)
+    device = chosen_device(settings.device, settings.memory)
     # Whatever raises does so before anything else is done; what loads plugins of JAX comes first.
     if settings.compile:
         device.mesh()
     if settings.picture is not None:
         settings = dataclasses.replace(settings, picture=picture(settings.picture))
-    question = Question(given, vocabulary_size(given.data, given.tokenizer), device)
-    question.need()
+    question = question_of(settings.run, device)
     if settings.sweep:
-        question = with_batch(question, question.largest_batch(Fit.SURE) or given.accumulate)
+        least = question.given.accumulate
+        question = with_batch(question, question.largest_batch(Fit.SURE) or least)
     return answer(question, settings)
+
+
+def from_command_line(args: Sequence[str] | None = None) -> Plan:
+    """What the command line asks for; of a run that goes on with another one, with what is its."""
+
+    def parse(base: Config) -> Plan:
+        return command_line(Plan, args, default=Plan(run=base), description=__doc__)
+
+    run = settings_given(lambda base: parse(base).run)
+    return dataclasses.replace(parse(base_of(run)), run=run)
 
 
 def main() -> None:
     with program(Config, Plan, status=ERROR), check_needs_driver():
-        found = plan(command_line(Plan, description=__doc__))
+        found = plan(from_command_line())
     raise SystemExit(STATUS[found])
 
 

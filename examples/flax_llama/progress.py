@@ -22,12 +22,12 @@ from examples.flax_llama.data import Data
 from examples.flax_llama.files import expand
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.records import Record
+from examples.flax_llama.units import size
 
 # From one line to the next where there is no bar; also what the speed is averaged over.
 SECONDS = 10.0
 # Of updates, before which nothing is said of how long all of them will take.
 ENOUGH = 2.0
-GIB = 2**30
 # In characters: no bar is drawn where there is less room left.
 SHORTEST_BAR = 10
 
@@ -231,13 +231,6 @@ def fitting(parts: Sequence[Part], width: int) -> list[Part]:
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds."""
     return str(timedelta(seconds=round(seconds)))
-
-
-def size(count: float) -> str:
-    """Bytes, as the planner counts them."""
-    if count < 2**20:
-        return f"{count / 2**10:,.1f} KiB"
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
 def significant(value: float) -> str:

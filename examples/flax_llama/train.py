@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -35,11 +35,12 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, open_data
 from examples.flax_llama.evaluate import Evaluation, make_evaluate, reading_of
-from examples.flax_llama.given import from_command_line
+from examples.flax_llama.flags import command_line
+from examples.flax_llama.given import settings_given
 from examples.flax_llama.interrupts import stopping
 from examples.flax_llama.model import Llama, Params
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.progress import Progress, duration, header, print_text, scores, size
+from examples.flax_llama.progress import Progress, duration, header, print_text, scores
 from examples.flax_llama.records import Record
 from examples.flax_llama.resume import first_state
 from examples.flax_llama.run_directory import (
@@ -59,6 +60,7 @@ from examples.flax_llama.step import (
     put_batch,
 )
 from examples.flax_llama.tokenizer import Tokenizer, tokenizer_files
+from examples.flax_llama.units import size
 from examples.flax_llama.usage import UsageError
 from examples.flax_llama.validation import Valid
 from examples.flax_llama.writing import make_directory, naming
@@ -343,10 +345,17 @@ def never(step: int) -> bool:
     return False
 
 
+def from_command_line(args: Sequence[str] | None = None) -> Config:
+    """The settings given, and those of the run that they go on with."""
+    return settings_given(
+        lambda base: command_line(Config, args, default=base, description=__doc__)
+    )
+
+
 def main() -> None:
     hide_abandoned_writes()
     with program(Config, errors=(CheckpointError, FloatingPointError)):
-        config = from_command_line(description=__doc__)
+        config = from_command_line()
         if config.distributed:
             jax.distributed.initialize()
         result = train(config)

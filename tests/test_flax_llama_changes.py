@@ -537,7 +537,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(
 
 def going_on(root, how):
     words = {
-        "resume": ["--resume", "--out", str(root / "run")],
+        "resume": ["--resume", "--out", str(root / "run"), "--steps", str(2 * STEPS)],
         "init_from": ["--init-from", str(root / "run"), "--data", str(root / "text")],
     }[how]
     return [*words, "--data", str(root / "text"), "--text-field", "meta.text"]

@@ -81,6 +81,7 @@ class Question:
       fixed: settings that cannot be others, since the run goes on, or begins with another one.
       more: bytes that the compiled step needs beyond the estimate, taken for those that it will
         need beyond it after any change, too.
+      base: the settings that a command line need not repeat.
     """
 
     given: Config
@@ -88,6 +89,7 @@ class Question:
     device: Device
     fixed: frozenset[str] = frozenset()
     more: int = 0
+    base: Config = dataclasses.field(default_factory=Config)
 
     def config(self, given: Config | None = None) -> Config:
         """A configuration, this one by default, with all that training would choose on the device.
@@ -96,7 +98,7 @@ class Question:
           UsageError: a setting cannot work, or cannot be another one.
         """
         given = given or self.given
-        check_effects([given], Config())
+        check_effects([given], self.base)
         config = given.resolve()
         if self.fixed:
             asked = self.given.resolve()

@@ -265,7 +265,7 @@ def question_of(given: Config, device: Device) -> Question:
         given = given.unset()
     named = own_tokenizer(config, begin(config))
     vocab_size = vocabulary_size(named.data, named.tokenizer)
-    question = Question(given, vocab_size, device, fixed_settings(config))
+    question = Question(given, vocab_size, device, fixed_settings(config), base=base_of(given))
     question.need()
     return question
 

@@ -12,11 +12,10 @@ import galore_optax
 from examples.flax_llama import step
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.config import Config, UsageError
-from examples.flax_llama.given import from_command_line
 from examples.flax_llama.model import Llama, is_quantized
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.step import initial_params
-from examples.flax_llama.train import any_batch, train
+from examples.flax_llama.train import any_batch, from_command_line, train
 
 WIDE = {"hidden": 64, "intermediate": 176, "rank": 16}
 

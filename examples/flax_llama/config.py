@@ -275,6 +275,11 @@ class Config:
         filled["save_every"] = self.eval_every or filled["eval_every"]
         return filled
 
+    def without_defaults(self) -> "Config":
+        """A resolved configuration with None for what nobody gave."""
+        unset: dict[str, Any] = dict.fromkeys(self.by_default)
+        return dataclasses.replace(self, **unset, by_default=())
+
     def shape(self, vocab_size: int) -> LlamaConfig:
         """The model of a resolved configuration, for a tokenizer with so many tokens.
 

@@ -8,15 +8,17 @@ import contextlib
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+import tyro
 from flax import nnx
 
 import galore_optax
 from examples.flax_llama import sinks
+from examples.flax_llama.bases import settings_given
 from examples.flax_llama.beginning import (
     Beginning,
     begin,
@@ -35,7 +37,6 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, open_data
 from examples.flax_llama.evaluate import Evaluation, make_evaluate, reading_of
-from examples.flax_llama.given import from_command_line
 from examples.flax_llama.interrupts import stopping
 from examples.flax_llama.model import Llama, Params
 from examples.flax_llama.optimizers import make_optimizer
@@ -340,6 +341,11 @@ def open_log(
 
 def never(step: int) -> bool:
     return False
+
+
+def from_command_line(args: Sequence[str] | None = None) -> Config:
+    """The settings given, and those of the run that they go on with; see `bases`."""
+    return settings_given(lambda base: tyro.cli(Config, args=args, default=base))
 
 
 def main() -> None:

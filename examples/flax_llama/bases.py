@@ -1,11 +1,8 @@
-"""The settings of a command line, and those of the run that it goes on with or begins with."""
+"""The settings that a command line asks for, with those of the run that it goes on with."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import tyro
 
 from examples.flax_llama.beginning import of_the_source
 from examples.flax_llama.changes import config_of
@@ -14,36 +11,38 @@ from examples.flax_llama.effects import check_effects
 from examples.flax_llama.run_directory import SETTINGS, read_settings
 
 
-def from_command_line(args: Sequence[str] | None = None) -> Config:
-    """The settings given.
+def settings_given(parse: Callable[[Config], Config]) -> Config:
+    """The settings that a command line gives, whose defaults depend on what it gives.
 
-    Where a run is resumed, all others are its own; but what nobody gave is by default again, where
-    that has become something else: another optimizer's own, or a tenth of other `steps`. Where one
-    begins with another run, its model and optimizer are that one's.
+    Args:
+      parse: reads the command line with these settings where it says nothing.
 
     Raises:
       UsageError: a setting that was given has no effect, or a run cannot be read.
     """
-    config = tyro.cli(Config, args=args)
+    base = Config()
+    config = parse(base)
     if config.resume and config.out is not None and (config.out / SETTINGS).is_file():
-        return gone_on(config.out, args)
-    default = Config()
+        return going_on(config.out, parse)
     if config.init_from is not None:
-        default = begun_with(config.init_from, weights_only=config.weights_only)
-        config = tyro.cli(Config, args=args, default=default)
-    check_effects([config], default)
+        base = begun_with(config.init_from, weights_only=config.weights_only)
+        config = parse(base)
+    check_effects([config], base)
     return config
 
 
-def gone_on(out: Path, args: Sequence[str] | None) -> Config:
-    """The settings of a run, and those given in place of them."""
+def going_on(out: Path, parse: Callable[[Config], Config]) -> Config:
+    """The settings of a run, and those given in place of them.
+
+    What nobody gave is by default again, where that has become something else: another optimizer's
+    own, or a tenth of other `steps`.
+    """
     stored = config_of(read_settings(out)["train"])
     own = dataclasses.replace(stored, out=out, resume=True, new_data=False)
-    unset: dict[str, Any] = dict.fromkeys(own.by_default)
-    nobody_gave = dataclasses.replace(own, **unset)
-    config = tyro.cli(Config, args=args, default=nobody_gave)
-    check_effects([config], nobody_gave)
-    before, after = nobody_gave.defaults(), config.defaults()
+    base = own.without_defaults()
+    config = parse(base)
+    check_effects([config], base)
+    before, after = base.defaults(), config.defaults()
     still = [name for name in own.by_default if getattr(config, name) is None]
     same = {name: getattr(own, name) for name in still if before[name] == after[name]}
     return dataclasses.replace(config, **same, by_default=tuple(still))

@@ -1,7 +1,7 @@
 """Which settings have an effect only together with others: one table.
 
-A flag that does nothing is an error. A value that does nothing is none where it comes from a preset
-or from a former run, whose optimizer was another one.
+A flag that does nothing is an error. What comes from a preset or from a former run, whose optimizer
+may have been another one, may do nothing.
 """
 
 import dataclasses
@@ -21,8 +21,9 @@ class Need:
 
     names: tuple[str, ...]
     met: Callable[[Config], bool]
-    # The setting that decides it, and for which of its values they are.
+    # The setting that decides it.
     decides: str
+    # With which of its values they have one, in words.
     what: str
 
 

@@ -86,8 +86,10 @@ def lattice(asked):
     }
     for values in itertools.product(*axes.values()):
         settings = dict(zip(axes, values, strict=True))
-        if settings["rank"] != config.rank and not TRAITS[settings["optimizer"]][0]:
-            continue
+        if not TRAITS[settings["optimizer"]][0]:
+            if settings["rank"] != config.rank:
+                continue
+            settings["rank"] = asked.rank
         for names, pair in (
             (("layerwise", "remat"), settings.pop("how")),
             (("clip", "clip_by"), settings.pop("clips")),

@@ -195,7 +195,9 @@ def factorizations_of_stablehlo(lowered):
 
     def walk(operation, conditional, stack):
         for child in operations(operation):
-            inside = conditional or child.name in ("stablehlo.case", "stablehlo.if")
+            # Of one branch is what is chosen by the platform.
+            chooses = child.name in ("stablehlo.case", "stablehlo.if") and len(child.regions) > 1
+            inside = conditional or chooses
             if child.name == "stablehlo.custom_call":
                 target = str(child.attributes["call_target_name"])
                 calls[inside] += bool(FACTORIZATION.search(target))

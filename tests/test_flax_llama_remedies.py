@@ -101,7 +101,12 @@ def lattice(asked):
 
 
 @pytest.fixture(
-    scope="module", params=["galore", "adamw", pytest.param("q_galore", marks=pytest.mark.ci)]
+    scope="module",
+    params=[
+        "adamw",
+        pytest.param("galore", marks=pytest.mark.ci),
+        pytest.param("q_galore", marks=pytest.mark.ci),
+    ],
 )
 def everything(request):
     """A question, and the need and the departure of all that is tried."""

@@ -1,6 +1,7 @@
 """How all tests compile, how long each may take, and which ones a contributor waits for."""
 
 import os
+import signal
 import statistics
 from collections import defaultdict
 from importlib.metadata import version
@@ -90,6 +91,10 @@ def _optimized_if_marked(request):
 
 def pytest_sessionstart(session):
     """Lets go of the oldest programs in a cache that has grown too large."""
+    # A shell has what it starts in the background ignore Ctrl-C, and so would the programs that
+    # tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     cache = jax.config.jax_compilation_cache_dir
     if cache is None or hasattr(session.config, "workerinput"):
         return

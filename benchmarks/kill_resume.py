@@ -26,7 +26,7 @@ from flax import nnx
 
 from benchmarks.machine import machine
 from examples.flax_llama.checkpoint import load_run
-from examples.flax_llama.records import METRICS
+from examples.flax_llama.records import GROUPS, METRICS
 from examples.flax_llama.run_directory import SETTINGS
 
 COMMAND = [sys.executable, "-m", "examples.flax_llama.train"]
@@ -65,10 +65,7 @@ def records(out: pathlib.Path) -> list[dict[str, Any]]:
     path = out / METRICS
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("}\n")]
-    # The share of the peak is known of GPUs alone.
-    return [
-        {k: v for k, v in r.items() if not k.endswith("per_second") and k != "mfu"} for r in whole
-    ]
+    return [{k: v for k, v in r.items() if k not in GROUPS["speed"]} for r in whole]
 
 
 def last_update(out: pathlib.Path) -> int:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from examples.flax_llama.config import Config
 from examples.flax_llama.effects import has_effect
+from examples.flax_llama.records import GROUPS
 from examples.flax_llama.run_directory import write_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -121,8 +122,7 @@ def without_checkpoints_after(out, step):
 def metrics(out):
     """Records of a run without what depends on the machine's speed."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    speeds = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
-    return [{k: v for k, v in record.items() if k not in speeds} for record in records]
+    return [{k: v for k, v in record.items() if k not in GROUPS["speed"]} for record in records]
 
 
 def saved_arrays(out, step):

@@ -592,3 +592,9 @@ def test_a_plan_suggests_only_what_a_run_may_change(root, how):
         assert "--param-dtype" not in change.flags
     assert dataclasses.replace(question, device=enough).fit(found[0].given) is Fit.SURE
     assert "--optimizer" in " ".join(c.flags for c in found) or how == "init_from"
+
+
+def test_a_run_that_has_finished_is_planned_with_more_updates_only(root):
+    finished = train.from_command_line(["--resume", "--out", str(root / "run")])
+    with pytest.raises(UsageError, match=rf"has finished after update {STEPS}: plan more updates"):
+        plan.question_of(finished, devices.device_named("t4_16gb"))

@@ -433,7 +433,7 @@ def test_a_batch_larger_than_the_data_is_refused(sources, kind, packing):
         (
             "files",
             {"eval_tokens": 400},
-            "There are only 350 tokens to validate on, of 400 asked for",
+            "There are only 350 tokens to validate on, of 400 asked for: ask for fewer",
         ),
         ("files", {"data": "none.txt"}, "data=none.txt does not exist"),
         ("files", {"valid_data": "none.txt"}, "valid_data=none.txt does not exist"),

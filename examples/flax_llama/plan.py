@@ -20,7 +20,7 @@ import tyro
 from examples.flax_llama.beginning import begin
 from examples.flax_llama.command import program
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step
-from examples.flax_llama.config import Config
+from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.data import vocabulary_size
 from examples.flax_llama.devices import FRACTION, FRACTION_VARIABLE, Device, chosen_device
 from examples.flax_llama.fit import Fit, Need, Question
@@ -263,7 +263,13 @@ def question_of(given: Config, device: Device) -> Question:
         check_contents(config.out, resume=True)
         # What it has by default is not another optimizer's.
         given = given.unset()
-    named = own_tokenizer(config, begin(config))
+    beginning = begin(config)
+    if beginning.finished:
+        raise UsageError(
+            f"out={config.out} has finished after update {config.steps}: plan more updates, "
+            "steps=N."
+        )
+    named = own_tokenizer(config, beginning)
     vocab_size = vocabulary_size(named.data, named.tokenizer)
     question = Question(given, vocab_size, device, fixed_settings(config), base=base_of(given))
     question.need()

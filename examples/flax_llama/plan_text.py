@@ -1,7 +1,7 @@
 """What the planner prints of a step: what it is, what it needs, and whether that fits."""
 
 from examples.flax_llama.compile_step import Compiled
-from examples.flax_llama.config import Config
+from examples.flax_llama.config import PRESETS, Config
 from examples.flax_llama.devices import Device
 from examples.flax_llama.fit import Fit, Need
 from examples.flax_llama.memory import Estimate
@@ -24,8 +24,11 @@ def summary(config: Config, vocab_size: int, device: Device) -> str:
     how = "layers updated inside the backward pass" if config.layerwise else "ordinary updates"
     how += ", activations computed again" * (config.remat and not config.layerwise)
     shape, unit = config.shape(vocab_size), unit_of(device.memory)
+    dimensions = ("hidden", "intermediate", "layers", "heads")
+    preset = PRESETS[config.preset]
+    own = all(getattr(config, name) == getattr(preset, name) for name in dimensions)
     return (
-        f"LLaMA of {shape.num_params:,} parameters ({config.preset}), vocabulary "
+        f"LLaMA of {shape.num_params:,} parameters{f' ({config.preset})' * own}, vocabulary "
         f"{shape.vocab_size:,}; {config.optimizer}{rank}; {how}\n"
         f"{config.batch} x {config.seq} tokens per update"
         f"{f' in {config.accumulate} micro-batches' if config.accumulate > 1 else ''}; activations "

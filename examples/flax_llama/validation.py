@@ -149,11 +149,11 @@ def read_valid(
         if num_tokens is not None and targets >= num_tokens:
             break
     if targets < (num_tokens or 1):
-        wanted = "" if num_tokens is None else f", of {num_tokens} asked for"
+        wanted = "" if num_tokens is None else f", of {num_tokens:,} asked for: ask for fewer"
         raise UsageError(
-            f"There are only {max(targets, 0)} tokens to validate on{wanted}. Of files, one "
-            "document in twenty is kept for that, where a text file counts as one for every "
-            f"16 KiB; {documents.OTHER_TEXT}."
+            f"There are only {max(targets, 0):,} tokens to validate on{wanted}, or "
+            f"{documents.OTHER_TEXT}. Of files that are trained on, one document in twenty is kept "
+            "to validate, where a text file counts as one for every 16 KiB."
         )
     if packing:
         rows, mask = covering_rows(np.concatenate([np.array(context, np.int32), *read]), seq)

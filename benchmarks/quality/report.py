@@ -74,15 +74,17 @@ def _figure(columns: int, rows: int = 1, **options: Any) -> Any:
 
 
 def to_the_left(place: tuple[float, float], places: list[tuple[float, float]], i: int) -> bool:
-    """Whether a point's name goes to its left: away from points as high, else by turns.
+    """Whether a point's name goes to its left: away from points beside it, else by turns.
 
     Args:
       place: the point.
       places: all points, from the lowest to the highest.
       i: its number among them.
     """
-    near = 0.03 * (places[-1][1] - places[0][1])
-    as_high = [x for x, y in places if abs(y - place[1]) < near]
+    across = [x for x, _ in places]
+    near = 0.1 * (max(across) - min(across)), 0.03 * (places[-1][1] - places[0][1])
+    beside = [x for x, y in places if abs(y - place[1]) <= near[1]]
+    as_high = [x for x in beside if abs(x - place[0]) <= near[0]]
     if place[0] in (min(as_high), max(as_high)) and min(as_high) < max(as_high):
         return place[0] == min(as_high)
     return i % 2 == 1

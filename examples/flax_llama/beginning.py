@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from examples.flax_llama.changes import (
     DIGESTS,
+    MODEL,
     RULES,
     Kind,
     changes,
@@ -51,8 +52,6 @@ from examples.flax_llama.tokenizer import (
 )
 from examples.flax_llama.usage import UsageError
 
-# What fixes the shapes of the weights.
-MODEL = ("preset", "hidden", "intermediate", "layers", "heads", "vocab_size")
 LEARNING_RATE = {"steps", "lr", "schedule", "warmup", "cooldown", "final_lr"}
 # On a GPU, sums come out the same each time only with it.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"

@@ -7,6 +7,7 @@ from typing import Any
 
 from examples.flax_llama.config import Config
 from examples.flax_llama.effects import has_effect
+from examples.flax_llama.shapes import DIMENSIONS
 from examples.flax_llama.usage import UsageError
 
 
@@ -39,6 +40,8 @@ def rules(kind: Kind, *names: str, note: str = "") -> dict[str, Rule]:
     return dict.fromkeys(names, Rule(kind, note))
 
 
+# What fixes the shapes of the weights.
+MODEL = ("preset", *DIMENSIONS, "vocab_size")
 ROUND_OFF = "with another {name}, what is computed is the same to round-off, not bit for bit"
 WEIGHTS = "init_from=RUN with weights_only=True starts a new run from the weights of this one"
 
@@ -57,7 +60,7 @@ RULES: dict[str, Rule] = {
     **rules(Kind.DATA, "data", "valid_data", "text_field", "tokenizer"),
     **rules(
         Kind.NEVER,
-        *("preset", "hidden", "intermediate", "layers", "heads", "vocab_size"),
+        *MODEL,
         note="the weights would have other shapes",
     ),
     **rules(

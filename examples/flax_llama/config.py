@@ -9,7 +9,7 @@ import tyro
 
 from examples.flax_llama.methods import GALORE, IN_GALORE, own
 from examples.flax_llama.reading import Reading
-from examples.flax_llama.shapes import ATTENTIONS, DTYPES, PRESETS, RECIPES, LlamaConfig
+from examples.flax_llama.shapes import ATTENTIONS, DIMENSIONS, DTYPES, PRESETS, RECIPES, LlamaConfig
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
 MOMENT_DTYPES = ("bfloat16",)
@@ -271,7 +271,7 @@ class Config:
         self._check_choices()
         preset, recipe = PRESETS[self.preset], RECIPES[self.preset]
         filled: dict[str, Any] = {
-            name: getattr(preset, name) for name in ("hidden", "intermediate", "layers", "heads")
+            name: getattr(preset, name) for name in DIMENSIONS
         } | dataclasses.asdict(recipe)
         q_galore_lr = filled.pop("q_galore_lr")
         filled |= {name: GALORE[name] for name in ("scale", "projector", "refresh")}
@@ -299,7 +299,7 @@ class Config:
                 f"vocab_size={self.vocab_size} is smaller than the {vocab_size} tokens of "
                 f"tokenizer={self.tokenizer!r}: raise it, or leave it out for the tokenizer's."
             )
-        same = ("hidden", "intermediate", "layers", "heads", "dtype", "param_dtype")
+        same = (*DIMENSIONS, "dtype", "param_dtype")
         return LlamaConfig(
             **{name: getattr(self, name) for name in (*same, "attention", "remat")},
             vocab_size=self.vocab_size or vocab_size,

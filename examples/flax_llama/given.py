@@ -78,7 +78,7 @@ def fixed_settings(config: Config) -> frozenset[str]:
     return frozenset()
 
 
-def flags(config: Config, base: Config) -> list[str]:
+def as_words(config: Config, base: Config) -> list[str]:
     """The words of a command line that make a configuration of the settings it need not repeat.
 
     What is None in the configuration alone is said only where it is not what the base has.

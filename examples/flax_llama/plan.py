@@ -25,7 +25,7 @@ from examples.flax_llama.data import vocabulary_size
 from examples.flax_llama.devices import FRACTION, FRACTION_VARIABLE, Device, chosen_device
 from examples.flax_llama.fit import Fit, Need, Question
 from examples.flax_llama.flags import command_line
-from examples.flax_llama.given import base_of, fixed_settings, flags, settings_given
+from examples.flax_llama.given import as_words, base_of, fixed_settings, settings_given
 from examples.flax_llama.memory import estimate
 from examples.flax_llama.memory_chart import Bar, draw, picture
 from examples.flax_llama.methods import IN_GALORE
@@ -72,7 +72,7 @@ def train_command(given: Config, question: Question) -> str:
     base = base_of(given)
     if base.resume:
         words += ["--resume", "--out", str(given.out)]
-    return shlex.join([*words, *flags(given, base)])
+    return shlex.join([*words, *as_words(given, base)])
 
 
 def memory_fraction(need: Need, device: Device) -> float | None:

@@ -1,12 +1,13 @@
 """What the planner prints of a step: what it is, what it needs, and whether that fits."""
 
 from examples.flax_llama.compile_step import Compiled
-from examples.flax_llama.config import PRESETS, Config
+from examples.flax_llama.config import Config
 from examples.flax_llama.devices import Device
 from examples.flax_llama.fit import Fit, Need
 from examples.flax_llama.memory import Estimate
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.optimizers import micro_batches_at_rank
+from examples.flax_llama.shapes import DIMENSIONS, PRESETS
 from examples.flax_llama.units import size, unit_of
 
 MOMENTS = {
@@ -24,9 +25,8 @@ def summary(config: Config, vocab_size: int, device: Device) -> str:
     how = "layers updated inside the backward pass" if config.layerwise else "ordinary updates"
     how += ", activations computed again" * (config.remat and not config.layerwise)
     shape, unit = config.shape(vocab_size), unit_of(device.memory)
-    dimensions = ("hidden", "intermediate", "layers", "heads")
     preset = PRESETS[config.preset]
-    own = all(getattr(config, name) == getattr(preset, name) for name in dimensions)
+    own = all(getattr(config, name) == getattr(preset, name) for name in DIMENSIONS)
     return (
         f"LLaMA of {shape.num_params:,} parameters{f' ({config.preset})' * own}, vocabulary "
         f"{shape.vocab_size:,}; {config.optimizer}{rank}; {how}\n"

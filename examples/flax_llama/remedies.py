@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from examples.flax_llama.command import as_flags
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.fit import Fit, Need, Question, largest_batch
-from examples.flax_llama.given import flags
+from examples.flax_llama.given import as_words
 from examples.flax_llama.methods import IN_GALORE, in_8_bits
 from examples.flax_llama.optimizers import OPTIMIZERS
 
@@ -78,7 +78,7 @@ class Change:
 
     @classmethod
     def of(cls, question: Question, given: Config, departure: Departure) -> "Change":
-        return cls(" ".join(flags(given, question.given)), given, departure)
+        return cls(" ".join(as_words(given, question.given)), given, departure)
 
     @property
     def same(self) -> bool:
@@ -261,7 +261,7 @@ def least_departure(question: Question, *enough: Fit) -> Change | None:
 def least_need(question: Question) -> tuple[str, Need]:
     """Of all that is tried, what needs least: its flags, and what that is."""
     found = min(tried(question), key=lambda each: (question.need(each.least).total, each.departure))
-    return " ".join(flags(found.least, question.given)), question.need(found.least)
+    return " ".join(as_words(found.least, question.given)), question.need(found.least)
 
 
 def names_of_tried(question: Question) -> list[str]:

@@ -8,6 +8,10 @@ DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "cudnn")
 
 
+# What a preset says of a model; the vocabulary is that of the tokenizer.
+DIMENSIONS = ("hidden", "intermediate", "layers", "heads")
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Everything that fixes the parameters and the forward pass of a `Llama`."""
@@ -33,7 +37,7 @@ class LlamaConfig:
         one_of("dtype", self.dtype, DTYPES)
         one_of("param_dtype", self.param_dtype, DTYPES)
         one_of("attention", self.attention, ATTENTIONS)
-        for name in ("hidden", "intermediate", "layers", "heads", "vocab_size", "max_seq"):
+        for name in (*DIMENSIONS, "vocab_size", "max_seq"):
             at_least_one(name, getattr(self, name))
         if self.hidden % (2 * self.heads):
             raise UsageError(

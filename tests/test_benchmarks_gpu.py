@@ -27,6 +27,7 @@ from benchmarks.gpu import (
     timing,
     train,
 )
+from benchmarks.gpu.record import is_done
 from benchmarks.gpu.stage import GIB, STAGES, Item, Size
 
 TINY = Size(rehearsal=True, data="austen", device_memory=32 * GIB)
@@ -286,3 +287,17 @@ def test_the_rehearsal_runs_every_item_of_every_stage(tmp_path):
             else:
                 assert entry["result"].get("passed", True), item
     assert (tmp_path / "report.md").read_text() in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("entry", "done"),
+    [
+        (None, False),
+        ({"error": "out of memory"}, False),
+        ({"result": {"passed": False}}, False),
+        ({"result": {"passed": True}}, True),
+        ({"result": {"seconds": 1.0}}, True),
+    ],
+)
+def test_what_failed_or_was_found_wrong_is_measured_again(entry, done):
+    assert is_done(entry) is done

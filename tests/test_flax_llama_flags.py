@@ -174,3 +174,8 @@ def test_help_begins_with_what_the_program_does(monkeypatch):
     end = next(i for i, line in enumerate(lines) if line.startswith("usage:"))
     assert " ".join(lines[:end]).split() == said.split()
     assert max(map(len, lines[:end])) <= 60
+
+
+def test_what_nobody_gave_has_no_flag():
+    with pytest.raises(UsageError, match=r"^--by-default is not a flag"):
+        command_line(Config, ["--by-default", "rank"])

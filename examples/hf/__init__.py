@@ -1,0 +1,1 @@
+"""Directories of models as Hugging Face's libraries write and read them."""

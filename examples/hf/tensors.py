@@ -1,0 +1,122 @@
+"""The tensors of a model directory: one safetensors file, or many with an index."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from examples.flax_llama.usage import UsageError, cannot_be_read
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# The dtypes that weights are taken from; what is in fewer bits has scales beside it.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that is not read yet.
+
+    Attributes:
+      file: that holds it.
+      shape: of it.
+      dtype: NumPy's name, or that of the file where weights are none of such.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def open_tensors(directory: Path) -> dict[str, Tensor]:
+    """What tensors a model directory has, by name; of each file the header alone is read.
+
+    Raises:
+      UsageError: there is no such directory or file in it, a file is cut or damaged, the index
+        names a file that is missing, or says what is not in it, or two files have the same tensor.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is not a directory with a model.")
+    index = directory / INDEX
+    if not index.is_file():
+        if not (directory / FILE).is_file():
+            raise UsageError(
+                f"{directory} has neither {FILE} nor {INDEX}: expected the directory of a model "
+                "in safetensors."
+            )
+        return header(directory / FILE)
+    places = read_index(index)
+    found: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        path = directory / name
+        if not path.is_file():
+            raise UsageError(f"{index} names {name}, which is missing.")
+        new = header(path)
+        if twice := sorted(found.keys() & new.keys()):
+            raise UsageError(f"{twice[0]} is in {found[twice[0]].file} and in {path}.")
+        found |= new
+    for name, place in sorted(places.items()):
+        if name not in found or found[name].file.name != place:
+            raise UsageError(f"{index} says that {name} is in {place}, where it is not.")
+    return found
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, by an index."""
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+    except OSError as error:
+        raise cannot_be_read(str(path), error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not an index of safetensors: {error!r}") from error
+    if not (
+        isinstance(places, dict)
+        and places
+        and all(isinstance(v, str) and Path(v).name == v for v in places.values())
+    ):
+        raise UsageError(f"{path}: expected names of files beside it in weight_map.")
+    return places
+
+
+def header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file."""
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: Tensor(path, tuple(x.get_shape()), DTYPES.get(x.get_dtype(), str(x.get_dtype())))
+            for name, x in slices.items()
+        }
+
+
+def read(tensors: dict[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads some tensors, one at a time, in the order of the files that hold them.
+
+    Nothing of a file is kept in memory but the tensor that is yielded.
+
+    Raises:
+      UsageError: a file cannot be read any more.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(tensors[name].file, []).append(name)
+    for path, of_file in by_file.items():
+        with opened(path) as file:
+            for name in of_file:
+                yield name, file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, read by calls; pages of a mapped one would count as memory in use."""
+    try:
+        with safe_open(path, framework="numpy", backend="pread") as file:
+            yield file
+    except SafetensorError as error:
+        raise UsageError(f"{path} is cut or damaged: {error}.") from error
+    except OSError as error:
+        raise cannot_be_read(str(path), error) from error

@@ -12,17 +12,13 @@ import pytest
 from flax import nnx
 
 import galore_optax
-from examples.flax_llama import model as llama
+from examples.flax_llama import attention
+from examples.flax_llama.architecture import Architecture, Kind, Rope
+from examples.flax_llama.attention import attention_implementation, capability_here
 from examples.flax_llama.config import PRESETS, LlamaConfig, UsageError
 from examples.flax_llama.loss import token_losses
-from examples.flax_llama.model import (
-    Llama,
-    attention_implementation,
-    capability_here,
-    dimension_numbers,
-    rope,
-    rotation,
-)
+from examples.flax_llama.model import Llama, dimension_numbers
+from examples.flax_llama.rotary import rope, rotation
 
 GOLDEN = Path(__file__).parent / "data" / "llama_logits.npz"
 TINY = LlamaConfig(hidden=16, intermediate=40, layers=2, heads=2, vocab_size=256)
@@ -87,10 +83,12 @@ def reference_logits(params, tokens_S, config):
     S, K = len(tokens_S), config.hidden // config.heads
 
     def norm(x, scale):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * scale
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.architecture.norm_eps) * scale
 
     def rotate(x):
-        angle = np.arange(S)[:, None] / config.rope_theta ** (2 * np.arange(K // 2) / K)
+        angle = np.arange(S)[:, None] / config.architecture.kinds[0].rope.theta ** (
+            2 * np.arange(K // 2) / K
+        )
         z = (x[:, : K // 2] + 1j * x[:, K // 2 :]) * np.exp(1j * angle)
         return np.concatenate([z.real, z.imag], axis=1)
 
@@ -154,7 +152,8 @@ def test_logits_equal_the_stored_ones_of_hugging_face():
 
 def test_logits_equal_those_of_hugging_face_today():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    config = LlamaConfig(96, 250, 3, 6, vocab_size=320, rms_norm_eps=1e-3, rope_theta=500.0)
+    own = Architecture(norm_eps=1e-3, kinds=(Kind(Rope(500.0)),))
+    config = LlamaConfig(96, 250, 3, 6, vocab_size=320, architecture=own)
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             hidden_size=config.hidden,
@@ -162,8 +161,8 @@ def test_logits_equal_those_of_hugging_face_today():
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             vocab_size=config.vocab_size,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rms_norm_eps=own.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         )
     ).eval()
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, 150))
@@ -188,7 +187,7 @@ def test_changing_a_token_changes_no_earlier_logits():
 def test_rope_scores_depend_on_the_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (np.broadcast_to(rng.standard_normal(16), (1, 12, 1, 16)) for _ in range(2))
-    angles = rotation(jnp.arange(12), 16, 100.0)
+    angles = rotation(jnp.arange(12), 16, Rope(100.0))
     q, k = (np.asarray(rope(jnp.asarray(x), angles))[0, :, 0] for x in (q, k))
     scores = q @ k.T
     np.testing.assert_allclose(scores[5, 2], scores[11, 8], rtol=1e-5)
@@ -264,7 +263,9 @@ def test_cudnn_is_chosen_where_it_can_compute_the_attention(
     monkeypatch.setattr(
         jax.nn,
         "dot_product_attention",
-        lambda q, *_, implementation, is_causal: asked.append((implementation, is_causal)) or q,
+        lambda q, *_, implementation, is_causal, **__: (
+            asked.append((implementation, is_causal)) or q
+        ),
     )
     model = nnx.eval_shape(lambda: Llama(dataclasses.replace(TINY, **settings), rngs=nnx.Rngs(0)))
     nnx.eval_shape(lambda model: model(tokens((1, 4))), model)
@@ -303,12 +304,12 @@ def test_attention_of_some_sequences_after_the_others_is_that_of_all(monkeypatch
 
     def value_and_gradients():
         def function(*qkv):
-            return jnp.sum(jnp.sin(llama.attend(*qkv, "xla")))
+            return jnp.sum(jnp.sin(attention.attend(*qkv, "xla")))
 
         return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*qkv)
 
     expected = value_and_gradients()
-    monkeypatch.setattr(llama, "MAX_WEIGHTS", 2 * 2 * 8 * 8)
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", 2 * 2 * 8 * 8)
     for found, right in zip(
         jax.tree.leaves(value_and_gradients()), jax.tree.leaves(expected), strict=True
     ):

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 
 from examples.flax_llama import compile_step as compiling
 from examples.flax_llama import devices, fit, memory, memory_chart, plan, plan_text, remedies
+from examples.flax_llama.attention import attention_implementation
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step, standard_error
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.data import open_data, vocabulary_size
@@ -23,7 +24,6 @@ from examples.flax_llama.devices import DEVICES, GIB, Device, Here, device_named
 from examples.flax_llama.fit import Fit, Need, Question
 from examples.flax_llama.memory import estimate
 from examples.flax_llama.methods import ADAMW_8BIT, IN_GALORE
-from examples.flax_llama.model import attention_implementation
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
 from examples.flax_llama.step import State, initial_params
 from examples.flax_llama.tokenizer import train_tokenizer

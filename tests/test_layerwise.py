@@ -220,6 +220,43 @@ def test_one_layer_is_enough_with_a_tied_embedding_that_gets_both_of_its_gradien
     assert_all_close(*both(GALORE, params=model.init(tied=True, layers=1)))
 
 
+def test_integers_in_what_layers_hand_on_say_which_layer_and_which_tokens():
+    """A layer's number and a mask of the batch: with the global norm clipped, and micro-batches."""
+
+    def embed(params, tokens):
+        return {"x": model.embed(params, tokens), "layer": jnp.int32(0), "tokens": tokens}
+
+    def block(params, inputs):
+        new = model.block(params, inputs["x"]) - inputs["x"]
+        counts = (inputs["tokens"] + inputs["layer"]) % 3 > 0
+        x = inputs["x"] + (1 + inputs["layer"]) * counts[..., None] * new
+        return inputs | {"x": x, "layer": inputs["layer"] + 1}
+
+    def head_loss(params, outputs, tokens):
+        return model.head_loss(params, outputs["x"], tokens) + 0 * outputs["layer"]
+
+    def loss(params, tokens):
+        rest = {name: x for name, x in params.items() if name != "blocks"}
+        inputs = embed(rest, tokens)
+        for i in range(model.LAYERS):
+            inputs = block(jax.tree.map(lambda x, i=i: x[i], params["blocks"]), inputs)
+        return head_loss(rest, inputs, tokens)
+
+    params, tokens, tx = model.init(), model.batches(1, 2)[0], optax.sgd(1.0)
+    training = galore_optax.layerwise(
+        tx, embed=embed, block=block, head_loss=head_loss, micro_batches=2, clip_norm=0.1
+    )
+    new, _, metrics = jax.jit(training.step)(params, training.init(params), tokens, None)
+    expected, gradient = jax.jit(
+        jax.value_and_grad(lambda p: (loss(p, tokens[0]) + loss(p, tokens[1])) / 2)
+    )(params)
+    norm = model.norm(gradient)
+    assert float(norm) > 0.1
+    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-9)
+    right = jax.tree.map(lambda p, g: p - 0.1 * g / norm, params, gradient)
+    assert_close(new, right)
+
+
 def is_stacked(params):
     return jax.tree.map(lambda x: x.ndim > 2, params)
 

@@ -362,7 +362,7 @@ def open_run(directory: Path) -> Checkpoints:
 
 def model_of(settings: dict[str, Any]) -> LlamaConfig:
     """The shape of a run's model, on a machine that may be another one than that of the run."""
-    return dataclasses.replace(LlamaConfig(**settings["model"]), attention="auto")
+    return dataclasses.replace(LlamaConfig.of(settings["model"]), attention="auto")
 
 
 def load_run(directory: Path, step: int | str = "last") -> tuple[Llama, Tokenizer]:

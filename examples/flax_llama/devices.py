@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from examples.flax_llama.attention import capability_here
 from examples.flax_llama.config import UsageError, one_of
-from examples.flax_llama.model import capability_here
 from examples.flax_llama.topology import cuda_devices, tpu_devices
 from examples.flax_llama.units import GIB
 

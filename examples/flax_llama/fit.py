@@ -5,12 +5,12 @@ import enum
 import math
 from collections.abc import Callable
 
+from examples.flax_llama.attention import attention_implementation
 from examples.flax_llama.compile_step import Compiled
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import Device
 from examples.flax_llama.effects import check_effects
 from examples.flax_llama.memory import SPREAD, SPREAD_OF_PLAN, Estimate, estimate
-from examples.flax_llama.model import attention_implementation
 
 # More sequences than any device that is known here has room for.
 MOST = 2**20

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from examples.flax_llama.model import Cache, Llama, empty_cache
+from examples.flax_llama.attention import Cache, empty_cache
+from examples.flax_llama.model import Llama
 from examples.flax_llama.tokenizer import Tokenizer
 from examples.flax_llama.usage import UsageError, at_least_one
 
@@ -71,7 +72,7 @@ def prefill(
     model = nnx.merge(graphdef, state)
     x_1xSxD, cache = model.extend(tokens_S[None], empty_cache(model.config, batch=1))
     # What the padding left in the cache is behind its end.
-    return model.head(x_1xSxD[0, length - 1]), cache._replace(
+    return model.logits(x_1xSxD[0, length - 1]), cache._replace(
         length=jnp.full_like(cache.length, length)
     )
 
@@ -83,7 +84,7 @@ def decode(
     """Logits (V,) after one more token, and the cache with it."""
     model = nnx.merge(graphdef, state)
     x_1x1xD, cache = model.extend(token.reshape(1, 1), cache)
-    return model.head(x_1x1xD[0, 0]), cache
+    return model.logits(x_1x1xD[0, 0]), cache
 
 
 def padded_length(length: int, longest: int) -> int:

@@ -11,8 +11,14 @@ from flax import nnx
 
 import galore_optax
 from examples.flax_llama.config import Config
-from examples.flax_llama.loss import cross_entropy_sum, zeros_after
-from examples.flax_llama.model import Params, rotation
+from examples.flax_llama.loss import cross_entropy_sum, inputs_of, zeros_after
+from examples.flax_llama.model import (
+    Activations,
+    Layout,
+    Params,
+    first_activations,
+    head_of,
+)
 
 Step = Callable[[Params, Any, Any, jax.Array], tuple[Params, Any, dict[str, jax.Array]]]
 
@@ -47,27 +53,26 @@ def make_layerwise(
         model = nnx.merge(graphdef, params)
         block_def, norm_def = nnx.graphdef(model.blocks), nnx.graphdef(model.norm)
         shape, micro_batches = model.config, len(batch.tokens_KxBxS1)
-        angles = rotation(
-            jnp.arange(batch.mask_KxBxS.shape[-1]), shape.hidden // shape.heads, shape.rope_theta
-        )
+        S = batch.mask_KxBxS.shape[-1]
+        layout = Layout.of(shape, jnp.arange(S), S)
 
-        def embed(params: Params, batch: Any) -> jax.Array:
+        def embed(params: Params, batch: Any) -> Activations:
             x_BxSxD = look_up(params["embed"]["embedding"], batch["tokens"][:, :-1])
-            return x_BxSxD.astype(shape.dtype)
+            return first_activations(shape, x_BxSxD, inputs_of(batch["segments"]))
 
         # Products with kernels are kept from a layer's forward to its backward pass; all else, with
         # it the weights out of 8 bits, is made again.
         @functools.partial(
             jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         )
-        def block(params: Params, x_BxSxD: jax.Array) -> jax.Array:
+        def block(params: Params, inputs: Activations) -> Activations:
             layer = nnx.merge(block_def, galore_optax.dequantize_params(params))
-            return layer(x_BxSxD, angles)[0]
+            return layer(inputs, layout)[0]
 
-        def head_loss(params: Params, x_BxSxD: jax.Array, batch: Any) -> jax.Array:
-            x_BxSxD = nnx.merge(norm_def, params["norm"])(x_BxSxD)
-            labels_BxS, head_DxV = batch["tokens"][:, 1:], params["head"]["kernel"]
-            loss = cross_entropy_sum(x_BxSxD, head_DxV, labels_BxS, batch["mask"])
+        def head_loss(params: Params, outputs: Activations, batch: Any) -> jax.Array:
+            x_BxSxD = nnx.merge(norm_def, params["norm"])(outputs.x_BxSxD)
+            labels_BxS = batch["tokens"][:, 1:]
+            loss = cross_entropy_sum(x_BxSxD, head_of(params), labels_BxS, batch["mask"])
             return loss * batch["weight"]
 
         # The mean over micro-batches of these is the mean over all targets, however they lie.
@@ -75,6 +80,7 @@ def make_layerwise(
         micro = {
             "tokens": batch.tokens_KxBxS1,
             "mask": batch.mask_KxBxS,
+            "segments": batch.segments_KxBxS1,
             "weight": jnp.full(micro_batches, weight),
         }
         if micro_batches == 1:

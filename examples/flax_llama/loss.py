@@ -147,13 +147,25 @@ def token_cross_entropy(
     return join(losses_NxBxC, labels_BxS.shape[1])
 
 
-def loss_sum(model: Llama, tokens_BxS1: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+def loss_sum(
+    model: Llama,
+    tokens_BxS1: jax.Array,
+    mask_BxS: jax.Array,
+    segments_BxS1: jax.Array | None = None,
+) -> jax.Array:
     """Summed cross entropy, float32 scalar, of tokens 1..S of each row where the mask is True."""
-    x_BxSxD = model.hidden(tokens_BxS1[:, :-1])
-    return cross_entropy_sum(x_BxSxD, model.head.kernel[...], tokens_BxS1[:, 1:], mask_BxS)
+    x_BxSxD = model.hidden(tokens_BxS1[:, :-1], inputs_of(segments_BxS1))
+    return cross_entropy_sum(x_BxSxD, model.head_DxV, tokens_BxS1[:, 1:], mask_BxS)
 
 
-def token_losses(model: Llama, tokens_BxS1: jax.Array) -> jax.Array:
+def token_losses(
+    model: Llama, tokens_BxS1: jax.Array, segments_BxS1: jax.Array | None = None
+) -> jax.Array:
     """Cross entropy in nats, float32 (B, S), of tokens 1..S of each row given those before."""
-    x_BxSxD = model.hidden(tokens_BxS1[:, :-1])
-    return token_cross_entropy(x_BxSxD, model.head.kernel[...], tokens_BxS1[:, 1:])
+    x_BxSxD = model.hidden(tokens_BxS1[:, :-1], inputs_of(segments_BxS1))
+    return token_cross_entropy(x_BxSxD, model.head_DxV, tokens_BxS1[:, 1:])
+
+
+def inputs_of(segments_BxS1: jax.Array | None) -> jax.Array | None:
+    """The segments of all tokens but the last one, which is a target alone."""
+    return None if segments_BxS1 is None else segments_BxS1[:, :-1]

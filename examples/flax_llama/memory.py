@@ -16,10 +16,10 @@ from typing import Any
 import jax
 
 import galore_optax
+from examples.flax_llama.attention import attention_groups
 from examples.flax_llama.config import Config, LlamaConfig
 from examples.flax_llama.loss import chunk_size
 from examples.flax_llama.methods import IN_GALORE, in_8_bits
-from examples.flax_llama.model import attention_groups
 from examples.flax_llama.optimizers import (
     galore_arguments,
     make_optimizer,
@@ -133,12 +133,10 @@ def step(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     """The full moments of an ordinary step: all gradients, then the update."""
     a, p = BYTES[config.dtype], BYTES[config.param_dtype]
     N = config.batch // config.accumulate * config.seq
-    D, F = shape.hidden, shape.intermediate
+    D = shape.hidden
     # Of a micro-batch, and with several of them their float32 sums.
     gradients = shape.num_params * (p if config.accumulate == 1 else p + 4)
-    # Without `remat` the outputs of the kernels are kept, too, but for the last one's: of four D
-    # wide, of two F.
-    inputs = shape.layers * N * a * (D if config.remat else 5 * D + 2 * F)
+    inputs = shape.layers * N * a * (D if config.remat else kept_of_layer(shape))
     matrix = shape.layers * shape.hidden * shape.intermediate
     return {
         "block": (gradients, inputs, block(config, shape)),
@@ -153,7 +151,7 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     N = config.batch // K * config.seq
     inputs = K * shape.layers * N * shape.hidden * a
     dense = shape.vocab_size * shape.hidden
-    layer = layer_entries(shape) * (p if K == 1 else p + 4)
+    layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0
     chunk = chunk_size(config.batch // K, config.seq, shape.hidden) * config.batch // K
     return {
@@ -164,8 +162,10 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     }
 
 
-def layer_entries(shape: LlamaConfig) -> int:
-    return 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+def kept_of_layer(shape: LlamaConfig) -> int:
+    """What a layer keeps of a token: its input, and what kernels return but for the last one."""
+    D, F = shape.hidden, shape.intermediate
+    return 2 * D + shape.q_width + 2 * shape.kv_width + 2 * F
 
 
 def block(config: Config, shape: LlamaConfig) -> int:

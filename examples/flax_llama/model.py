@@ -1,69 +1,36 @@
-"""A LLaMA in Flax NNX whose layers are stacked on a leading axis and run under `lax.scan`.
+"""A decoder in Flax NNX whose layers are stacked on a leading axis and run under `lax.scan`.
 
-Sizes in the suffixes of names: B batch, S sequence, C context (the length of a cache), D hidden,
-F intermediate, H heads, K size of a head, V vocabulary, L layers.
+It is a LLaMA, or what `Architecture` makes of it. Sizes in the suffixes of names: B batch,
+S sequence, D hidden, F intermediate, H heads of queries, G heads of keys and values, K size of a
+head, V vocabulary, L layers, N kinds of layers.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import galore_optax
-from examples.flax_llama.config import LlamaConfig, UsageError
+from examples.flax_llama.attention import (
+    Cache,
+    Window,
+    attend,
+    attention_implementation,
+    capability_here,
+)
+from examples.flax_llama.config import LlamaConfig
+from examples.flax_llama.rotary import Rotation, rope, rotations
 
 Params = dict[str, Any]
 
 
-def capability_here() -> float | None:
-    """The compute capability of the GPU that JAX computes on, None where that is not NVIDIA's."""
-    device = jax.devices()[0]
-    is_nvidia = device.device_kind.startswith("NVIDIA")
-    return float(device.compute_capability) if is_nvidia else None
-
-
-def cudnn_lacks(config: LlamaConfig, capability: float | None) -> list[str]:
-    """What the fused kernel of cuDNN would need for a model, and has not on such a device."""
-    head = config.hidden // config.heads
-    needs = {
-        "an NVIDIA GPU of compute capability 8.0 or more": (capability or 0) >= 8,
-        "dtype=bfloat16": config.dtype == "bfloat16",
-        "heads whose size is a multiple of 8, at most 128": head % 8 == 0 and head <= 128,
-    }
-    return [need for need, fulfilled in needs.items() if not fulfilled]
-
-
-def attention_implementation(
-    config: LlamaConfig, capability: float | None, name: str
-) -> Literal["xla", "cudnn"]:
-    """What computes attention on a device: "xla", or the fused kernel of "cudnn".
-
-    Args:
-      config: of the model.
-      capability: NVIDIA's compute capability of the device, None of what is no such GPU.
-      name: of the device, for errors.
-
-    Raises:
-      UsageError: `config.attention` is "cudnn", which cannot compute this model there.
-    """
-    missing = cudnn_lacks(config, capability)
-    if config.attention == "cudnn" and missing:
-        head = config.hidden // config.heads
-        raise UsageError(
-            f"attention='cudnn' needs {' and '.join(missing)}; here are {name}, "
-            f"dtype={config.dtype} and heads of size {head}. attention='xla' runs everywhere."
-        )
-    return "xla" if config.attention == "xla" or missing else "cudnn"
-
-
-def linear(config: LlamaConfig, d_in: int, d_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(config: LlamaConfig, d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(
         d_in,
         d_out,
-        use_bias=False,
+        use_bias=bias,
         kernel_init=nnx.initializers.normal(0.02),
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
@@ -71,166 +38,157 @@ def linear(config: LlamaConfig, d_in: int, d_out: int, rngs: nnx.Rngs) -> nnx.Li
     )
 
 
-def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """RMSNorm over D; Flax computes it in float32 and casts the result to `config.dtype`."""
-    return nnx.RMSNorm(
-        config.hidden,
-        epsilon=config.rms_norm_eps,
+class OffsetRMSNorm(nnx.RMSNorm):
+    """RMSNorm that multiplies by 1 + scale."""
+
+    def __call__(self, x: jax.Array, **_: Any) -> jax.Array:
+        assert self.scale is not None
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.epsilon)
+        return (x * (1 + self.scale[...].astype(jnp.float32))).astype(self.dtype)
+
+
+def rms_norm(config: LlamaConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm over the last axis, computed in float32 and cast to `config.dtype`."""
+    offset = config.architecture.norm_offset
+    return (OffsetRMSNorm if offset else nnx.RMSNorm)(
+        size,
+        epsilon=config.architecture.norm_eps,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
+        scale_init=nnx.initializers.zeros if offset else nnx.initializers.ones,
         rngs=rngs,
     )
 
 
-class Rotation(NamedTuple):
-    """Rotary position embedding of S positions, float32."""
+class Activations(NamedTuple):
+    """What one layer hands to the next."""
 
-    cos_Sx1xK2: jax.Array
-    sin_Sx1xK2: jax.Array
-
-
-def rotation(position_S: jax.Array, head_size: int, theta: float) -> Rotation:
-    """Angles of the positions, computed once for the queries and keys of all layers."""
-    frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angle_Sx1xK2 = position_S.astype(jnp.float32)[:, None, None] * frequency
-    return Rotation(jnp.cos(angle_Sx1xK2), jnp.sin(angle_Sx1xK2))
+    x_BxSxD: jax.Array
+    # The number of the next layer, int32 scalar; None where all are of one kind.
+    layer: jax.Array | None
+    # The texts of a sequence, int32, each of which attends to itself alone; None where it is one.
+    segments_BxS: jax.Array | None
 
 
-def rope(x_BxSxHxK: jax.Array, angles: Rotation) -> jax.Array:
-    """Rotates the pairs of entry i of a head and entry i + K/2, as in Hugging Face's LLaMA."""
-    cos, sin = angles
-    a, b = jnp.split(x_BxSxHxK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return rotated.astype(x_BxSxHxK.dtype)
+class Layout(NamedTuple):
+    """What the layers know of positions, by their kinds."""
 
+    angles_NxSx1xK2: Rotation
+    # For each kind, or None where no layer has a window that is shorter than the sequence.
+    windows: tuple[int, ...] | None
 
-# Attention weights that exist at a time where no fused kernel avoids them: 32 MiB in float32.
-MAX_WEIGHTS = 2**23
+    @classmethod
+    def of(cls, config: LlamaConfig, position_S: jax.Array, longest: int) -> "Layout":
+        """That of tokens at some positions, in a sequence of `longest` tokens at most."""
+        kinds = config.architecture.kinds
+        windows = tuple(kind.window or longest for kind in kinds)
+        angles = rotations(position_S, config.head_size, kinds)
+        return cls(angles, windows if min(windows) < longest else None)
 
-
-def attention_groups(B: int, S: int, H: int, implementation: str) -> int:
-    """In how many groups, one after the other, the attention of B sequences is computed."""
-    least = math.ceil(B * H * S * S / MAX_WEIGHTS) if implementation == "xla" else 1
-    return next(n for n in range(min(least, B), B + 1) if B % n == 0)
-
-
-def attend(
-    q_BxSxHxK: jax.Array,
-    k_BxSxHxK: jax.Array,
-    v_BxSxHxK: jax.Array,
-    implementation: Literal["xla", "cudnn"],
-) -> jax.Array:
-    """Causal attention, (B, S, H, K), some sequences after the others if they are many."""
-
-    def some(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return jax.nn.dot_product_attention(*qkv, is_causal=True, implementation=implementation)
-
-    B, S, H, _ = q_BxSxHxK.shape
-    groups = attention_groups(B, S, H, implementation)
-    qkv = q_BxSxHxK, k_BxSxHxK, v_BxSxHxK
-    if groups == 1:
-        return some(qkv)
-
-    def split(x_BxSxHxK: jax.Array) -> jax.Array:
-        # Each group has sequences of every device that the batch is sharded over.
-        return jnp.moveaxis(x_BxSxHxK.reshape(B // groups, groups, *x_BxSxHxK.shape[1:]), 1, 0)
-
-    out = jax.lax.map(jax.checkpoint(some), tuple(map(split, qkv)))
-    return jnp.moveaxis(out, 0, 1).reshape(q_BxSxHxK.shape)
-
-
-class Cache(NamedTuple):
-    """Keys, rotated, and values of the tokens so far.
-
-    That of a layer; the model's has a leading axis L on all three, so that `lax.scan` hands each
-    layer its own.
-    """
-
-    k_BxCxHxK: jax.Array
-    v_BxCxHxK: jax.Array
-    # Number of tokens so far, int32 scalar; what stands behind them is overwritten.
-    length: jax.Array
-
-    def append(self, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array) -> "Cache":
-        def write(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, self.length, axis=1)
-
-        k, v = write(self.k_BxCxHxK, k_BxSxHxK), write(self.v_BxCxHxK, v_BxSxHxK)
-        return Cache(k, v, self.length + k_BxSxHxK.shape[1])
-
-    def causal_mask(self, queries: int) -> jax.Array:
-        """Which entries the last `queries` tokens attend to, bool (1, 1, queries, C)."""
-        position = self.length - queries + jnp.arange(queries)
-        return (jnp.arange(self.k_BxCxHxK.shape[1]) <= position[:, None])[None, None]
-
-
-def empty_cache(config: LlamaConfig, batch: int) -> Cache:
-    """The cache of a model that has seen nothing yet; it holds `config.max_seq` tokens."""
-    L, H = config.layers, config.heads
-    shape = (L, batch, config.max_seq, H, config.hidden // H)
-    zeros = jnp.zeros(shape, config.dtype)
-    return Cache(zeros, jnp.zeros_like(zeros), jnp.zeros(L, jnp.int32))
+    def of_layer(self, config: LlamaConfig, layer: jax.Array | None) -> tuple[Rotation, Window]:
+        """The angles and the window of a layer, by its number; of any, where all are alike."""
+        pattern = config.pattern
+        kind = pattern[0] if layer is None else jnp.asarray(pattern, jnp.int32)[layer]
+        angles = jax.tree.map(lambda x: x[kind], self.angles_NxSx1xK2)
+        if self.windows is None:
+            return angles, None
+        if layer is None:
+            return angles, self.windows[pattern[0]]
+        return angles, jnp.asarray(self.windows, jnp.int32)[kind]
 
 
 class Attention(nnx.Module):
-    """Causal multi-head self-attention."""
+    """Causal self-attention, of which several heads may share their keys and values."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        D = config.hidden
-        self.heads = config.heads
+        D, kind = config.hidden, config.architecture
+        self.config = config
         device = jax.devices()[0].device_kind
         self.implementation = attention_implementation(config, capability_here(), device)
-        self.q = linear(config, D, D, rngs)
-        self.k = linear(config, D, D, rngs)
-        self.v = linear(config, D, D, rngs)
-        self.o = linear(config, D, D, rngs)
+        self.q = linear(config, D, config.q_width, kind.attention_bias, rngs)
+        self.k = linear(config, D, config.kv_width, kind.attention_bias, rngs)
+        self.v = linear(config, D, config.kv_width, kind.attention_bias, rngs)
+        self.o = linear(config, config.q_width, D, kind.output_bias, rngs)
+        if kind.qk_norm:
+            self.q_norm = rms_norm(config, config.head_size, rngs)
+            self.k_norm = rms_norm(config, config.head_size, rngs)
 
     def __call__(
-        self, x_BxSxD: jax.Array, angles: Rotation, cache: Cache | None = None
+        self, inputs: Activations, layout: Layout, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        BxSxHxK = (*x_BxSxD.shape[:2], self.heads, -1)
-        q_BxSxHxK = rope(self.q(x_BxSxD).reshape(BxSxHxK), angles)
-        k_BxSxHxK = rope(self.k(x_BxSxD).reshape(BxSxHxK), angles)
-        v_BxSxHxK = self.v(x_BxSxD).reshape(BxSxHxK)
+        x_BxSxD, config = inputs.x_BxSxD, self.config
+        scale = config.architecture.attention_scale
+        angles, window = layout.of_layer(config, inputs.layer)
+        BxSxHxK = (*x_BxSxD.shape[:2], -1, config.head_size)
+        q_BxSxHxK, k_BxSxGxK = (p(x_BxSxD).reshape(BxSxHxK) for p in (self.q, self.k))
+        v_BxSxGxK = self.v(x_BxSxD).reshape(BxSxHxK)
+        if config.architecture.qk_norm:
+            q_BxSxHxK, k_BxSxGxK = self.q_norm(q_BxSxHxK), self.k_norm(k_BxSxGxK)
+        q_BxSxHxK, k_BxSxGxK = rope(q_BxSxHxK, angles), rope(k_BxSxGxK, angles)
         if cache is None:
-            out_BxSxHxK = attend(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, self.implementation)
-        else:
-            cache = cache.append(k_BxSxHxK, v_BxSxHxK)
-            mask = cache.causal_mask(queries=x_BxSxD.shape[1])
-            out_BxSxHxK = jax.nn.dot_product_attention(
-                q_BxSxHxK, cache.k_BxCxHxK, cache.v_BxCxHxK, mask=mask, implementation="xla"
+            out_BxSxHxK = attend(
+                *(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, self.implementation),
+                scale=scale,
+                window=window,
+                segments_BxS=inputs.segments_BxS,
             )
-        return self.o(out_BxSxHxK.reshape(x_BxSxD.shape)), cache
+        else:
+            cache = cache.append(k_BxSxGxK, v_BxSxGxK)
+            out_BxSxHxK = cache.attend(q_BxSxHxK, scale, window)
+        return self.o(out_BxSxHxK.reshape(*x_BxSxD.shape[:2], config.q_width)), cache
 
 
 class Mlp(nnx.Module):
-    """SwiGLU."""
+    """SwiGLU, or GeGLU."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        D, F = config.hidden, config.intermediate
-        self.gate = linear(config, D, F, rngs)
-        self.up = linear(config, D, F, rngs)
-        self.down = linear(config, F, D, rngs)
+        D, F, bias = config.hidden, config.intermediate, config.architecture.mlp_bias
+        self.activation = config.architecture.activation
+        self.gate = linear(config, D, F, bias, rngs)
+        self.up = linear(config, D, F, bias, rngs)
+        self.down = linear(config, F, D, bias, rngs)
 
     def __call__(self, x_BxSxD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x_BxSxD)) * self.up(x_BxSxD))
+        activate = jax.nn.silu if self.activation == "silu" else jax.nn.gelu
+        return self.down(activate(self.gate(x_BxSxD)) * self.up(x_BxSxD))
 
 
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = rms_norm(config, rngs)
+        self.norm_after = config.architecture.norm_after
+        self.attention_norm = rms_norm(config, config.hidden, rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = rms_norm(config, rngs)
+        self.mlp_norm = rms_norm(config, config.hidden, rngs)
         self.mlp = Mlp(config, rngs=rngs)
+        if self.norm_after:
+            self.attention_norm_after = rms_norm(config, config.hidden, rngs)
+            self.mlp_norm_after = rms_norm(config, config.hidden, rngs)
 
     def __call__(
-        self, x_BxSxD: jax.Array, angles: Rotation, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        attended_BxSxD, cache = self.attention(self.attention_norm(x_BxSxD), angles, cache)
-        x_BxSxD = x_BxSxD + attended_BxSxD
-        return x_BxSxD + self.mlp(self.mlp_norm(x_BxSxD)), cache
+        self, inputs: Activations, layout: Layout, cache: Cache | None = None
+    ) -> tuple[Activations, Cache | None]:
+        x_BxSxD, layer, _ = inputs
+        normed = inputs._replace(x_BxSxD=self.attention_norm(x_BxSxD))
+        new_BxSxD, cache = self.attention(normed, layout, cache)
+        x_BxSxD = x_BxSxD + (self.attention_norm_after(new_BxSxD) if self.norm_after else new_BxSxD)
+        new_BxSxD = self.mlp(self.mlp_norm(x_BxSxD))
+        x_BxSxD = x_BxSxD + (self.mlp_norm_after(new_BxSxD) if self.norm_after else new_BxSxD)
+        return inputs._replace(x_BxSxD=x_BxSxD, layer=None if layer is None else layer + 1), cache
+
+
+def first_activations(
+    config: LlamaConfig, x_BxSxD: jax.Array, segments_BxS: jax.Array | None = None
+) -> Activations:
+    """What the first layer gets, of the embeddings of tokens."""
+    # Cast after the look-up, so that the gradients of a token's rows add up in param_dtype.
+    x_BxSxD = x_BxSxD.astype(config.dtype)
+    if config.architecture.embed_scaled:
+        x_BxSxD *= jnp.asarray(config.hidden**0.5, x_BxSxD.dtype)
+    layer = jnp.zeros((), jnp.int32) if config.alternates else None
+    return Activations(x_BxSxD, layer, segments_BxS)
 
 
 class Llama(nnx.Module):
@@ -251,37 +209,54 @@ class Llama(nnx.Module):
         )
         stack = nnx.vmap(lambda layer_rngs: Block(config, rngs=layer_rngs))
         self.blocks = stack(rngs.split(config.layers))
-        self.norm = rms_norm(config, rngs)
-        self.head = linear(config, config.hidden, config.vocab_size, rngs)
+        self.norm = rms_norm(config, config.hidden, rngs)
+        if not config.architecture.tied:
+            self.head = linear(config, config.hidden, config.vocab_size, False, rngs)
 
-    def __call__(self, tokens_BxS: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BxS: jax.Array, segments_BxS: jax.Array | None = None) -> jax.Array:
         """Logits (B, S, V) of the token after each of `tokens_BxS`."""
-        return self.head(self.hidden(tokens_BxS))
+        return self.logits(self.hidden(tokens_BxS, segments_BxS))
 
-    def hidden(self, tokens_BxS: jax.Array) -> jax.Array:
-        """What the head makes logits of, (B, S, D) in `config.dtype`."""
-        return self._layers(tokens_BxS, None)[0]
+    def logits(self, x_BxSxD: jax.Array) -> jax.Array:
+        """What the head makes of `hidden`, in `config.dtype`."""
+        return x_BxSxD @ self.head_DxV.astype(x_BxSxD.dtype)
+
+    @property
+    def head_DxV(self) -> jax.Array:
+        """The kernel of the head, which may be the embedding."""
+        if self.config.architecture.tied:
+            return self.embed.embedding[...].T
+        return self.head.kernel[...]
+
+    def hidden(self, tokens_BxS: jax.Array, segments_BxS: jax.Array | None = None) -> jax.Array:
+        """What the head makes logits of, (B, S, D) in `config.dtype`.
+
+        Args:
+          tokens_BxS: int32.
+          segments_BxS: numbers of the texts in a sequence, each of which attends to itself alone;
+            by default a sequence is one text.
+        """
+        return self._layers(tokens_BxS, segments_BxS, None)[0]
 
     def extend(self, tokens_BxS: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """`hidden` of tokens that follow those in the cache, and the cache with them appended.
 
         They must fit: what is beyond `config.max_seq` would overwrite the last entries.
         """
-        return self._layers(tokens_BxS, cache)
+        return self._layers(tokens_BxS, None, cache)
 
-    def _layers(self, tokens_BxS: jax.Array, cache: Cache | None) -> tuple[jax.Array, Any]:
+    def _layers(
+        self, tokens_BxS: jax.Array, segments_BxS: jax.Array | None, cache: Cache | None
+    ) -> tuple[jax.Array, Any]:
         config, (graphdef, stacked) = self.config, nnx.split(self.blocks)
-        start = 0 if cache is None else cache.length[0]
-        angles = rotation(
-            start + jnp.arange(tokens_BxS.shape[1]),
-            config.hidden // config.heads,
-            config.rope_theta,
-        )
+        start, S = 0 if cache is None else cache.length[0], tokens_BxS.shape[1]
+        longest = S if cache is None else cache.k_BxCxGxK.shape[2]
+        layout = Layout.of(config, start + jnp.arange(S), longest)
 
-        def layer(x_BxSxD: jax.Array, inputs: tuple[nnx.State, Cache | None]):
-            params, layer_cache = inputs
+        def layer(inputs: Activations, own: tuple[nnx.State, Cache | None]):
+            params, layer_cache = own
             params = galore_optax.dequantize_params(params)  # one layer at a time
-            return nnx.merge(graphdef, params)(x_BxSxD, angles, layer_cache)
+            return nnx.merge(graphdef, params)(inputs, layout, layer_cache)
 
         # Products with kernels are kept for the backward pass, or with `remat` nothing is; all else
         # (attention weights, activations, norms) takes longer to store than to compute again. The
@@ -291,10 +266,14 @@ class Llama(nnx.Module):
             policies.nothing_saveable if config.remat else policies.dots_with_no_batch_dims_saveable
         )
         layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
-        # Cast after the look-up, so that the gradients of a token's rows add up in param_dtype.
-        x_BxSxD = self.embed(tokens_BxS).astype(config.dtype)
-        x_BxSxD, cache = jax.lax.scan(layer, x_BxSxD, (stacked, cache))
-        return self.norm(x_BxSxD), cache
+        first = first_activations(config, self.embed(tokens_BxS), segments_BxS)
+        last, cache = jax.lax.scan(layer, first, (stacked, cache))
+        return self.norm(last.x_BxSxD), cache
+
+
+def head_of(params: Params) -> jax.Array:
+    """The kernel of the head, (D, V), which is the embedding where there is none."""
+    return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
 
 
 def draw_layers(config: LlamaConfig, rngs: nnx.Rngs, finish: Callable[[Params], Params]) -> Params:

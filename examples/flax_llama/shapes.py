@@ -1,7 +1,9 @@
 """The shape of a LLaMA, and the published shapes and recipes."""
 
 import dataclasses
+from typing import Any
 
+from examples.flax_llama.architecture import LLAMA, Architecture, Kind, Rope
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
 DTYPES = ("float32", "bfloat16")
@@ -23,8 +25,7 @@ class LlamaConfig:
     vocab_size: int = 32_000
     # Longest sequence trained on, and the context that sampling keeps.
     max_seq: int = 256
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
+    architecture: Architecture = LLAMA
     # Of activations; norms, softmax and loss are computed in float32 whatever it is.
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -39,33 +40,92 @@ class LlamaConfig:
         one_of("attention", self.attention, ATTENTIONS)
         for name in (*DIMENSIONS, "vocab_size", "max_seq"):
             at_least_one(name, getattr(self, name))
-        if self.hidden % (2 * self.heads):
+        if self.architecture.head_size is None and self.hidden % (2 * self.heads):
             raise UsageError(
                 f"hidden={self.hidden} does not divide into heads={self.heads} heads of an even "
                 "size, which rotary embeddings need."
             )
+        if self.head_size % 2:
+            raise UsageError(f"head_size={self.head_size}: rotary embeddings need an even one.")
+        if self.heads % self.kv_heads:
+            raise UsageError(
+                f"heads={self.heads} do not divide into groups for {self.kv_heads} heads of keys "
+                "and values."
+            )
+        if self.architecture.pattern and len(self.architecture.pattern) < self.layers:
+            raise UsageError(
+                f"layers={self.layers}: expected at most {len(self.architecture.pattern)}, whose "
+                "kinds are known."
+            )
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "LlamaConfig":
+        """Undoes `dataclasses.asdict`, also of an earlier version, which knew LLaMAs alone."""
+        fields = dict(fields)
+        if "architecture" in fields:
+            architecture = Architecture.of(fields.pop("architecture"))
+        else:
+            eps, theta = fields.pop("rms_norm_eps"), fields.pop("rope_theta")
+            architecture = Architecture(norm_eps=eps, kinds=(Kind(Rope(theta)),))
+        return cls(**fields, architecture=architecture)
+
+    @property
+    def head_size(self) -> int:
+        return self.architecture.head_size or self.hidden // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.architecture.kv_heads or self.heads
+
+    @property
+    def pattern(self) -> tuple[int, ...]:
+        """The number of each layer's kind."""
+        return self.architecture.pattern[: self.layers] or (0,) * self.layers
+
+    @property
+    def alternates(self) -> bool:
+        """Whether there are layers of several kinds."""
+        return len(set(self.pattern)) > 1
+
+    @property
+    def q_width(self) -> int:
+        """Of the queries of all heads together, and of what they attend to."""
+        return self.heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """Of the keys, and of the values, of all heads together."""
+        return self.kv_heads * self.head_size
 
     @property
     def num_params(self) -> int:
         """Number of parameters, embedding, untied head and norms included."""
-        norms = (2 * self.layers + 1) * self.hidden
-        return self._matrix_entries + self.vocab_size * self.hidden + norms
+        kind, tokens = self.architecture, self.vocab_size * self.hidden
+        norms = (4 if kind.norm_after else 2) * self.hidden
+        norms += 2 * self.head_size if kind.qk_norm else 0
+        biases = (self.q_width + 2 * self.kv_width) * kind.attention_bias
+        biases += self.hidden * kind.output_bias
+        biases += (2 * self.intermediate + self.hidden) * kind.mlp_bias
+        layers = self.layers * (self.layer_matrices + norms + biases)
+        return layers + self.hidden + tokens * (1 if kind.tied else 2)
+
+    @property
+    def layer_matrices(self) -> int:
+        """Entries of the attention and MLP kernels of a layer."""
+        attention = self.hidden * 2 * (self.q_width + self.kv_width)
+        return attention + 3 * self.hidden * self.intermediate
 
     @property
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward per token of a whole sequence.
 
-        6 for each entry of a matrix that multiplies (the embedding is looked up), and 12 S D in
-        each layer for attention, whose causal half is counted too: what PaLM (arXiv:2204.02311,
-        appendix B) calls model FLOPs. Rematerialization does not count.
+        6 for each entry of a matrix that multiplies (the embedding is looked up), and 12 S times
+        the width of all heads in each layer for attention, whose causal half is counted too, and
+        what is outside of a window: what PaLM (arXiv:2204.02311, appendix B) calls model FLOPs.
+        Rematerialization does not count.
         """
-        return 6 * self._matrix_entries + 12 * self.layers * self.hidden * self.max_seq
-
-    @property
-    def _matrix_entries(self) -> int:
-        """Entries of the attention and MLP kernels and of the head."""
-        layer = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.vocab_size * self.hidden
+        matrices = self.layers * self.layer_matrices + self.vocab_size * self.hidden
+        return 6 * matrices + 12 * self.layers * self.q_width * self.max_seq
 
 
 # Zhao et al., "GaLore" (arXiv:2403.03507), and the reference implementation's smaller siblings;

@@ -37,6 +37,8 @@ class Batch(NamedTuple):
     tokens_KxBxS1: jax.Array
     # The targets, tokens 1..S of each row, that count.
     mask_KxBxS: jax.Array
+    # Numbers of the texts in each row, which attend to themselves alone; None where it is one.
+    segments_KxBxS1: jax.Array | None = None
 
 
 def initial_params(config: Config, shape: LlamaConfig) -> Params:
@@ -97,8 +99,8 @@ def make_gradients(
     """
 
     def of_device(params: Params, batch: Batch, targets: jax.Array) -> tuple[jax.Array, Params]:
-        def loss(params: Params, tokens_BxS1: jax.Array, mask_BxS: jax.Array) -> jax.Array:
-            return loss_sum(nnx.merge(graphdef, params), tokens_BxS1, mask_BxS) / targets
+        def loss(params: Params, *micro: Any) -> jax.Array:
+            return loss_sum(nnx.merge(graphdef, params), *micro) / targets
 
         value_and_grad = galore_optax.value_and_grad(loss)
         if len(batch.tokens_KxBxS1) == 1:

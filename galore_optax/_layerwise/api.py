@@ -46,7 +46,8 @@ def layerwise(
         any optimizer of Optax or of this library. Clipping by the global norm is an argument here
         instead.
       embed: a function ``(params, batch) -> x``; the parameters are those without the blocks, and x
-        is a floating-point array, or a tree of such.
+        is a floating-point array, or a tree of such. Arrays of integers in the tree, such as the
+        layer's number or a mask of the batch, are handed on without a gradient.
       block: a function ``(layer_params, x) -> x``, one layer; the parameters are those of the
         blocks without their leading axis. Quantized ones stay in codes, for it to dequantize where
         it uses them.

@@ -57,11 +57,11 @@ class Passes:
         def one(inputs: tuple[Activations, Batch]) -> tuple[tuple[Array, Gradients], Activations]:
             x, batch = inputs
 
-            def loss_of(carriers: list[Array | None], x: Activations) -> Float[Array, ""]:
+            def loss_of(carriers: list[Array | None], floating: Activations) -> Float[Array, ""]:
                 rest, _ = self.division.divide(_attached(leaves, carriers))
-                return self.settings.head_loss(rest, x, batch)
+                return self.settings.head_loss(rest, _with_others(floating, x), batch)
 
-            loss, vjp = jax.vjp(loss_of, _carriers(own), x)
+            loss, vjp = jax.vjp(loss_of, _carriers(own), _floating(x))
             gradients, dx = vjp(jnp.ones_like(loss))
             return (loss, gradients), dx
 
@@ -85,7 +85,7 @@ class Passes:
 
             def embed(carriers: list[Array | None]) -> Activations:
                 rest, _ = self.division.divide(_attached(leaves, carriers))
-                return self.settings.embed(rest, batch)
+                return _floating(self.settings.embed(rest, batch))
 
             return jax.vjp(embed, _carriers(own))[1](dx)[0], None
 
@@ -122,11 +122,11 @@ class Passes:
             def one(pair: tuple[Activations, Activations]) -> tuple[Gradients, Activations]:
                 x, dx = pair
 
-                def apply(carriers: list[Array | None], x: Activations) -> Activations:
+                def apply(carriers: list[Array | None], floating: Activations) -> Activations:
                     _, layer_params = self.division.divide(_attached(params, carriers))
-                    return self.settings.block(layer_params, x)
+                    return _floating(self.settings.block(layer_params, _with_others(floating, x)))
 
-                return jax.vjp(apply, _carriers(params), x)[1](dx)
+                return jax.vjp(apply, _carriers(params), _floating(x))[1](dx)
 
             gradients, dx = self._mean(one, (x, dx))
             return dx, visit(layer, params, gradients, carry)
@@ -158,6 +158,20 @@ def _attached(leaves: list[Leaf], carriers: list[Array | None]) -> list[Leaf]:
     """Returns the leaves, of which those with a carrier are differentiated with respect to it."""
     pairs = zip(leaves, carriers, strict=True)
     return [leaf if carrier is None else attach(leaf, carrier) for leaf, carrier in pairs]
+
+
+def _floating(x: Activations) -> Activations:
+    """Returns the floating-point arrays of a tree, and None in the place of the others."""
+    return jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.floating) else None, x)
+
+
+def _with_others(floating: Activations, x: Activations) -> Activations:
+    """Returns a tree of `_floating`, with the other arrays of ``x`` in their places."""
+    return jax.tree.map(lambda own, a: a if own is None else own, floating, x, is_leaf=_is_none)
+
+
+def _is_none(x: object) -> bool:
+    return x is None
 
 
 def _index(tree: Params, layer: Int[Array, ""], axis: int = 0) -> Params:

@@ -96,9 +96,12 @@ def _check_batch(batch: Batch, count: int) -> None:
 
 def _check_block(block: Block, stacked: Params, x: Activations) -> None:
     """Raises an error where a layer does not return what the next one takes."""
-    for leaf in jax.tree.leaves(x):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"embed must return floating-point arrays; got {leaf.dtype}")
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(x)]
+    if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        found = ", ".join(map(str, dtypes)) or "nothing"
+        raise ValueError(
+            f"embed must return a floating-point array, alone or in a tree; got {found}"
+        )
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
     y = jax.eval_shape(block, one, x)
 

@@ -11,7 +11,11 @@ from galore_optax._types import Params, Transformation
 
 Batch: TypeAlias = PyTree
 Activations: TypeAlias = PyTree
-"""What one layer returns and the next one takes: a floating-point array, or a tree of such."""
+"""What one layer returns and the next one takes: a floating-point array, or a tree with such.
+
+Other arrays in the tree are handed on without a gradient. The gradient of one is a tree with None
+in their places.
+"""
 
 Leaf: TypeAlias = PyTree
 """An array, a `QuantizedArray`, or None for a leaf that has no part in what is done."""

@@ -6,6 +6,11 @@ from typing import Any
 
 from examples.flax_llama.usage import UsageError, one_of
 
+# What families are called in a sentence.
+TITLES = {
+    **{"llama": "LLaMA", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"},
+    **{"smollm3": "SmolLM3", "gemma3_text": "Gemma 3"},
+}
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPES = ("plain", "linear", "dynamic", "llama3", "yarn")
 
@@ -106,11 +111,16 @@ class Architecture:
     context: int | None = None
 
     def __post_init__(self) -> None:
+        one_of("family", self.family, TITLES)
         one_of("activation", self.activation, ACTIVATIONS)
         if not self.kinds or not set(self.pattern) <= set(range(len(self.kinds))):
             raise UsageError(
                 f"pattern={self.pattern}: expected numbers of {len(self.kinds)} kinds."
             )
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.family]
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Architecture":

@@ -5,6 +5,7 @@ import enum
 from pathlib import Path
 from typing import Any
 
+from examples.flax_llama.architecture import Architecture
 from examples.flax_llama.config import Config
 from examples.flax_llama.effects import has_effect
 from examples.flax_llama.shapes import DIMENSIONS
@@ -41,7 +42,7 @@ def rules(kind: Kind, *names: str, note: str = "") -> dict[str, Rule]:
 
 
 # What fixes the shapes of the weights.
-MODEL = ("preset", *DIMENSIONS, "vocab_size")
+MODEL = ("preset", *DIMENSIONS, "vocab_size", "architecture")
 ROUND_OFF = "with another {name}, what is computed is the same to round-off, not bit for bit"
 WEIGHTS = "init_from=RUN with weights_only=True starts a new run from the weights of this one"
 
@@ -106,6 +107,8 @@ def config_of(settings: dict[str, Any]) -> Config:
     known: dict[str, Any] = {k: v for k, v in settings.items() if k not in RETIRED | {DIGESTS}}
     known |= {name: Path(known[name]) for name in ("out", "init_from") if known.get(name)}
     by_default = known.pop("by_default", None)
+    if known.get("architecture"):
+        known["architecture"] = Architecture.of(known["architecture"])
     try:
         config = Config(**known)
     except TypeError as error:

@@ -22,7 +22,7 @@ from benchmarks.machine import machine
 from examples.flax_llama.changes import check_same
 from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
 from examples.flax_llama.command import program
-from examples.flax_llama.config import Config, UsageError, at_least_one
+from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.effects import check_effects
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
@@ -36,6 +36,7 @@ from examples.flax_llama.run_directory import (
 )
 from examples.flax_llama.step import check_divides, initial_params
 from examples.flax_llama.train import train
+from examples.flax_llama.usage import at_least_one
 from examples.flax_llama.writing import make_directory, naming, write_whole
 
 RESULTS = "results.json"

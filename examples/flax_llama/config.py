@@ -1,18 +1,25 @@
 """The settings of a training run."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import tyro
 
-from examples.flax_llama.methods import GALORE, IN_GALORE, own
-from examples.flax_llama.reading import Reading
-from examples.flax_llama.shapes import ATTENTIONS, DIMENSIONS, DTYPES, PRESETS, RECIPES, LlamaConfig
-from examples.flax_llama.usage import UsageError, at_least_one, one_of
+from examples.flax_llama.architecture import LLAMA, Architecture
+from examples.flax_llama.methods import GALORE, own
+from examples.flax_llama.shapes import (
+    ATTENTIONS,
+    DIMENSIONS,
+    DTYPES,
+    PRESETS,
+    LlamaConfig,
+    recipe_of,
+)
+from examples.flax_llama.usage import UsageError, one_of
+from examples.flax_llama.values import check_values
+from examples.hf.configuration import read_shape
 
-MOMENT_DTYPES = ("bfloat16",)
 ON_NAN = ("stop", "skip")
 CLIP_BY = ("global", "layer")
 REFRESHES = ("periodic", "lazy")
@@ -41,7 +48,8 @@ class Config:
     }
 
     # Shape of the model, and the recipe for what is not given: 9m, 20m, 35m, 60m, 130m, 250m,
-    # 350m, 1b, 3b, 7b or 13b.
+    # 350m, 1b, 3b, 7b or 13b; or the directory, or the config.json, of a model of Hugging Face,
+    # with the recipe of the nearest size.
     preset: str = "9m"
     # Hidden size; the preset's by default.
     hidden: FromPreset[int] = None
@@ -215,12 +223,20 @@ class Config:
     # Show no progress bar.
     quiet: bool = False
 
+    # Of a resolved configuration whose preset is a directory: what its model is beyond its
+    # dimensions, so that the directory is not needed any more. It is no flag.
+    architecture: tyro.conf.Suppress[Architecture | None] = None
     # Of a resolved configuration: the settings above that nobody gave. It is no flag.
     by_default: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def _check_choices(self) -> None:
+        known = self.preset in PRESETS or self.architecture is not None
+        if not known and not Path(self.preset).exists():
+            raise UsageError(
+                f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}, or the directory "
+                "of a model with its config.json."
+            )
         for name, choices in {
-            "preset": PRESETS,
             "dtype": DTYPES,
             "param_dtype": DTYPES,
             "attention": ATTENTIONS,
@@ -250,11 +266,12 @@ class Config:
             by_default=tuple(
                 name
                 for name, value in default.items()
-                if name in unset or (name in self.by_default and getattr(self, name) == value)
+                if name not in self._of_directory
+                and (name in unset or (name in self.by_default and getattr(self, name) == value))
             ),
         )
         config = dataclasses.replace(config, rank=whole_rank(config.rank, config.hidden))
-        config._check()
+        check_values(config)
         return config
 
     def unset(self) -> "Config":
@@ -269,10 +286,12 @@ class Config:
           UsageError: a setting is none of the choices that it has.
         """
         self._check_choices()
-        preset, recipe = PRESETS[self.preset], RECIPES[self.preset]
-        filled: dict[str, Any] = {
-            name: getattr(preset, name) for name in DIMENSIONS
-        } | dataclasses.asdict(recipe)
+        preset = self._published()
+        recipe = recipe_of(self.preset, preset)
+        filled: dict[str, Any] = {name: getattr(preset, name) for name in DIMENSIONS}
+        filled |= dataclasses.asdict(recipe)
+        if self._of_directory:
+            filled |= {"vocab_size": preset.vocab_size, "architecture": preset.architecture}
         q_galore_lr = filled.pop("q_galore_lr")
         filled |= {name: GALORE[name] for name in ("scale", "projector", "refresh")}
         filled["int8_weights"] = False
@@ -287,6 +306,20 @@ class Config:
         filled["eval_every"] = max(1, min((self.steps or recipe.steps) // 10, 1000))
         filled["save_every"] = self.eval_every or filled["eval_every"]
         return filled
+
+    @property
+    def _of_directory(self) -> tuple[str, ...]:
+        """The settings that say all of a model where the preset is a directory with one."""
+        return () if self.preset in PRESETS else (*DIMENSIONS, "vocab_size", "architecture")
+
+    def _published(self) -> LlamaConfig:
+        """The shape that the preset names, which is read only where it is not known yet."""
+        if self.preset in PRESETS:
+            return PRESETS[self.preset]
+        if self.architecture is None:
+            return read_shape(Path(self.preset))
+        same = {name: getattr(self, name) for name in self._of_directory}
+        return LlamaConfig(**same, max_seq=self.seq)
 
     def shape(self, vocab_size: int) -> LlamaConfig:
         """The model of a resolved configuration, for a tokenizer with so many tokens.
@@ -304,68 +337,8 @@ class Config:
             **{name: getattr(self, name) for name in (*same, "attention", "remat")},
             vocab_size=self.vocab_size or vocab_size,
             max_seq=self.seq,
+            architecture=self.architecture or LLAMA,
         )
-
-    def _check(self) -> None:
-        if self.seq < 2:
-            raise UsageError(
-                f"seq={self.seq}: expected at least 2. Attention to one token has no choice, and "
-                "its queries and keys would never be trained."
-            )
-        self.shape(self.vocab_size or 1)
-        if not (isinstance(self.rank, int) and 1 <= self.rank < self.hidden):
-            raise UsageError(
-                f"rank={self.rank}: expected 1 to {self.hidden - 1}, less than the hidden size "
-                f"{self.hidden}, or a fraction of it."
-            )
-        for name in (
-            *("update_proj_gap", "steps", "batch", "accumulate"),
-            *("eval_every", "save_every", "keep"),
-        ):
-            at_least_one(name, getattr(self, name))
-        if self.eval_tokens is not None:
-            at_least_one("eval_tokens", self.eval_tokens)
-        if self.batch % self.accumulate:
-            raise UsageError(
-                f"batch={self.batch} does not divide into accumulate={self.accumulate} "
-                "micro-batches: choose a multiple."
-            )
-        for name in ("lr", "matrix_lr_ratio", "scale", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name}={getattr(self, name)}: expected a positive number.")
-        for name in ("weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"{name}={getattr(self, name)}: expected 0 or more.")
-        for name in ("warmup", "b1", "b2", "momentum"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise UsageError(
-                    f"{name}={getattr(self, name)}: expected at least 0 and less than 1."
-                )
-        for name in ("cooldown", "final_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}={getattr(self, name)}: expected 0 to 1.")
-        if self.int8_weights and self.optimizer not in IN_GALORE:
-            raise UsageError(
-                "int8_weights=True needs an optimizer in GaLore, such as galore_adamw; "
-                f"optimizer={self.optimizer!r} is none."
-            )
-        if self.moment_dtype is not None:
-            one_of("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
-        if self.layerwise and self.on_nan == "skip":
-            raise UsageError(
-                "on_nan='skip' looks at the whole gradient before an update, which layerwise=True "
-                "never has: choose on_nan='stop'."
-            )
-        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
-            raise UsageError(
-                f"warmup={self.warmup} and cooldown={self.cooldown} are more than all updates."
-            )
-        if self.resume and self.out is None:
-            raise UsageError("resume=True needs the directory of the run: out=DIRECTORY.")
-        for name, value in vars(self).items():
-            if value == "":
-                raise UsageError(f"{name}='' is empty: expected a value, or leave it out.")
-        Reading(self.text_field, self.on_bad_line, self.max_bad_lines)
 
 
 def whole_rank(rank: Rank, hidden: int) -> Rank:

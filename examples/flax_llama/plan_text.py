@@ -25,11 +25,12 @@ def summary(config: Config, vocab_size: int, device: Device) -> str:
     how = "layers updated inside the backward pass" if config.layerwise else "ordinary updates"
     how += ", activations computed again" * (config.remat and not config.layerwise)
     shape, unit = config.shape(vocab_size), unit_of(device.memory)
-    preset = PRESETS[config.preset]
+    preset = PRESETS.get(config.preset, shape)
     own = all(getattr(config, name) == getattr(preset, name) for name in DIMENSIONS)
     return (
-        f"LLaMA of {shape.num_params:,} parameters{f' ({config.preset})' * own}, vocabulary "
-        f"{shape.vocab_size:,}; {config.optimizer}{rank}; {how}\n"
+        f"{shape.architecture.title} of {shape.num_params:,} parameters"
+        f"{f' ({config.preset})' * own}, vocabulary {shape.vocab_size:,}; "
+        f"{config.optimizer}{rank}; {how}\n"
         f"{config.batch} x {config.seq} tokens per update"
         f"{f' in {config.accumulate} micro-batches' if config.accumulate > 1 else ''}; activations "
         f"{config.dtype}, parameters {config.param_dtype}, attention of "

@@ -265,9 +265,12 @@ def header(config: Config, shape: LlamaConfig, data: Data, start: int) -> str:
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     flops = significant(shape.flops_per_token / 1e6)
     tokens = config.steps * config.batch * config.seq
+    shared = f" over {shape.kv_heads}" if shape.kv_heads < shape.heads else ""
+    heads = f"{shape.heads}{shared}"
     lines = [
-        f"LLaMA of {shape.num_params:,} parameters: hidden {shape.hidden:,}, {shape.layers} "
-        f"layers, {shape.heads} heads, vocabulary {shape.vocab_size:,}; {flops} MFLOP per token",
+        f"{shape.architecture.title} of {shape.num_params:,} parameters: hidden "
+        f"{shape.hidden:,}, {shape.layers} layers, {heads} heads, vocabulary "
+        f"{shape.vocab_size:,}; {flops} MFLOP per token",
         f"{config.optimizer}{rank}, peak learning rate {config.lr:g}; {config.steps:,} updates of "
         f"{config.batch} x {config.seq} tokens, {tokens:,} in all, on {device}",
         f"{config.data}: {extent(config, data)}, and {data.valid.num_tokens:,} to validate on",

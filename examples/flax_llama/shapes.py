@@ -1,6 +1,7 @@
 """The shape of a LLaMA, and the published shapes and recipes."""
 
 import dataclasses
+import math
 from typing import Any
 
 from examples.flax_llama.architecture import LLAMA, Architecture, Kind, Rope
@@ -177,3 +178,15 @@ RECIPES = {
     ),
 }
 RECIPES["13b"] = RECIPES["7b"]
+
+
+def recipe_of(preset: str, shape: LlamaConfig) -> Recipe:
+    """The recipe of a published shape; of another model, that of the nearest size.
+
+    The rank is then a quarter of the hidden size.
+    """
+    if preset in RECIPES:
+        return RECIPES[preset]
+    size = math.log(shape.num_params)
+    nearest = min(RECIPES, key=lambda name: abs(size - math.log(PRESETS[name].num_params)))
+    return dataclasses.replace(RECIPES[nearest], rank=max(1, shape.hidden // 4))

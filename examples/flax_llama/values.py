@@ -1,0 +1,85 @@
+"""What the values of settings may be, alone and together."""
+
+import math
+from typing import TYPE_CHECKING
+
+from examples.flax_llama.methods import IN_GALORE
+from examples.flax_llama.reading import Reading
+from examples.flax_llama.usage import UsageError, at_least_one, one_of
+
+if TYPE_CHECKING:
+    from examples.flax_llama.config import Config
+
+MOMENT_DTYPES = ("bfloat16",)
+
+
+def check_values(config: "Config") -> None:
+    """Refuses values of a resolved configuration that cannot work.
+
+    Raises:
+      UsageError: says which, and what would be right.
+    """
+    if config.seq < 2:
+        raise UsageError(
+            f"seq={config.seq}: expected at least 2. Attention to one token has no choice, and "
+            "its queries and keys would never be trained."
+        )
+    context = config.shape(config.vocab_size or 1).architecture.context
+    if context is not None and config.seq > context:
+        raise UsageError(
+            f"seq={config.seq}: expected at most {context}, the positions that the model of "
+            f"{config.preset} knows."
+        )
+    if not (isinstance(config.rank, int) and 1 <= config.rank < config.hidden):
+        raise UsageError(
+            f"rank={config.rank}: expected 1 to {config.hidden - 1}, less than the hidden size "
+            f"{config.hidden}, or a fraction of it."
+        )
+    for name in (
+        *("update_proj_gap", "steps", "batch", "accumulate"),
+        *("eval_every", "save_every", "keep"),
+    ):
+        at_least_one(name, getattr(config, name))
+    if config.eval_tokens is not None:
+        at_least_one("eval_tokens", config.eval_tokens)
+    if config.batch % config.accumulate:
+        raise UsageError(
+            f"batch={config.batch} does not divide into accumulate={config.accumulate} "
+            "micro-batches: choose a multiple."
+        )
+    for name in ("lr", "matrix_lr_ratio", "scale", "eps"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UsageError(f"{name}={getattr(config, name)}: expected a positive number.")
+    for name in ("weight_decay", "clip"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UsageError(f"{name}={getattr(config, name)}: expected 0 or more.")
+    for name in ("warmup", "b1", "b2", "momentum"):
+        if not 0 <= (getattr(config, name) or 0) < 1:
+            raise UsageError(
+                f"{name}={getattr(config, name)}: expected at least 0 and less than 1."
+            )
+    for name in ("cooldown", "final_lr"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UsageError(f"{name}={getattr(config, name)}: expected 0 to 1.")
+    if config.int8_weights and config.optimizer not in IN_GALORE:
+        raise UsageError(
+            "int8_weights=True needs an optimizer in GaLore, such as galore_adamw; "
+            f"optimizer={config.optimizer!r} is none."
+        )
+    if config.moment_dtype is not None:
+        one_of("moment_dtype", config.moment_dtype, MOMENT_DTYPES)
+    if config.layerwise and config.on_nan == "skip":
+        raise UsageError(
+            "on_nan='skip' looks at the whole gradient before an update, which layerwise=True "
+            "never has: choose on_nan='stop'."
+        )
+    if config.schedule == "wsd" and config.warmup + config.cooldown > 1:
+        raise UsageError(
+            f"warmup={config.warmup} and cooldown={config.cooldown} are more than all updates."
+        )
+    if config.resume and config.out is None:
+        raise UsageError("resume=True needs the directory of the run: out=DIRECTORY.")
+    for name, value in vars(config).items():
+        if value == "":
+            raise UsageError(f"{name}='' is empty: expected a value, or leave it out.")
+    Reading(config.text_field, config.on_bad_line, config.max_bad_lines)

@@ -42,7 +42,11 @@ from examples.flax_llama.history import (
     validated_since,
 )
 from examples.flax_llama.optimizers import learning_rate, size_of_updates
-from examples.flax_llama.run_directory import read_settings, write_settings
+from examples.flax_llama.run_directory import (
+    imported_from,
+    read_settings,
+    write_settings,
+)
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.tokenizer import (
     Tokenizer,
@@ -331,6 +335,11 @@ def check_source(config: Config, source: Path) -> None:
     Raises:
       UsageError: says what differs, and what would be right.
     """
+    if imported_from(source) and not config.weights_only:
+        raise UsageError(
+            f"init_from={source} is an imported model, which has no state of an optimizer: give "
+            "weights_only=True."
+        )
     with open_run(source) as checkpoints:
         stored = config_of(checkpoints.settings(checkpoints.find(config.init_step, "init_step")))
     differ = changes(stored, config)

@@ -196,6 +196,22 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
 
+    def save_params(self, params: Any, settings: dict[str, Any]) -> None:
+        """Writes parameters that are of no run, as those after no update.
+
+        Raises:
+          CheckpointError: they could not be written.
+        """
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params), settings=ocp.args.JsonSave(settings)
+        )
+        self._writing = 0
+        try:
+            self._manager.save(0, args=items)
+        except Exception as error:
+            raise self._failed(error) from error
+        self.wait()
+
     def add_loss(self, step: int, valid_loss: float) -> None:
         """Gives a checkpoint that was saved without a validation loss one, as `save` would have.
 

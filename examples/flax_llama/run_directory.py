@@ -18,6 +18,8 @@ from examples.flax_llama.writing import naming, write_whole
 SETTINGS = "config.json"
 PARTIAL = "config.json.partial"
 LOCK = "lock"
+# In the settings, where weights are from that were not trained here.
+IMPORTED = "imported"
 # What a run leaves that ends before it has written its settings.
 EMPTY = {LOCK, PARTIAL}
 
@@ -46,6 +48,11 @@ def check_contents(out: Path, *, resume: bool) -> None:
         if not (out / SETTINGS).is_file():
             raise UsageError(
                 f"out={out} holds no run to resume: leave out resume=True to start one there."
+            )
+        if imported_from(out):
+            raise UsageError(
+                f"out={out} is an imported model: name another directory, and begin with its "
+                f"weights, init_from={out} weights_only=True."
             )
     elif out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= EMPTY):
         is_run = ", resume the run in it" if (out / SETTINGS).is_file() else ""
@@ -76,10 +83,29 @@ def lock(out: Path) -> Iterator[None]:
         yield
 
 
-def write_settings(out: Path, config: Config, shape: LlamaConfig) -> None:
-    """Writes the resolved configuration and the model's shape, whole or not at all."""
+def write_settings(
+    out: Path, config: Config, shape: LlamaConfig, imported: str | None = None
+) -> None:
+    """Writes the resolved configuration and the model's shape, whole or not at all.
+
+    Args:
+      out: the directory.
+      config: of the run, or with which one can begin with an imported model.
+      shape: of the model.
+      imported: where its weights are from, if it is no run that trains them.
+    """
     settings = {"train": settings_of(config), "model": dataclasses.asdict(shape)}
+    settings |= {IMPORTED: imported} if imported else {}
     write_whole(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+
+def imported_from(out: Path) -> str | None:
+    """Where the weights are from, if a directory is that of an imported model, and no run.
+
+    Raises:
+      UsageError: there is nothing that can be read.
+    """
+    return _read(out).get(IMPORTED)
 
 
 def read_settings(out: Path) -> dict[str, Any]:
@@ -88,12 +114,17 @@ def read_settings(out: Path) -> dict[str, Any]:
     Raises:
       UsageError: there is nothing that can be read.
     """
+    settings = _read(out)
+    return {name: settings[name] for name in ("train", "model")}
+
+
+def _read(out: Path) -> dict[str, Any]:
     path = out / SETTINGS
     if not path.is_file():
         raise UsageError(f"{out} is not the directory of a run: it has no {SETTINGS}.")
     try:
         settings = json.loads(path.read_text())
-        return {name: settings[name] for name in ("train", "model")}
+        return settings | {name: settings[name] for name in ("train", "model")}
     except OSError as error:
         raise cannot_be_read(str(path), error) from error
     except (ValueError, KeyError, TypeError) as error:

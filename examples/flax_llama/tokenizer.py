@@ -50,6 +50,10 @@ class Tokenizer(ABC):
         """The text of some ids."""
 
     @abstractmethod
+    def name_of(self, token: int) -> str:
+        """What a token is called, as special ones are."""
+
+    @abstractmethod
     def to_bytes(self) -> bytes:
         """The contents of its file."""
 
@@ -94,6 +98,9 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(list(map(int, ids)))
 
+    def name_of(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or ""
+
     def to_bytes(self) -> bytes:
         return self._tokenizer.to_str().encode()
 
@@ -115,6 +122,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode(list(map(int, ids)))
+
+    def name_of(self, token: int) -> str:
+        return self._processor.id_to_piece(token)
 
     def to_bytes(self) -> bytes:
         return self._contents

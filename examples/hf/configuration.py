@@ -156,8 +156,8 @@ def shape_of(config: dict[str, Any]) -> LlamaConfig:
                 tied=bool(full["tie_word_embeddings"]),
                 mlp_bias=bool(full["mlp_bias"]) and family in ("llama", "smollm3"),
                 activation=ACTIVATIONS[full["hidden_act"]],
-                norm_eps=float(full["rms_norm_eps"]),
-                attention_scale=None if scalar is None else scalar**-0.5,
+                norm_eps=positive("rms_norm_eps", full["rms_norm_eps"]),
+                attention_scale=scalar and positive("query_pre_attn_scalar", scalar) ** -0.5,
                 kinds=kinds,
                 pattern=pattern,
                 context=whole(full, "max_position_embeddings"),
@@ -175,6 +175,12 @@ def whole(config: dict[str, Any], name: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise UsageError(f"{name}={value!r}: expected a positive whole number.")
     return value
+
+
+def positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UsageError(f"{name}={value!r}: expected a positive number.")
+    return float(value)
 
 
 def kinds_of(family: str, full: dict[str, Any]) -> tuple[tuple[Kind, ...], tuple[int, ...]]:
@@ -231,7 +237,7 @@ def rope_of(full: dict[str, Any], layer_type: str) -> Rope:
     elif local is not None:
         scaling = {"rope_theta": local}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = float(scaling.get("rope_theta", full["rope_theta"]))
+    theta = positive("rope_theta", scaling.get("rope_theta", full["rope_theta"]))
     if kind == "default":
         return Rope(theta)
     context = full["max_position_embeddings"]
@@ -344,10 +350,10 @@ def said_in_full(shape: LlamaConfig) -> Architecture:
     )
 
 
-def scalar_of(shape: LlamaConfig) -> float:
-    """Of which the inverse root is the scale of attention."""
+def scalar_of(shape: LlamaConfig) -> int:
+    """Of which the inverse root is the scale of attention; `transformers` takes whole numbers."""
     scale = shape.architecture.attention_scale
-    return shape.head_size if scale is None else round(scale**-2, 6)
+    return shape.head_size if scale is None else round(scale**-2)
 
 
 def rope_scaling(rope: Rope) -> dict[str, Any] | None:

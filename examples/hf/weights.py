@@ -1,6 +1,6 @@
 """The weights of a Hugging Face directory as our parameters, and our parameters as one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +10,7 @@ import numpy as np
 
 import galore_optax
 from examples.flax_llama.model import Params, is_quantized
-from examples.flax_llama.shapes import LlamaConfig
-from examples.hf.names import Entry, entries
+from examples.hf.names import Entry
 from examples.hf.tensors import Tensor, read
 
 
@@ -65,12 +64,11 @@ def put(stack: Any, one: Any, layer: int | None) -> None:
         target[layer] = np.asarray(new)
 
 
-def tensors_of(shape: LlamaConfig, params: Params) -> Iterator[tuple[Entry, np.ndarray]]:
-    """Every tensor of a model as Hugging Face has it, one at a time, dequantized."""
-    for entry in entries(shape):
-        node = params
-        for key in entry.path.split("/"):
-            node = node[key]
-        ours = node if entry.layer is None else jax.tree.map(lambda x, i=entry.layer: x[i], node)
-        dense = galore_optax.dequantize_params(ours)
-        yield entry, np.ascontiguousarray(entry.theirs(np.asarray(dense)))
+def tensor_of(entry: Entry, params: Params) -> np.ndarray:
+    """One tensor as Hugging Face has it, dequantized."""
+    node = params
+    for key in entry.path.split("/"):
+        node = node[key]
+    ours = node if entry.layer is None else jax.tree.map(lambda x: x[entry.layer], node)
+    dense = galore_optax.dequantize_params(ours)
+    return np.ascontiguousarray(entry.theirs(np.asarray(dense)))

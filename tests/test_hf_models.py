@@ -1,0 +1,388 @@
+"""Models of Hugging Face: their logits, their files, and what is wrong with a directory."""
+
+import dataclasses
+import json
+import shutil
+
+import decoders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
+
+import galore_optax
+from examples.flax_llama.attention import empty_cache
+from examples.flax_llama.checkpoint import load_params, load_run
+from examples.flax_llama.config import Config
+from examples.flax_llama.export_hf import export_hf
+from examples.flax_llama.import_hf import import_hf, open_model
+from examples.flax_llama.model import Llama, is_quantized
+from examples.flax_llama.train import train
+from examples.flax_llama.usage import UsageError
+from examples.hf.configuration import config_of, read_shape, said_in_full, shape_of
+from examples.hf.names import match
+from examples.hf.tensors import open_tensors
+from examples.hf.weights import load
+
+
+def model_of(directory):
+    """The model, in float32, and its parameters."""
+    shape = dataclasses.replace(read_shape(directory), max_seq=24)
+    graphdef, like = nnx.split(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))), nnx.Param)
+    tensors = open_tensors(directory)
+    params = load(tensors, match(shape, tensors).entries, nnx.to_pure_dict(like))
+    return graphdef, params, shape
+
+
+@pytest.mark.parametrize("name", decoders.CASES)
+def test_logits_are_those_of_transformers(name):
+    graphdef, params, shape = model_of(decoders.DATA / name)
+    golden = np.load(decoders.DATA / name / "golden.npz")
+    logits = jax.jit(lambda p, tokens: nnx.merge(graphdef, p)(tokens))(params, golden["tokens"])
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
+    assert shape.num_params == sum(x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", decoders.CASES)
+def test_logits_are_those_of_transformers_today(name, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    model, tokens, expected = decoders.build(name, seed=1)
+    model.save_pretrained(tmp_path / "model")
+    graphdef, params, _ = model_of(tmp_path / "model")
+    found = jax.jit(lambda p, tokens: nnx.merge(graphdef, p)(tokens))(params, tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    with_tokenizer(tmp_path / "model", 40)
+    import_hf(tmp_path / "model", tmp_path / "run", quiet=True)
+    export_hf(tmp_path / "run", tmp_path / "exported", quiet=True)
+    again = decoders.logits_of(tmp_path / "exported", tokens)
+    np.testing.assert_allclose(again, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["smollm3", "gemma3"])
+def test_token_by_token_out_of_a_cache_is_all_at_once(name):
+    """Of layers without positions, and of windows that are shorter than the text."""
+    graphdef, params, shape = model_of(decoders.DATA / name)
+    golden = np.load(decoders.DATA / name / "golden.npz")
+
+    @jax.jit
+    def rest(params, tokens):
+        model = nnx.merge(graphdef, params)
+        x, cache = model.extend(tokens[:, :9], empty_cache(shape, len(tokens)))
+
+        def step(cache, token):
+            x, cache = model.extend(token[:, None], cache)
+            return cache, model.logits(x[:, 0])
+
+        _, logits = jax.lax.scan(step, cache, tokens[:, 9:].T)
+        return jnp.concatenate([model.logits(x), jnp.moveaxis(logits, 0, 1)], axis=1)
+
+    found = rest(params, golden["tokens"])
+    np.testing.assert_allclose(found, golden["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_texts_of_a_sequence_attend_to_themselves_alone(name):
+    graphdef, params, _ = model_of(decoders.DATA / name)
+    tokens = np.load(decoders.DATA / name / "golden.npz")["tokens"]
+    segments = np.repeat([[1, 2, 3, 0], [1, 1, 1, 2]], [7, 8, 4, 5], axis=1)
+    forward = jax.jit(lambda p, *inputs: nnx.merge(graphdef, p)(*inputs))
+    together = np.asarray(forward(params, tokens, segments))
+    for row in range(2):
+        for text in np.unique(segments[row]):
+            (places,) = np.nonzero(segments[row] == text)
+            alone = np.zeros_like(tokens)
+            alone[:, : len(places)] = tokens[row, places]
+            expected = forward(params, alone, np.ones_like(segments))[0, : len(places)]
+            np.testing.assert_allclose(together[row, places], expected, rtol=0, atol=1e-4)
+
+
+def with_tokenizer(directory, size):
+    """One of single characters, and the end of a text."""
+    characters = [chr(ord("0") + i) for i in range(size - 1)]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Of a model with everything that is imported, to be spoilt."""
+    shutil.copytree(decoders.DATA / "qwen3", tmp_path / "qwen3")
+    return with_tokenizer(tmp_path / "qwen3", 40)
+
+
+@pytest.mark.parametrize("name", ["qwen2_window", "gemma3_nested"])
+def test_what_goes_in_comes_out_bit_for_bit(name, tmp_path):
+    """Into a run and out of it, in several files, and back in: tensors and configuration."""
+    shutil.copytree(decoders.DATA / name, tmp_path / name)
+    with_tokenizer(tmp_path / name, 40)
+    said = import_hf(tmp_path / name, tmp_path / "run", quiet=True)
+    assert ("Left out" in said) == (name == "gemma3_nested")
+    export_hf(tmp_path / "run", tmp_path / "exported", shard_gigabytes=1e-5, quiet=True)
+    original = load_file(tmp_path / name / "model.safetensors")
+    files = sorted((tmp_path / "exported").glob("*.safetensors"))
+    assert len(files) > 1
+    exported = {k: v for file in files for k, v in load_file(file).items()}
+    assert sum(file.stat().st_size for file in files) > 5e3
+    assert max(file.stat().st_size for file in files) < 1.5e4
+    for key, array in exported.items():
+        (right,) = (original[k] for k in (key, f"language_model.{key}") if k in original)
+        assert array.dtype == right.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(array, right, err_msg=key)
+    exported, model = (said_in_full(read_shape(tmp_path / d)) for d in ("exported", name))
+    assert exported == model
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "exported" / file).is_file()
+
+
+def test_in_8_bits_each_matrix_is_that_of_the_files_quantized(directory):
+    dense, coded = open_model(directory, param_dtype="float32"), open_model(directory, int8=True)
+    params = [load(m.tensors, m.found.entries, m.like) for m in (dense, coded)]
+    leaves = [jax.tree.leaves_with_path(p, is_leaf=is_quantized) for p in params]
+    quantized = 0
+    for (path, array), (_, found) in zip(*leaves, strict=True):
+        if is_quantized(found):
+            quantized += 1
+            array = np.asarray(array, jnp.bfloat16)
+            right = galore_optax.quantize(array, found.scheme, found.block_size, batch_axes=1)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=str(path))
+        else:
+            np.testing.assert_array_equal(np.asarray(found, np.float32), array)
+    assert quantized == 7
+
+
+def test_an_imported_model_is_trained_evaluated_and_never_resumed(directory, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    import_hf(directory, run, param_dtype="float32", quiet=True)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("0123" * 400)
+    training = {
+        **{"data": str(texts), "valid_data": str(texts), "steps": 2, "batch": 2, "seq": 16},
+        **{"eval_every": 2, "quiet": True, "tensorboard": False, "optimizer": "sgd"},
+    }
+    with pytest.raises(UsageError, match="is an imported model, which has no state"):
+        train(Config(init_from=run, preset=str(directory), tokenizer=str(run), **training))
+    begun = Config(
+        **{"init_from": run, "preset": str(directory), "tokenizer": str(run)},
+        **training | {"out": out, "weights_only": True, "lr": 1e-30, "clip": 1.0},
+    )
+    train(begun)
+    with pytest.raises(UsageError, match="is an imported model: name another directory"):
+        train(Config(out=run, resume=True))
+    # A learning rate of nothing leaves the weights as they were.
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    before, after = (load_params(path, "last", device) for path in (run, out))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    model, tokenizer = load_run(out)
+    assert (model.config.architecture.qk_norm, tokenizer.vocab_size) == (True, 40)
+    # Nothing of the run needs the directory that was imported.
+    shutil.rmtree(directory)
+    export_hf(out, tmp_path / "exported", quiet=True)
+    assert read_shape(tmp_path / "exported").architecture.qk_norm
+
+
+def test_layers_that_alternate_are_updated_inside_the_backward_pass(tmp_path):
+    """With a tied head: the losses are those of ordinary updates."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("ab" * 4000)
+    config = Config(
+        **{"preset": str(decoders.DATA / "gemma3"), "tokenizer": "bytes", "vocab_size": 300},
+        **{"data": str(texts), "valid_data": str(texts), "steps": 3, "batch": 2, "seq": 16},
+        **{"rank": 4, "update_proj_gap": 2, "quiet": True, "clip": 0.0, "lr": 0.03},
+    )
+    losses = [
+        [record["loss"] for record in train(dataclasses.replace(config, layerwise=x)).train]
+        for x in (False, True)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert losses[0][0] - losses[0][-1] > 0.01
+
+
+def spoil_config(**changes):
+    def spoil(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def spoil_tensors(change):
+    def spoil(directory):
+        path = directory / "model.safetensors"
+        arrays = load_file(path)
+        change(arrays)
+        save_file(arrays, path)
+
+    return spoil
+
+
+def rename(old, new):
+    return spoil_tensors(lambda arrays: arrays.update({new: arrays.pop(old)}))
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+SPOILT = {
+    "no configuration": (lambda d: (d / "config.json").unlink(), r"config\.json cannot be read"),
+    "not JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json is not JSON"),
+    "another family": (
+        spoil_config(model_type="phi3"),
+        r"model_type='phi3' is not supported: expected one of llama, mistral, qwen2",
+    ),
+    "another rotary embedding": (
+        spoil_config(rope_parameters={"rope_type": "longrope", "factor": 2.0}),
+        r"rope_type='longrope' is not supported: expected default, linear, dynamic",
+    ),
+    "a rotary embedding without its factor": (
+        spoil_config(rope_parameters={"rope_type": "linear"}),
+        r"rope_scaling of type 'linear' lacks",
+    ),
+    "a part of the head rotates": (
+        spoil_config(partial_rotary_factor=0.5),
+        r"partial_rotary_factor=0\.5 is not supported, only 1\.0",
+    ),
+    "another activation": (spoil_config(hidden_act="relu"), r"hidden_act='relu' .* silu"),
+    "no layers": (spoil_config(num_hidden_layers=0), r"num_hidden_layers=0: expected a positive"),
+    "heads that do not divide": (spoil_config(num_key_value_heads=3), r"heads=4 do not divide"),
+    "a text for a number": (spoil_config(rms_norm_eps="small"), r"rms_norm_eps='small'"),
+    "missing": (
+        spoil_tensors(lambda arrays: arrays.pop(Q)),
+        rf"1 tensors are missing: {Q}",
+    ),
+    "extra": (
+        spoil_tensors(lambda arrays: arrays.update({"model.odd": np.ones(2, np.float32)})),
+        r"1 tensors belong to nothing in the model of config\.json: model\.odd",
+    ),
+    "misshapen": (
+        spoil_tensors(lambda arrays: arrays.update({Q: arrays[Q][:-1].copy()})),
+        rf"{Q} in .* has the shape \(23, 24\), where config\.json makes it \(24, 24\)",
+    ),
+    "quantized": (
+        spoil_tensors(lambda arrays: arrays.update({Q: np.ones((24, 24), np.int8)})),
+        rf"{Q} in .* is I8: expected weights in 16 or 32 bits",
+    ),
+    "no embedding": (
+        rename("model.embed_tokens.weight", "wte.weight"),
+        r"no tensor model\.embed_tokens\.weight: the first ones are .* more",
+    ),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"has no tokenizer\.json"),
+    "a tokenizer that is too large": (
+        lambda d: with_tokenizer(d, 41),
+        r"the tokenizer has 41 tokens, and the model only 40",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_is_wrong_is_told_before_anything_is_written(directory, tmp_path, case):
+    spoil, message = SPOILT[case]
+    spoil(directory)
+    with pytest.raises(UsageError, match=message):
+        import_hf(directory, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_fails_on_the_way_leaves_nothing_under_its_name(directory, tmp_path, monkeypatch):
+    import_hf(directory, tmp_path / "run", quiet=True)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("examples.flax_llama.import_hf.write_settings", fail)
+    monkeypatch.setattr("examples.flax_llama.export_hf.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        import_hf(directory, tmp_path / "other", quiet=True)
+    with pytest.raises(OSError, match="No space"):
+        export_hf(tmp_path / "run", tmp_path / "exported", quiet=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"qwen3", "run"}
+    with pytest.raises(UsageError, match="exists: name another one"):
+        import_hf(directory, tmp_path / "run", quiet=True)
+
+
+# As published on the Hugging Face hub, without what does not matter here, and the parameters that
+# the hub counts.
+PUBLISHED = {
+    "SmolLM2-135M": (
+        {
+            **{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536},
+            **{"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
+            **{"vocab_size": 49_152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5},
+            **{"rope_scaling": None, "rope_theta": 100_000, "tie_word_embeddings": True},
+        },
+        134_515_008,
+    ),
+    "Llama-3.2-1B": (
+        {
+            **{"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192},
+            **{"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+            **{"vocab_size": 128_256, "max_position_embeddings": 131_072, "head_dim": 64},
+            **{"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": True},
+            "rope_scaling": {
+                **{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0},
+                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+            },
+        },
+        1_235_814_400,
+    ),
+    "Mistral-7B-v0.1": (
+        {
+            **{"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14_336},
+            **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+            **{"vocab_size": 32_000, "max_position_embeddings": 32_768, "sliding_window": 4096},
+        },
+        7_241_732_096,
+    ),
+    "Qwen2.5-0.5B": (
+        {
+            **{"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864},
+            **{"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
+            **{"vocab_size": 151_936, "max_position_embeddings": 32_768, "rope_theta": 1e6},
+            **{"tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 32_768},
+        },
+        494_032_768,
+    ),
+    "gemma-3-1b-it": (
+        {
+            **{"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912},
+            **{"num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1},
+            **{"head_dim": 256, "vocab_size": 262_144, "max_position_embeddings": 32_768},
+            **{"query_pre_attn_scalar": 256, "rope_local_base_freq": 10_000, "rope_scaling": None},
+            **{"rope_theta": 1_000_000, "sliding_window": 512, "sliding_window_pattern": 6},
+        },
+        999_885_952,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_of_older_versions(name):
+    """The parameters that the hub counts, and the configuration again out of our shape."""
+    config, parameters = PUBLISHED[name]
+    shape = shape_of(config)
+    assert shape.num_params == parameters
+    written = config_of(shape)
+    assert shape_of(written) == shape_of(written | {"architectures": None})
+    for key, value in config.items():
+        if key not in ("use_sliding_window", "sliding_window_pattern", "sliding_window"):
+            assert written[key] == value, key
+
+
+def test_gemmas_layers_are_five_of_a_window_and_one_without():
+    shape = shape_of(PUBLISHED["gemma-3-1b-it"][0])
+    kinds = [shape.architecture.kinds[i] for i in shape.pattern]
+    windows = [kind.window for kind in kinds]
+    assert windows == ([512] * 5 + [None]) * 4 + [512] * 2
+    assert {kind.rope.theta for kind in kinds if kind.window} == {10_000.0}
+    assert {kind.rope.theta for kind in kinds if not kind.window} == {1_000_000.0}
+
+
+def test_what_no_class_of_transformers_has_is_not_exported():
+    shape = read_shape(decoders.DATA / "mistral")
+    own = dataclasses.replace(shape.architecture, qk_norm=True)
+    with pytest.raises(UsageError, match="No MistralForCausalLM of transformers has this"):
+        config_of(dataclasses.replace(shape, architecture=own))

@@ -73,7 +73,7 @@ def arguments(config):
     """The command line that asks for a configuration."""
     words = []
     for name, value in vars(config).items():
-        if name == "by_default" or not has_effect(config, name):
+        if name in Config.HIDDEN or not has_effect(config, name):
             continue
         option = name.replace("_", "-")
         if isinstance(value, bool):

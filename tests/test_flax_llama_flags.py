@@ -132,7 +132,7 @@ def test_help_has_every_text_whole_within_the_terminal(monkeypatch, columns):
     assert max(map(len, boxed)) <= columns
     text = " ".join(" ".join(line.strip("│ ") for line in boxed).split())
     for name, comment in comments(inspect.getsource(Config)):
-        if name not in ("GROUPS", "by_default"):
+        if name not in ("GROUPS", "HIDDEN", *Config.HIDDEN):
             default = getattr(Config, name)
             said = re.sub(r"`(\w+)`", lambda m: "--" + m[1].replace("_", "-"), comment)
             hint = "" if default is None else f" (default: {default})"
@@ -159,8 +159,7 @@ def test_help_is_in_groups_that_have_all_settings_once(monkeypatch):
     assert list(found) == list(Config.GROUPS)
     assert {group: names[0] for group, names in found.items()} == Config.GROUPS
     names = [name for group in found.values() for name in group]
-    # What nobody gave is no setting.
-    assert [*names, "by_default"] == [field.name for field in dataclasses.fields(Config)]
+    assert [*names, *Config.HIDDEN] == [field.name for field in dataclasses.fields(Config)]
 
 
 def test_help_begins_with_what_the_program_does(monkeypatch):

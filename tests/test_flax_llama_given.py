@@ -36,7 +36,9 @@ def test_a_setting_has_an_effect_where_the_optimizer_is_made_with_it(name):
     config = Config(optimizer=name).resolve()
     watched = Watched(config)
     OPTIMIZERS[name](watched, learning_rate(config))
+    Config.adapter.fget(watched)
     settings = {*GALORES, "b1", "b2", "eps", "momentum", "moment_dtype"}
+    settings |= {"lora_alpha", "lora_targets"}
     assert {n for n in settings if has_effect(config, n)} == settings & watched.seen
 
 

@@ -364,7 +364,7 @@ def test_what_cannot_go_together_is_told_with_what_can(settings, message):
     [
         (
             {"optimizer": "adam"},
-            "optimizer='adam': expected one of adamw, adafactor, lion, sgd, adamw_8bit, g",
+            "optimizer='adam': expected one of adamw, adafactor, lion, sgd, adamw_8bit, l",
         ),
         ({"schedule": "step"}, "schedule='step': expected one of cosine, linear, constant, wsd"),
         ({"projector": "none"}, "projector=.*: expected one of svd"),

@@ -43,6 +43,7 @@ def rules(kind: Kind, *names: str, note: str = "") -> dict[str, Rule]:
 
 # What fixes the shapes of the weights.
 MODEL = ("preset", *DIMENSIONS, "vocab_size", "architecture")
+OTHER_SHAPES = "the weights would have other shapes"
 ROUND_OFF = "with another {name}, what is computed is the same to round-off, not bit for bit"
 WEIGHTS = "init_from=RUN with weights_only=True starts a new run from the weights of this one"
 
@@ -58,11 +59,12 @@ RULES: dict[str, Rule] = {
     **rules(Kind.NOW, "eval_tokens"),
     **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "moment_dtype"),
     **rules(Kind.ANEW, "transport", "residual", "refresh", "stagger"),
+    **rules(Kind.ANEW, "lora_alpha", "lora_targets"),
     **rules(Kind.DATA, "data", "valid_data", "text_field", "tokenizer"),
     **rules(
         Kind.NEVER,
         *MODEL,
-        note="the weights would have other shapes",
+        note=OTHER_SHAPES,
     ),
     **rules(
         Kind.NEVER,
@@ -154,6 +156,9 @@ def check_allowed(was: Config, now: Config, done: int) -> dict[str, list[Any]]:
     reasons = {name: RULES[name].note for name in differ if RULES[name].kind is Kind.NEVER}
     if "steps" in differ and now.steps < done:
         reasons["steps"] = f"{done} updates are done: {done} ends the run there, and more go on"
+    if was.adapter != now.adapter:
+        shapes = ("optimizer", "rank", "lora_alpha", "lora_targets")
+        reasons |= {name: OTHER_SHAPES for name in shapes if name in differ}
     refuse(now, reasons, differ)
     return differ
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import tyro
 
+from examples.flax_llama.adapters import LORA, LOW_RANK, Adapter
 from examples.flax_llama.architecture import LLAMA, Architecture
 from examples.flax_llama.methods import GALORE, own
 from examples.flax_llama.shapes import (
@@ -26,6 +27,8 @@ REFRESHES = ("periodic", "lazy")
 TRANSPORTS = ("keep", "reset", "project", "rotate")
 RESIDUALS = ("discard", "norm_scaled", "scale_gradient", "sign", "error_feedback")
 
+# Of LoRA: the first three as in PEFT, the learning rate as of those who fine-tune with it.
+OF_LORA = {"rank": 8, "lora_alpha": 8.0, "lora_targets": "qv", "lr": 2e-4}
 # None in a `Config` as it is given, a value in a resolved one, which a type cannot tell apart.
 T = TypeVar("T")
 # A rank may be given as a fraction.
@@ -43,9 +46,12 @@ class Config:
 
     # The first setting of each group that help shows.
     GROUPS: ClassVar = {
-        **{"model": "preset", "data": "data", "optimizer": "optimizer", "galore": "rank"},
+        **{"model": "preset", "data": "data", "optimizer": "optimizer", "low rank": "rank"},
         **{"training": "steps", "run": "out"},
     }
+
+    # What no flag is for.
+    HIDDEN: ClassVar = ("architecture", "by_default")
 
     # Shape of the model, and the recipe for what is not given: 9m, 20m, 35m, 60m, 130m, 250m,
     # 350m, 1b, 3b, 7b or 13b; or the directory, or the config.json, of a model of Hugging Face,
@@ -89,6 +95,8 @@ class Config:
     eval_tokens: int | None = None
 
     # adamw, adafactor, lion, sgd, adamw_8bit, or any of them in GaLore: galore_adamw, ...;
+    # lora, which is AdamW for matrices of low rank beside kernels that stay as they are; low_rank,
+    # which is AdamW for products of two in the place of kernels;
     # galore_muon; q_galore_adamw, which is galore_adamw_8bit with 4-bit projectors, lazy refresh,
     # int8 weights; fira_adamw, apollo_adamw, apollo_mini_adamw, ldadamw, tracked_adamw,
     # frugal_adamw, grass_adamw or dct_adamw, each also as ..._8bit; or flora. README.md says what
@@ -108,7 +116,7 @@ class Config:
     cooldown: float = 0.2
     # Fraction of the peak learning rate that the last update has, unless the schedule is constant.
     final_lr: float = 0.1
-    # Of everything but the norms, multiplied by the learning rate.
+    # Of everything but norms and biases, multiplied by the learning rate.
     weight_decay: float = 0.0
     # Decay of the first moment of adamw and lion, of which lion's update interpolates.
     b1: float = 0.9
@@ -125,10 +133,14 @@ class Config:
     # backward pass; or "layer", of each layer by itself, with `layerwise` alone.
     clip_by: str = "global"
 
-    # Rank of GaLore's projected gradients, or a fraction of the hidden size; by default the
-    # preset's, which is a quarter to a third, or the optimizer's (apollo and frugal a quarter,
-    # apollo_mini 1).
+    # Rank of GaLore's projected gradients, or of the matrices of lora and low_rank, or a fraction
+    # of the hidden size; by default the preset's, which is a quarter to a third, or the optimizer's
+    # (apollo and frugal a quarter, apollo_mini 1, lora 8).
     rank: Rank = None
+    # Of lora: what is beside a kernel is multiplied by alpha / rank; 8 by default.
+    lora_alpha: FromPreset[float] = None
+    # Of lora: the kernels that it is beside: qv (as in PEFT; the default), attention, or all.
+    lora_targets: FromPreset[str] = None
     # Updates from one choice of GaLore's subspaces to the next; by default the preset's, or the
     # optimizer's (ldadamw, tracked and dct 1, flora 1000).
     update_proj_gap: FromPreset[int] = None
@@ -299,6 +311,7 @@ class Config:
             filled |= {"lr": q_galore_lr, "int8_weights": True}
         if self.hidden not in (None, preset.hidden):
             filled["rank"] = max(1, self.hidden // 4)
+        filled |= {name: value for name, value in OF_LORA.items() if self.optimizer == LORA}
         # Not transport and residual, which may be objects that no name says all of.
         names = ("rank", "update_proj_gap", "scale", "projector", "projector_dtype", "refresh")
         filled |= {k: v for k, v in own(self.optimizer).items() if k in names}
@@ -306,6 +319,14 @@ class Config:
         filled["eval_every"] = max(1, min((self.steps or recipe.steps) // 10, 1000))
         filled["save_every"] = self.eval_every or filled["eval_every"]
         return filled
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What the optimizer trains beside the kernels, or in their place, if it does."""
+        if self.optimizer == LORA:
+            alpha, targets = (self.lora_alpha or 8.0), (self.lora_targets or "qv")
+            return Adapter(LORA, self.rank, alpha, targets)
+        return Adapter(LOW_RANK, self.rank) if self.optimizer == LOW_RANK else None
 
     @property
     def _of_directory(self) -> tuple[str, ...]:
@@ -338,6 +359,7 @@ class Config:
             vocab_size=self.vocab_size or vocab_size,
             max_seq=self.seq,
             architecture=self.architecture or LLAMA,
+            adapter=self.adapter,
         )
 
 

@@ -5,12 +5,14 @@ may have been another one, may do nothing.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Sequence
 
+from examples.flax_llama.adapters import LORA
 from examples.flax_llama.config import Config
 from examples.flax_llama.documents import BUILT_IN
 from examples.flax_llama.methods import ADAMW, IN_GALORE
-from examples.flax_llama.optimizers import OPTIMIZERS
+from examples.flax_llama.optimizers import OPTIMIZERS, WITH_ADAPTER
 from examples.flax_llama.tokens import is_tokenized
 from examples.flax_llama.usage import UsageError
 
@@ -38,30 +40,42 @@ def reads_text(config: Config) -> bool:
     return any(d and d != BUILT_IN and not is_tokenized(d) for d in data)
 
 
-WITH_ADAM = {name for name in OPTIMIZERS if "adamw" in name}
+WITH_ADAM = {name for name in OPTIMIZERS if "adamw" in name} | WITH_ADAPTER.keys()
 LION = {"lion", "galore_lion"}
+OF_GALORE = "optimizers in GaLore, such as galore_adamw"
 NEEDS = (
+    for_optimizers(("rank",), (*IN_GALORE, *WITH_ADAPTER), OF_GALORE),
     for_optimizers(
         (
-            *("rank", "update_proj_gap", "scale", "projector", "projector_dtype"),
+            *("update_proj_gap", "scale", "projector", "projector_dtype"),
             *("transport", "residual", "refresh", "stagger"),
         ),
         IN_GALORE,
-        "optimizers in GaLore, such as galore_adamw",
+        OF_GALORE,
     ),
-    for_optimizers(("moment_dtype",), ("adamw", *ADAMW), f"adamw, {', '.join(ADAMW)}"),
+    for_optimizers(("lora_alpha", "lora_targets"), (LORA,), "lora"),
+    for_optimizers(
+        ("matrix_lr_ratio",), OPTIMIZERS.keys() - {LORA}, "those that train the layers' matrices"
+    ),
+    for_optimizers(
+        ("moment_dtype",),
+        ("adamw", *WITH_ADAPTER, *ADAMW),
+        f"adamw, {', '.join((*WITH_ADAPTER, *ADAMW))}",
+    ),
     for_optimizers(
         ("b1",),
         WITH_ADAM | LION | {"flora", "galore_muon"},
-        "those with adamw or lion in the name, flora and galore_muon",
+        "those with adamw or lion in the name, lora, low_rank, flora and galore_muon",
     ),
     for_optimizers(
         ("b2",),
         WITH_ADAM | LION | {"galore_muon"},
-        "those with adamw or lion in the name, and galore_muon",
+        "those with adamw or lion in the name, lora, low_rank, and galore_muon",
     ),
     for_optimizers(
-        ("eps",), WITH_ADAM | {"galore_muon"}, "those with adamw in the name, and galore_muon"
+        ("eps",),
+        WITH_ADAM | {"galore_muon"},
+        "those with adamw in the name, lora, low_rank, and galore_muon",
     ),
     for_optimizers(
         ("momentum",),
@@ -116,10 +130,12 @@ def check_effects(configs: Sequence[Config], default: Config) -> None:
     Raises:
       UsageError: names the settings, and what they are for.
     """
-    for need in NEEDS:
-        names = [name for name in need.names if name not in configs[0].by_default]
+    unmet = [need for need in NEEDS if not any(map(need.met, configs))]
+    for need in unmet:
+        alike = [other.names for other in unmet if other.what == need.what]
+        names = [n for n in itertools.chain(*alike) if n not in configs[0].by_default]
         given = [n for n in names if getattr(configs[0], n) != getattr(default, n)]
-        if given and not any(map(need.met, configs)):
+        if given:
             settings = " and ".join(f"{name}={getattr(configs[0], name)!r}" for name in given)
             values = dict.fromkeys(getattr(config, need.decides) for config in configs)
             those = ", ".join(f"{need.decides}={value!r}" for value in values)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from examples.flax_llama.adapters import merged
 from examples.flax_llama.checkpoint import load_params, model_of
 from examples.flax_llama.command import program
 from examples.flax_llama.flags import command_line
@@ -52,7 +53,7 @@ def export_hf(
     if original is None and tokenizer.eos_id is not None:
         config["eos_token_id"] = tokenizer.eos_id
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = load_params(run, step, device)
+    params = merged(load_params(run, step, device), shape.adapter)
     with new_directory(out) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_tokenizer(partial, run, tokenizer)

@@ -134,13 +134,14 @@ def step(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     a, p = BYTES[config.dtype], BYTES[config.param_dtype]
     N = config.batch // config.accumulate * config.seq
     D = shape.hidden
-    # Of a micro-batch, and with several of them their float32 sums.
-    gradients = shape.num_params * (p if config.accumulate == 1 else p + 4)
+    # Of a micro-batch, and with several of them their float32 sums. LoRA's matrices are float32.
+    entry = 4 if shape.lora_entries else p
+    gradients = shape.trained_params * (entry if config.accumulate == 1 else entry + 4)
     inputs = shape.layers * N * a * (D if config.remat else kept_of_layer(shape))
     matrix = shape.layers * shape.hidden * shape.intermediate
     return {
         "block": (gradients, inputs, block(config, shape)),
-        "update": (shape.num_params * p, 0, update(config, matrix)),
+        "update": (shape.trained_params * entry, 0, update(config, matrix)),
     }
 
 

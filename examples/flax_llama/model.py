@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import galore_optax
+from examples.flax_llama.adapters import LOW_RANK, LoraLinear, LowRankLinear
 from examples.flax_llama.attention import (
     Cache,
     Window,
@@ -26,16 +27,24 @@ from examples.flax_llama.rotary import Rotation, rope, rotations
 Params = dict[str, Any]
 
 
-def linear(config: LlamaConfig, d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        d_in,
-        d_out,
-        use_bias=bias,
-        kernel_init=nnx.initializers.normal(0.02),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
+def linear(config: LlamaConfig, name: str, bias: bool, rngs: nnx.Rngs) -> Any:
+    """The linear layer of that name in a block, or the head."""
+    sizes = config.kernels.get(name, (config.hidden, config.vocab_size))
+    options: dict[str, Any] = {
+        "use_bias": bias,
+        "kernel_init": nnx.initializers.normal(0.02),
+        "dtype": jnp.dtype(config.dtype),
+        "param_dtype": jnp.dtype(config.param_dtype),
+        "rngs": rngs,
+    }
+    adapter = config.adapter
+    if adapter is None or name not in config.kernels:
+        return nnx.Linear(*sizes, **options)
+    if adapter.kind == LOW_RANK:
+        return LowRankLinear(*sizes, rank=adapter.rank, **options)
+    if adapter.adds_to(name):
+        return LoraLinear(*sizes, adapter=adapter, **options)
+    return nnx.Linear(*sizes, **options)
 
 
 class OffsetRMSNorm(nnx.RMSNorm):
@@ -102,14 +111,14 @@ class Attention(nnx.Module):
     """Causal self-attention, of which several heads may share their keys and values."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        D, kind = config.hidden, config.architecture
+        kind = config.architecture
         self.config = config
         device = jax.devices()[0].device_kind
         self.implementation = attention_implementation(config, capability_here(), device)
-        self.q = linear(config, D, config.q_width, kind.attention_bias, rngs)
-        self.k = linear(config, D, config.kv_width, kind.attention_bias, rngs)
-        self.v = linear(config, D, config.kv_width, kind.attention_bias, rngs)
-        self.o = linear(config, config.q_width, D, kind.output_bias, rngs)
+        self.q = linear(config, "q", kind.attention_bias, rngs)
+        self.k = linear(config, "k", kind.attention_bias, rngs)
+        self.v = linear(config, "v", kind.attention_bias, rngs)
+        self.o = linear(config, "o", kind.output_bias, rngs)
         if kind.qk_norm:
             self.q_norm = rms_norm(config, config.head_size, rngs)
             self.k_norm = rms_norm(config, config.head_size, rngs)
@@ -143,11 +152,11 @@ class Mlp(nnx.Module):
     """SwiGLU, or GeGLU."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        D, F, bias = config.hidden, config.intermediate, config.architecture.mlp_bias
+        bias = config.architecture.mlp_bias
         self.activation = config.architecture.activation
-        self.gate = linear(config, D, F, bias, rngs)
-        self.up = linear(config, D, F, bias, rngs)
-        self.down = linear(config, F, D, bias, rngs)
+        self.gate = linear(config, "gate", bias, rngs)
+        self.up = linear(config, "up", bias, rngs)
+        self.down = linear(config, "down", bias, rngs)
 
     def __call__(self, x_BxSxD: jax.Array) -> jax.Array:
         activate = jax.nn.silu if self.activation == "silu" else jax.nn.gelu
@@ -211,7 +220,7 @@ class Llama(nnx.Module):
         self.blocks = stack(rngs.split(config.layers))
         self.norm = rms_norm(config, config.hidden, rngs)
         if not config.architecture.tied:
-            self.head = linear(config, config.hidden, config.vocab_size, False, rngs)
+            self.head = linear(config, "head", False, rngs)
 
     def __call__(self, tokens_BxS: jax.Array, segments_BxS: jax.Array | None = None) -> jax.Array:
         """Logits (B, S, V) of the token after each of `tokens_BxS`."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import galore_optax
+from examples.flax_llama.adapters import LORA, LOW_RANK, lora_alone
 from examples.flax_llama.config import RESIDUALS, TRANSPORTS, Config, UsageError, one_of
 from examples.flax_llama.methods import ADAMW, ADAMW_8BIT, GALORE, IN_GALORE, own
 from examples.flax_llama.model import Params, dimension_numbers, stacked_matrices
@@ -56,8 +57,9 @@ def learning_rate(config: Config) -> optax.Schedule:
     return lambda count: schedule(count + 1)
 
 
-def not_norm(params: Params) -> Params:
-    return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)
+def decays(params: Params) -> Params:
+    """Tree of bool: all but the scales of norms and the biases."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def of_adamw(config: Config) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def of_adamw(config: Config) -> dict[str, Any]:
         "b2": 0.999 if config.b2 is None else config.b2,
         "eps": config.eps,
         "weight_decay": config.weight_decay,
-        "mask": not_norm,
+        "mask": decays,
     }
 
 
@@ -88,7 +90,7 @@ def adafactor(config: Config, schedule: optax.Schedule) -> optax.GradientTransfo
         optax.scale_by_factored_rms(min_dim_size_to_factor=most_stacked(config) + 1),
         clip_by_matrix_rms(1.0),
         optax.ema(config.momentum, debias=False) if config.momentum else optax.identity(),
-        optax.add_decayed_weights(config.weight_decay, not_norm),
+        optax.add_decayed_weights(config.weight_decay, decays),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -112,7 +114,7 @@ def lion(config: Config, schedule: optax.Schedule) -> optax.GradientTransformati
         config.b1,
         0.99 if config.b2 is None else config.b2,
         weight_decay=config.weight_decay,
-        mask=not_norm,
+        mask=decays,
     )
 
 
@@ -120,7 +122,7 @@ def sgd(config: Config, schedule: optax.Schedule) -> optax.GradientTransformatio
     """With decoupled weight decay, like the others."""
     return optax.chain(
         optax.trace(config.momentum) if config.momentum else optax.identity(),
-        optax.add_decayed_weights(config.weight_decay, not_norm),
+        optax.add_decayed_weights(config.weight_decay, decays),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -224,7 +226,7 @@ def flora(config: Config, schedule: optax.Schedule) -> optax.GradientTransformat
         # As in `adafactor`, and what is clipped is each layer by itself, too.
         min_dim_size_to_factor=most_stacked(config) + 1,
         weight_decay=config.weight_decay,
-        mask=not_norm,
+        mask=decays,
         stacked=stacked_layers,
         **galore_arguments(config),
     )
@@ -236,7 +238,7 @@ def galore_muon(config: Config, schedule: optax.Schedule) -> optax.GradientTrans
         schedule,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=not_norm,
+        mask=decays,
         adam_b1=config.b1,
         adam_b2=0.999 if config.b2 is None else config.b2,
         **momentum,
@@ -251,14 +253,20 @@ PLAIN: dict[str, Optimizer] = {
     "sgd": sgd,
     "adamw_8bit": adamw_8bit,
 }
-OPTIMIZERS = PLAIN | {
-    **dict.fromkeys(IN_GALORE, adamw_preset),
-    **{
-        name: in_galore(PLAIN[name.removeprefix("galore_")])
-        for name in ("galore_adafactor", "galore_lion", "galore_sgd")
-    },
-    **{"flora": flora, "galore_muon": galore_muon},
-}
+# Of what is beside kernels, or in their place.
+WITH_ADAPTER = {LORA: adamw, LOW_RANK: adamw}
+OPTIMIZERS = (
+    PLAIN
+    | WITH_ADAPTER
+    | {
+        **dict.fromkeys(IN_GALORE, adamw_preset),
+        **{
+            name: in_galore(PLAIN[name.removeprefix("galore_")])
+            for name in ("galore_adafactor", "galore_lion", "galore_sgd")
+        },
+        **{"flora": flora, "galore_muon": galore_muon},
+    }
+)
 
 # More than a run ever skips: `optax.apply_if_finite` applies what comes after that many.
 ALWAYS_SKIP = 2**30
@@ -291,7 +299,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optimizer,
         optax.masked(optax.scale(config.matrix_lr_ratio), stacked_matrices),
     )
-    return optax.apply_if_finite(optimizer, ALWAYS_SKIP) if config.on_nan == "skip" else optimizer
+    if config.on_nan == "skip":
+        optimizer = optax.apply_if_finite(optimizer, ALWAYS_SKIP)
+    return lora_alone(optimizer) if config.optimizer == LORA else optimizer
 
 
 def check_together(config: Config) -> None:

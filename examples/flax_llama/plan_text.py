@@ -21,7 +21,8 @@ LEAST_SHOWN = 0.1
 
 
 def summary(config: Config, vocab_size: int, device: Device) -> str:
-    rank = f", rank {config.rank}" if config.optimizer in IN_GALORE else ""
+    has_rank = config.optimizer in IN_GALORE or config.adapter is not None
+    rank = f", rank {config.rank}" if has_rank else ""
     how = "layers updated inside the backward pass" if config.layerwise else "ordinary updates"
     how += ", activations computed again" * (config.remat and not config.layerwise)
     shape, unit = config.shape(vocab_size), unit_of(device.memory)

@@ -261,7 +261,8 @@ def scores(record: Record) -> str:
 
 def header(config: Config, shape: LlamaConfig, data: Data, start: int) -> str:
     """What is about to be trained, and on what, in a few lines."""
-    rank = f", rank {config.rank}" if config.optimizer in IN_GALORE else ""
+    has_rank = config.optimizer in IN_GALORE or config.adapter is not None
+    rank = f", rank {config.rank}" if has_rank else ""
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     flops = significant(shape.flops_per_token / 1e6)
     tokens = config.steps * config.batch * config.seq

@@ -7,6 +7,7 @@ import jax
 import optax
 
 import galore_optax
+from examples.flax_llama.adapters import LOW_RANK, lora_of, merged, with_lora, without_lora
 from examples.flax_llama.beginning import Beginning
 from examples.flax_llama.changes import config_of
 from examples.flax_llama.checkpoint import Checkpoints, load_params, on, open_run
@@ -107,7 +108,7 @@ def from_other_run(
         beginning.notes.append(f"begins with the {what} of {source} after update {step}")
         if config.weights_only:
             params = load_params(source, step, everywhere)
-            params = in_the_form_of(like.params, params, config, mesh)
+            params = in_the_model_of(initial_state, params, stored, config, mesh)
             init = jax.jit(make_optimizer(config).init, out_shardings=everywhere)
             return State(params, init(params))
         old = jax.eval_shape(make_optimizer(stored).init, like.params)
@@ -120,6 +121,29 @@ def from_other_run(
             "weights_only=True takes the weights alone."
         )
     return State(state.params, from_the_start(kept))
+
+
+def in_the_model_of(
+    initial_state: Initial, params: Params, stored: Config, config: Config, mesh: jax.sharding.Mesh
+) -> Params:
+    """Weights of another run as those of this one, where one of them, or both, have adapters.
+
+    Raises:
+      UsageError: a product of matrices should be made of a whole one.
+    """
+    like = jax.eval_shape(lambda: initial_state().params)
+    if stored.adapter == config.adapter:
+        return in_the_form_of(like, params, config, mesh)
+    if config.optimizer == LOW_RANK:
+        raise UsageError(
+            f"init_from={config.init_from} has whole matrices, of which optimizer='low_rank' makes "
+            "no products: choose lora, which is beside them."
+        )
+    whole = jax.jit(merged, static_argnums=1)(params, stored.adapter)
+    whole = in_the_form_of(without_lora(like), whole, config, mesh)
+    # Of all the initial weights, those of LoRA alone are computed.
+    new = jax.jit(lambda: lora_of(initial_state().params), out_shardings=replicated(mesh))()
+    return with_lora(whole, new)
 
 
 def in_the_form_of(like: Params, params: Params, config: Config, mesh: jax.sharding.Mesh) -> Params:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+from examples.flax_llama.adapters import Adapter
 from examples.flax_llama.architecture import LLAMA, Architecture, Kind, Rope
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
@@ -27,6 +28,8 @@ class LlamaConfig:
     # Longest sequence trained on, and the context that sampling keeps.
     max_seq: int = 256
     architecture: Architecture = LLAMA
+    # What is trained beside the layers' kernels, or in their place.
+    adapter: Adapter | None = None
     # Of activations; norms, softmax and loss are computed in float32 whatever it is.
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -68,7 +71,8 @@ class LlamaConfig:
         else:
             eps, theta = fields.pop("rms_norm_eps"), fields.pop("rope_theta")
             architecture = Architecture(norm_eps=eps, kinds=(Kind(Rope(theta)),))
-        return cls(**fields, architecture=architecture)
+        adapter = fields.pop("adapter", None)
+        return cls(**fields, architecture=architecture, adapter=adapter and Adapter(**adapter))
 
     @property
     def head_size(self) -> int:
@@ -107,14 +111,33 @@ class LlamaConfig:
         biases = (self.q_width + 2 * self.kv_width) * kind.attention_bias
         biases += self.hidden * kind.output_bias
         biases += (2 * self.intermediate + self.hidden) * kind.mlp_bias
-        layers = self.layers * (self.layer_matrices + norms + biases)
+        own = self.layer_matrices + self.lora_entries
+        layers = self.layers * (own + norms + biases)
         return layers + self.hidden + tokens * (1 if kind.tied else 2)
+
+    @property
+    def kernels(self) -> dict[str, tuple[int, int]]:
+        """The sizes of a layer's kernels, inputs first."""
+        D, F, Q, G = self.hidden, self.intermediate, self.q_width, self.kv_width
+        attention = {"q": (D, Q), "k": (D, G), "v": (D, G), "o": (Q, D)}
+        return attention | {"gate": (D, F), "up": (D, F), "down": (F, D)}
 
     @property
     def layer_matrices(self) -> int:
         """Entries of the attention and MLP kernels of a layer."""
-        attention = self.hidden * 2 * (self.q_width + self.kv_width)
-        return attention + 3 * self.hidden * self.intermediate
+        if self.adapter is not None:
+            return self.adapter.entries(self.kernels)[0]
+        return sum(m * n for m, n in self.kernels.values())
+
+    @property
+    def lora_entries(self) -> int:
+        """Entries of what is beside the kernels of a layer."""
+        return 0 if self.adapter is None else self.adapter.entries(self.kernels)[1]
+
+    @property
+    def trained_params(self) -> int:
+        """Number of parameters that are trained: with LoRA, what is beside the kernels alone."""
+        return self.layers * self.lora_entries or self.num_params
 
     @property
     def flops_per_token(self) -> int:
@@ -123,9 +146,10 @@ class LlamaConfig:
         6 for each entry of a matrix that multiplies (the embedding is looked up), and 12 S times
         the width of all heads in each layer for attention, whose causal half is counted too, and
         what is outside of a window: what PaLM (arXiv:2204.02311, appendix B) calls model FLOPs.
-        Rematerialization does not count.
+        Rematerialization does not count, nor that LoRA needs no gradients of kernels.
         """
-        matrices = self.layers * self.layer_matrices + self.vocab_size * self.hidden
+        layer = self.layer_matrices + self.lora_entries
+        matrices = self.layers * layer + self.vocab_size * self.hidden
         return 6 * matrices + 12 * self.layers * self.q_width * self.max_seq
 
 

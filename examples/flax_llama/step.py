@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax
+from examples.flax_llama.adapters import LORA, lora_of, with_lora
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.layerwise import make_layerwise
 from examples.flax_llama.loss import loss_sum
@@ -89,9 +90,11 @@ def put_batch(batch: dict[str, np.ndarray], accumulate: int, mesh: jax.sharding.
 
 
 def make_gradients(
-    graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh
+    graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, *, lora: bool = False
 ) -> Callable[[Params, Batch], tuple[jax.Array, Params]]:
     """Function of parameters and a batch: the mean loss of the targets, and its gradients.
+
+    With LoRA these are of its matrices alone.
 
     Every device goes through its rows of one micro-batch after the other, and all are added up
     over the devices once: sums over all targets, divided by their number, are the mean of one
@@ -99,24 +102,26 @@ def make_gradients(
     """
 
     def of_device(params: Params, batch: Batch, targets: jax.Array) -> tuple[jax.Array, Params]:
-        def loss(params: Params, *micro: Any) -> jax.Array:
-            return loss_sum(nnx.merge(graphdef, params), *micro) / targets
+        def loss(trained: Params, *micro: Any) -> jax.Array:
+            whole = with_lora(params, trained) if lora else trained
+            return loss_sum(nnx.merge(graphdef, whole), *micro) / targets
 
+        trained = lora_of(params) if lora else params
         value_and_grad = galore_optax.value_and_grad(loss)
         if len(batch.tokens_KxBxS1) == 1:
             micro = jax.tree.map(lambda x: x[0], batch)
-            return jax.lax.psum(value_and_grad(params, *micro), "data")
+            return jax.lax.psum(value_and_grad(trained, *micro), "data")
 
         def add(sums: Any, micro: Batch) -> tuple[Any, None]:
-            new = value_and_grad(params, *micro)
+            new = value_and_grad(trained, *micro)
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, new), None
 
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(jnp.shape(x), jnp.float32), (0.0, params), is_leaf=is_quantized
+            lambda x: jnp.zeros(jnp.shape(x), jnp.float32), (0.0, trained), is_leaf=is_quantized
         )
         total, gradients = jax.lax.psum(jax.lax.scan(add, zeros, batch)[0], "data")
         return total, jax.tree.map(
-            lambda p, g: g.astype(p.dtype), params, gradients, is_leaf=is_quantized
+            lambda p, g: g.astype(p.dtype), trained, gradients, is_leaf=is_quantized
         )
 
     rows = PartitionSpec(None, "data")
@@ -145,15 +150,20 @@ def make_update(
 
     The next state takes the memory of the one that is given.
     """
-    gradients_of, schedule = make_gradients(graphdef, mesh), learning_rate(config)
+    lora = config.optimizer == LORA
+    gradients_of = make_gradients(graphdef, mesh, lora=lora)
+    schedule = learning_rate(config)
 
     def ordinary(params: Params, old: Any, batch: Batch, key: jax.Array) -> Any:
         loss, gradients = gradients_of(params, batch)
         updates, new = optimizer.update(gradients, old, params)
         norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
-        params = galore_optax.apply_updates(
-            params, updates, key, round_bfloat16=config.stochastic_rounding
+        trained = galore_optax.apply_updates(
+            lora_of(params) if lora else params,
+            *(updates, key),
+            round_bfloat16=config.stochastic_rounding,
         )
+        params = with_lora(params, trained) if lora else trained
         return params, new, {"loss": loss, **norms}
 
     step = make_layerwise(config, graphdef, optimizer) if config.layerwise else ordinary

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from examples.flax_llama.adapters import LORA, TARGETS
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
@@ -61,11 +62,20 @@ def check_values(config: "Config") -> None:
     for name in ("cooldown", "final_lr"):
         if not 0 <= getattr(config, name) <= 1:
             raise UsageError(f"{name}={getattr(config, name)}: expected 0 to 1.")
-    if config.int8_weights and config.optimizer not in IN_GALORE:
+    if config.int8_weights and config.optimizer not in (*IN_GALORE, LORA):
         raise UsageError(
-            "int8_weights=True needs an optimizer in GaLore, such as galore_adamw; "
+            "int8_weights=True needs an optimizer in GaLore, such as galore_adamw, or lora; "
             f"optimizer={config.optimizer!r} is none."
         )
+    if config.optimizer == LORA:
+        one_of("lora_targets", config.lora_targets, TARGETS)
+        if not 0 < config.lora_alpha < math.inf:
+            raise UsageError(f"lora_alpha={config.lora_alpha}: expected a positive number.")
+        if config.layerwise:
+            raise UsageError(
+                "layerwise=True updates the layers' kernels, which optimizer='lora' leaves as they "
+                "are: leave it out. Its gradients are small, and remat=True keeps activations so."
+            )
     if config.moment_dtype is not None:
         one_of("moment_dtype", config.moment_dtype, MOMENT_DTYPES)
     if config.layerwise and config.on_nan == "skip":

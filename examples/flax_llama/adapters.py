@@ -1,0 +1,152 @@
+"""LoRA beside the kernels of layers, and products of two matrices in their place.
+
+LoRA is that of Hu et al. (arXiv:2106.09685), with `flax.nnx.LoRALinear`: kernels stay as they are,
+and only what is added to them is trained. The other, W = B A, trains everything; it is the baseline
+"low-rank" of GaLore's paper.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from examples.flax_llama.usage import UsageError, one_of
+
+LORA, LOW_RANK = "lora", "low_rank"
+KINDS = (LORA, LOW_RANK)
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+# The first are those that PEFT takes for a LLaMA.
+TARGETS = {"qv": ("q", "v"), "attention": ATTENTION, "all": (*ATTENTION, *MLP)}
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What is beside kernels, or in their place.
+
+    Attributes:
+      kind: "lora" or "low_rank".
+      rank: of the products.
+      alpha: lora's, of which a rank-th part multiplies them.
+      targets: lora's: the name of a set of kernels.
+    """
+
+    kind: str
+    rank: int
+    alpha: float = 8.0
+    targets: str = "qv"
+
+    def __post_init__(self) -> None:
+        one_of("adapter", self.kind, KINDS)
+        one_of("lora_targets", self.targets, TARGETS)
+
+    @property
+    def factor(self) -> float:
+        return self.alpha / self.rank
+
+    def adds_to(self, name: str) -> bool:
+        return self.kind == LORA and name in TARGETS[self.targets]
+
+    def entries(self, kernels: dict[str, tuple[int, int]]) -> tuple[int, int]:
+        """The entries of a layer's kernels, and of what is beside them."""
+        if self.kind == LOW_RANK:
+            return sum(self.rank * (m + n) for m, n in kernels.values()), 0
+        of_lora = sum(self.rank * sum(size) for k, size in kernels.items() if self.adds_to(k))
+        return sum(m * n for m, n in kernels.values()), of_lora
+
+
+class LoraLinear(nnx.LoRALinear):
+    """A linear layer, and a product of two matrices beside its kernel, float32."""
+
+    def __init__(self, *sizes: int, adapter: Adapter, dtype: Any, **options: Any):
+        self.factor = adapter.factor
+        super().__init__(*sizes, lora_rank=adapter.rank, lora_dtype=dtype, dtype=dtype, **options)
+
+    def __call__(self, x: jax.Array, **_: Any) -> jax.Array:
+        return nnx.Linear.__call__(self, x) + self.factor * self.lora(x)
+
+
+class LowRankLinear(nnx.Module):
+    """A linear layer whose kernel is a product, with entries as large at first as any other's."""
+
+    def __init__(self, d_in: int, d_out: int, *, rank: int, use_bias: bool, **options: Any):
+        # The product of two such has a standard deviation of 0.02.
+        options["kernel_init"] = nnx.initializers.normal((0.02 / rank**0.5) ** 0.5)
+        self.a = nnx.Linear(d_in, rank, use_bias=False, **options)
+        self.b = nnx.Linear(rank, d_out, use_bias=use_bias, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.b(self.a(x))
+
+
+def lora_of(params: Params) -> Params:
+    """What LoRA trains: the tree without all that it does not."""
+    found = {}
+    for name, value in params.items():
+        if name == "lora":
+            found[name] = value
+        elif isinstance(value, dict) and (below := lora_of(value)):
+            found[name] = below
+    return found
+
+
+def without_lora(params: Params) -> Params:
+    """The tree without what LoRA trains."""
+    return {
+        name: without_lora(value) if isinstance(value, dict) else value
+        for name, value in params.items()
+        if name != "lora"
+    }
+
+
+def with_lora(params: Params, lora: Params) -> Params:
+    """A tree with other matrices of LoRA."""
+    return params | {
+        name: value if name == "lora" else with_lora(params.get(name, {}), value)
+        for name, value in lora.items()
+    }
+
+
+def lora_alone(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer of what LoRA trains; it is given all parameters, and these gradients."""
+
+    def init(params: Any) -> Any:
+        return optimizer.init(lora_of(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return optimizer.update(updates, state, params and lora_of(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def merged(params: Params, adapter: Adapter | None) -> Params:
+    """The parameters of the same model without adapters: kernels alone, in their own dtype.
+
+    Raises:
+      UsageError: kernels are in 8 bits, which would lose what is added to them.
+    """
+    if adapter is None:
+        return params
+    found = {}
+    for name, value in params.items():
+        if not isinstance(value, dict):
+            found[name] = value
+        elif "lora" in value:
+            kernel = value["kernel"]
+            if not isinstance(kernel, jax.Array):
+                raise UsageError("The matrices are in 8 bits, which LoRA's cannot be added to.")
+            a, b = value["lora"]["lora_a"], value["lora"]["lora_b"]
+            new = kernel.astype(jnp.float32) + adapter.factor * (a @ b)
+            rest = {k: v for k, v in value.items() if k != "lora"}
+            found[name] = rest | {"kernel": new.astype(kernel.dtype)}
+        elif adapter.kind == LOW_RANK and {"a", "b"} == value.keys():
+            a, b = value["a"]["kernel"], value["b"]["kernel"]
+            product = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+            found[name] = value["b"] | {"kernel": product.astype(b.dtype)}
+        else:
+            found[name] = merged(value, adapter)
+    return found

@@ -24,6 +24,7 @@ from examples.flax_llama.train import train
 from examples.flax_llama.usage import UsageError
 from examples.hf.configuration import config_of, read_shape, said_in_full, shape_of
 from examples.hf.names import match
+from examples.hf.published import PUBLISHED
 from examples.hf.tensors import open_tensors
 from examples.hf.weights import load
 
@@ -304,76 +305,40 @@ def test_what_fails_on_the_way_leaves_nothing_under_its_name(directory, tmp_path
         import_hf(directory, tmp_path / "run", quiet=True)
 
 
-# As published on the Hugging Face hub, without what does not matter here, and the parameters that
-# the hub counts.
-PUBLISHED = {
-    "SmolLM2-135M": (
-        {
-            **{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536},
-            **{"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
-            **{"vocab_size": 49_152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5},
-            **{"rope_scaling": None, "rope_theta": 100_000, "tie_word_embeddings": True},
-        },
-        134_515_008,
-    ),
-    "Llama-3.2-1B": (
-        {
-            **{"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192},
-            **{"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
-            **{"vocab_size": 128_256, "max_position_embeddings": 131_072, "head_dim": 64},
-            **{"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": True},
-            "rope_scaling": {
-                **{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0},
-                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-            },
-        },
-        1_235_814_400,
-    ),
-    "Mistral-7B-v0.1": (
-        {
-            **{"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14_336},
-            **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-            **{"vocab_size": 32_000, "max_position_embeddings": 32_768, "sliding_window": 4096},
-        },
-        7_241_732_096,
-    ),
-    "Qwen2.5-0.5B": (
-        {
-            **{"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864},
-            **{"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
-            **{"vocab_size": 151_936, "max_position_embeddings": 32_768, "rope_theta": 1e6},
-            **{"tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 32_768},
-        },
-        494_032_768,
-    ),
-    "gemma-3-1b-it": (
-        {
-            **{"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912},
-            **{"num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1},
-            **{"head_dim": 256, "vocab_size": 262_144, "max_position_embeddings": 32_768},
-            **{"query_pre_attn_scalar": 256, "rope_local_base_freq": 10_000, "rope_scaling": None},
-            **{"rope_theta": 1_000_000, "sliding_window": 512, "sliding_window_pattern": 6},
-        },
-        999_885_952,
-    ),
+# As the models' cards count them; of Qwen3 without the embedding, in units of 10^8.
+COUNTS = {
+    **{"smollm2-135m": 134_515_008, "smollm3-3b": 3_075_098_624, "llama-3.2-1b": 1_235_814_400},
+    **{"llama-3.2-3b": 3_212_749_824, "llama-3.1-8b": 8_030_261_248},
+    **{"mistral-7b-v0.1": 7_241_732_096, "qwen2.5-0.5b": 494_032_768},
+    **{"gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952},
 }
+WITHOUT_EMBEDDING = {"qwen3-0.6b": 4.4, "qwen3-1.7b": 14, "qwen3-4b": 36, "qwen3-8b": 69.5}
+WITHOUT_EMBEDDING |= {"qwen3-14b": 132}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_of_older_versions(name):
-    """The parameters that the hub counts, and the configuration again out of our shape."""
-    config, parameters = PUBLISHED[name]
+    """The parameters that the cards count, and the configuration again out of our shape."""
+    config = PUBLISHED[name]
     shape = shape_of(config)
-    assert shape.num_params == parameters
+    if name in COUNTS:
+        assert shape.num_params == COUNTS[name]
+    if name in WITHOUT_EMBEDDING:
+        tables = shape.vocab_size * shape.hidden * (1 if shape.architecture.tied else 2)
+        assert (shape.num_params - tables) / 1e8 == pytest.approx(WITHOUT_EMBEDDING[name], rel=0.01)
     written = config_of(shape)
-    assert shape_of(written) == shape_of(written | {"architectures": None})
-    for key, value in config.items():
-        if key not in ("use_sliding_window", "sliding_window_pattern", "sliding_window"):
-            assert written[key] == value, key
+    names = {"use_sliding_window", "sliding_window_pattern", "sliding_window"}
+    names |= {"no_rope_layer_interval"}
+    assert {k: written[k] for k in config.keys() - names} == {
+        k: v for k, v in config.items() if k not in names
+    }
+    resolved = Config(preset=name).resolve()
+    again = resolved.shape(256).architecture
+    assert (again, resolved.vocab_size) == (shape.architecture, shape.vocab_size)
 
 
 def test_gemmas_layers_are_five_of_a_window_and_one_without():
-    shape = shape_of(PUBLISHED["gemma-3-1b-it"][0])
+    shape = shape_of(PUBLISHED["gemma-3-1b"])
     kinds = [shape.architecture.kinds[i] for i in shape.pattern]
     windows = [kind.window for kind in kinds]
     assert windows == ([512] * 5 + [None]) * 4 + [512] * 2

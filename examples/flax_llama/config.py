@@ -19,7 +19,7 @@ from examples.flax_llama.shapes import (
 )
 from examples.flax_llama.usage import UsageError, one_of
 from examples.flax_llama.values import check_values
-from examples.hf.configuration import read_shape
+from examples.hf.configuration import named_shape
 
 ON_NAN = ("stop", "skip")
 CLIP_BY = ("global", "layer")
@@ -54,8 +54,9 @@ class Config:
     HIDDEN: ClassVar = ("architecture", "by_default")
 
     # Shape of the model, and the recipe for what is not given: 9m, 20m, 35m, 60m, 130m, 250m,
-    # 350m, 1b, 3b, 7b or 13b; or the directory, or the config.json, of a model of Hugging Face,
-    # with the recipe of the nearest size.
+    # 350m, 1b, 3b, 7b or 13b. Or another published shape (gemma-3-1b, llama-3.1-8b, qwen3-4b, ...),
+    # or the directory or the config.json of a model of Hugging Face, with the recipe of the nearest
+    # size.
     preset: str = "9m"
     # Hidden size; the preset's by default.
     hidden: FromPreset[int] = None
@@ -242,12 +243,6 @@ class Config:
     by_default: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def _check_choices(self) -> None:
-        known = self.preset in PRESETS or self.architecture is not None
-        if not known and not Path(self.preset).exists():
-            raise UsageError(
-                f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}, or the directory "
-                "of a model with its config.json."
-            )
         for name, choices in {
             "dtype": DTYPES,
             "param_dtype": DTYPES,
@@ -338,7 +333,7 @@ class Config:
         if self.preset in PRESETS:
             return PRESETS[self.preset]
         if self.architecture is None:
-            return read_shape(Path(self.preset))
+            return named_shape(self.preset)
         same = {name: getattr(self, name) for name in self._of_directory}
         return LlamaConfig(**same, max_seq=self.seq)
 

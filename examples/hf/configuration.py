@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.flax_llama.architecture import Architecture, Kind, Rope
-from examples.flax_llama.shapes import LlamaConfig
+from examples.flax_llama.shapes import PRESETS, LlamaConfig
 from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.hf.published import PUBLISHED
 
 CONFIG = "config.json"
 CLASSES = {
@@ -91,6 +92,22 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{path}: expected an object.")
     return config
+
+
+def named_shape(name: str) -> LlamaConfig:
+    """The model of a published name, or of a path as of `read_shape`.
+
+    Raises:
+      UsageError: there is none of that name, or none that this program has.
+    """
+    if name in PUBLISHED:
+        return shape_of(PUBLISHED[name])
+    if not Path(name).exists():
+        raise UsageError(
+            f"preset={name!r}: expected one of {', '.join((*PRESETS, *PUBLISHED))}; or the "
+            "directory of a model with its config.json."
+        )
+    return read_shape(Path(name))
 
 
 def read_shape(path: Path) -> LlamaConfig:

@@ -33,6 +33,8 @@ BLOCK_D, BLOCK_F = 8, 4
 # Float32 arrays in the update of a leaf: of its size where moments are decoded, of that of the
 # projected gradient with GaLore. XLA computes all else in one go.
 UPDATE = 2.5
+# The same of an embedding whose moments are decoded, and how many of these share a scale.
+EMBEDDING, CODES = 4, 256
 # Residuals that compute, in float32, the part of the gradient that is outside of the subspace.
 OUTSIDE = ("sign", "error_feedback")
 # Arrays of a chunk's logits, float32.
@@ -57,8 +59,8 @@ class Estimate:
       inputs: what the forward pass keeps of each block.
       working: the rest, of what is computed at that moment.
       moment: which one that is: "block", the backward pass of a block; "head", that of the head;
-        "update", the optimizer's update of a stacked matrix; "choice", of how micro-batches are
-        averaged.
+        "embedding", the optimizer's update of it; "update", that of a stacked matrix; "choice", of
+        how micro-batches are averaged.
     """
 
     weights: int
@@ -140,6 +142,8 @@ def step(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     inputs = shape.layers * N * a * (D if config.remat else kept_of_layer(shape))
     matrix = shape.layers * shape.hidden * shape.intermediate
     return {
+        "head": head(config, shape, inputs),
+        "embedding": (0, 0, update_of_embedding(config, shape)),
         "block": (gradients, inputs, block(config, shape)),
         "update": (shape.trained_params * entry, 0, update(config, matrix)),
     }
@@ -151,16 +155,28 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     K = config.accumulate
     N = config.batch // K * config.seq
     inputs = K * shape.layers * N * shape.hidden * a
-    dense = shape.vocab_size * shape.hidden
     layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0
-    chunk = chunk_size(config.batch // K, config.seq, shape.hidden) * config.batch // K
+    dense = shape.vocab_size * shape.hidden
+    # Codes whose blocks are of single rows are updated some rows at a time.
+    whole = 0 if shape.hidden % CODES == 0 else update_of_embedding(config, shape)
     return {
-        "head": (4 * dense, inputs, LOGITS * 4 * chunk * shape.vocab_size),
+        "head": head(config, shape, inputs),
+        "embedding": (0, 0, whole),
         # Of the layer, and with clipping by the global norm of the embedding, since it has been
         # measured before any layer is updated.
         "block": (layer + held_back * p * dense, inputs, block(config, shape)),
     }
+
+
+def head(config: Config, shape: LlamaConfig, inputs: int) -> Moment:
+    """Of the backward pass of the head, where the layers have no gradients yet."""
+    # Its gradient is float32; LoRA needs none.
+    entry = 0 if shape.lora_entries else 4
+    rows = config.batch // config.accumulate
+    chunk = chunk_size(rows, config.seq, shape.hidden) * rows
+    logits = LOGITS * 4 * chunk * shape.vocab_size
+    return entry * shape.vocab_size * shape.hidden, inputs, logits
 
 
 def kept_of_layer(shape: LlamaConfig) -> int:
@@ -198,6 +214,12 @@ def update(config: Config, entries: int) -> int:
     if outside or config.optimizer == "flora":
         size += entries * 4
     return round(size)
+
+
+def update_of_embedding(config: Config, shape: LlamaConfig) -> int:
+    """Of the update of an embedding with moments in 8 bits, which are decoded as a whole."""
+    dense = shape.vocab_size * shape.hidden
+    return EMBEDDING * 4 * dense if in_8_bits(config.optimizer) else 0
 
 
 def update_in_full(config: Config, entries: int) -> int:

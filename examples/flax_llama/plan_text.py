@@ -14,6 +14,7 @@ MOMENTS = {
     "block": "the backward pass of a layer",
     "head": "the backward pass of the head",
     "update": "the optimizer's update of the layers' matrices",
+    "embedding": "the optimizer's update of the embedding",
     "choice": "the choice of how to average micro-batches, for which XLA copies what stays",
 }
 # Of a unit.

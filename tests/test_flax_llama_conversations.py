@@ -543,6 +543,8 @@ def test_a_run_on_prompts_is_evaluated_and_goes_on_with_them_alone(tmp_path, cap
     assert again["loss"] == pytest.approx(result.valid[-1]["valid_loss"], rel=1e-6)
     other = write(tmp_path / "other.jsonl", [{"prompt": "9 + 1 =", "response": "10"}])
     assert evaluate.evaluate(tmp_path / "run", data=other)["tokens"] == 3
+    with pytest.raises(UsageError, match="text_field='q' has no effect with a run on data_format="):
+        evaluate.evaluate(tmp_path / "run", data=other, text_field="q")
 
     def resumed(*given):
         words = ["--out", str(tmp_path / "run"), "--resume", "--steps", "4", *given]

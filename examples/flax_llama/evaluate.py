@@ -197,6 +197,11 @@ def evaluate(
             "its own. Leave it out."
         )
     config = config_of(read_settings(run)["train"])
+    if text_field is not None and config.data_format != "text":
+        raise UsageError(
+            f"text_field={text_field!r} has no effect with a run on data_format="
+            f"{config.data_format!r}, in which other data is read too. Leave it out."
+        )
     lines = {"on_bad_line": on_bad_line, "max_bad_lines": max_bad_lines}
     reading = reading_of(config, text_field=text_field, **lines)
     if max_bad_lines is not None and reading.on_bad_line != "skip":

@@ -82,6 +82,7 @@ WRITTEN = {
     "llama3": lambda text: f"{text.strip()}<|eot_id|>",
     "chatml": lambda text: f"{text}<|im_end|>",
     "tagged": lambda text: f"{text}<|im_end|>",
+    "blocks": lambda text: f"{text}<|im_end|>",
     "gemma": lambda text: f"{text.strip()}<end_of_turn>",
     "mistral": lambda text: f" {text}</s>",
 }
@@ -114,11 +115,19 @@ def test_a_template_that_says_what_is_generated_and_one_that_does_not_agree(mode
             np.testing.assert_array_equal(one.counts, other.counts)
 
 
-def test_an_answer_that_is_written_otherwise_once_another_follows(models):
+def test_an_answer_that_is_written_otherwise_once_another_follows(models, tmp_path):
     """As with thoughts, of which the template writes those after the last question alone."""
     runs = learnt(models["thinking"], encode(models["thinking"], conversation("long")))
     first = ["Hi there.<|im_end|>", "Now I go.<|im_end|>"]
     assert runs == [*first, "<think>\n\n</think>\n\nHome<|im_end|>"]
+    # With and without the spaces around it.
+    spaces, trimmed = SCRIPT.say("a", " b ", "c", "d"), make_model(tmp_path / "model", "thinking")
+    template = (trimmed / "chat_template.jinja").read_text()
+    assert template.count("= message.content %}") == 1
+    template = template.replace("= message.content %}", "= message.content | trim %}")
+    (trimmed / "chat_template.jinja").write_text(template)
+    for directory, written in ((models["thinking"], " b "), (trimmed, "b")):
+        assert learnt(directory, encode(directory, spaces))[0] == f"{written}<|im_end|>"
     # What was thought of an earlier answer is not in the text at all.
     with pytest.raises(BadLine, match=r"message 2: .* loss_on='last' the last one alone is learnt"):
         encode(models["thinking"], conversation("thought"))
@@ -249,6 +258,7 @@ def test_a_saved_tokenizer_has_its_template_and_its_day(tmp_path):
     (tmp_path / "run").mkdir()
     loaded.save(tmp_path / "run")
     again = load_tokenizer(tmp_path / "run")
+    assert "chat_template_now" in again.config.settings
     assert again.config.now == loaded.config.now
     assert again.config.templates == loaded.config.templates
     # What has no use for the day is saved as it was.

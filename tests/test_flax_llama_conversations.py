@@ -13,7 +13,7 @@ from chat_models import SCRIPT, make_model
 from flax import nnx
 from flax_llama_runs import assert_same_end, tiny, without_checkpoints_after
 
-from examples.flax_llama import evaluate, packing, step, train
+from examples.flax_llama import conversation_data, evaluate, packing, step, train
 from examples.flax_llama.beginning import begin
 from examples.flax_llama.conversation_data import recognise
 from examples.flax_llama.data import open_data
@@ -274,16 +274,14 @@ def test_each_conversation_is_whole_in_one_row_of_each_epoch(source):
     ]
     num_bytes = sum(map(len, answers))
     assert valid.bytes_per_token == num_bytes / valid.num_tokens
-    assert [prompt.response for prompt in valid.prompts] == [
-        open_answer for open_answer in first_answers(source, len(valid.prompts))
-    ]
-
-
-def first_answers(source, count):
+    # What samples can be made for are the first of them.
     shards = open_shards(source["data"], reading=source["reading"])
-    return [
-        c.messages[-1]["content"] for c in itertools.islice(texts(shards, held_out=True), count)
-    ]
+    first = list(itertools.islice(texts(shards, held_out=True), conversation_data.PROMPTS))
+    assert len(first) == len(valid.prompts) == conversation_data.PROMPTS
+    for prompt, one in zip(valid.prompts, first, strict=True):
+        asked, answer = (each["content"] for each in one.messages[-2:])
+        assert prompt.response == answer
+        assert opened.tokenizer.decode(prompt.ids).endswith(asked)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -336,6 +334,12 @@ def test_the_order_depends_on_the_seed_alone(source):
     )
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
+    # Other conversations share rows.
+    rows = [
+        {row.tobytes() for row in take(opened.train, opened.rows // BATCH)["tokens"]}
+        for opened in (open_data(**source | {"seed": seed}) for seed in (0, 1))
+    ]
+    assert len(rows[0] - rows[1]) > len(rows[0]) / 2
 
 
 @pytest.mark.plain
@@ -379,6 +383,13 @@ def test_as_many_tokens_are_held_out_as_asked(source, count, settings):
     assert {len(array) for array in arrays if array is not None} == {-(-len(some.rows) // 3)}
     with pytest.raises(UsageError, match=r"only \d+ tokens to validate on, of 99,999 asked for"):
         open_data(**source | settings | {"eval_tokens": 99_999})
+
+
+def test_no_more_is_read_to_validate_on_than_it_takes(source, monkeypatch):
+    monkeypatch.setattr(conversation_data, "GROUP", 2)
+    monkeypatch.setattr(conversation_data, "DEFAULT_TOKENS", 20)
+    assert 20 <= open_data(**source).valid.num_tokens < 80
+    assert open_data(**source | {"eval_tokens": 90}).valid.num_tokens == 90
 
 
 @pytest.fixture

@@ -105,8 +105,7 @@ class ChatTemplate:
         environment.filters["tojson"] = to_json
         functions = {"raise_exception": raise_exception, "strftime_now": now.strftime}
         self._tokens = dict(tokens)
-        # The longest name first, of those that begin alike.
-        names = sorted(filter(None, special), key=len, reverse=True)
+        names = filter(None, special)
         self._literal = re.compile("|".join([*map(re.escape, names), PRIVATE]))
         try:
             self._template = environment.from_string(source, functions)

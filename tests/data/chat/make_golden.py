@@ -27,6 +27,7 @@ TEMPLATES = {
     "chatml": ("byte_level", {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}),
     "tagged": ("byte_level", {"eos_token": "<|im_end|>"}),
     "thinking": ("byte_level", {"eos_token": "<|im_end|>"}),
+    "blocks": ("byte_level", {"eos_token": "<|im_end|>"}),
     "gemma": ("spaces", {"bos_token": "<bos>", "eos_token": "<eos>"}),
     "mistral": ("prefixed", {"bos_token": "<s>", "eos_token": "</s>"}),
 }

@@ -126,6 +126,7 @@ def test_what_is_given_goes_before_the_preset():
         and field.name not in {"architecture", "lora_alpha", "lora_targets"}
         and field.name not in {"out", "wandb", "transport", "residual", "init_from"}
         and field.name not in {"moment_dtype", "projector_dtype"}
+        and field.name not in {"prompt_field", "response_field", "messages_field"}
     ]
 
 

@@ -326,7 +326,8 @@ def test_every_held_out_token_is_a_target_exactly_once(targets):
     ids = np.arange(1, targets + 1, dtype=np.int32)
     groups = [([part], 1) for part in np.array_split(ids, 3)]
     valid = validation.read_valid(groups, [0], seq=6, packing=True, num_tokens=None)
-    tokens_NxBxS1, mask_NxBxS = valid.batches(4)
+    tokens_NxBxS1, mask_NxBxS, segments = valid.batches(4)
+    assert segments is None
     assert tokens_NxBxS1.shape == (math.ceil(targets / 24), 4, 7)
     assert valid.num_tokens == targets
     np.testing.assert_array_equal(tokens_NxBxS1[..., 1:][mask_NxBxS], ids)

@@ -65,6 +65,20 @@ def test_a_setting_has_an_effect_where_the_schedule_is_made_with_it(name):
         ("--init-step best", "init_step='best' has no effect without init_from=RUN."),
         ("--max-bad-lines 3", "max_bad_lines=3 has no effect with on_bad_line='error', only with"),
         ("--text-field body", "text_field='body' has no effect with data='austen', only with"),
+        ("--data-format chat", "data_format='chat' has no effect with data='austen', only with"),
+        (
+            "--data a.jsonl --loss-on all --on-long cut",
+            "loss_on='all' and on_long='cut' have no effect with data_format='text', only with "
+            "data_format='prompt' or data_format='chat' or data_format='auto'. Leave it out.",
+        ),
+        (
+            "--data a.jsonl --data-format chat --prompt-field q",
+            "prompt_field='q' has no effect with data_format='chat', only with data_format='pro",
+        ),
+        (
+            "--data a.jsonl --data-format prompt --messages-field q --text-field t",
+            "text_field='t' has no effect with data_format='prompt', only with",
+        ),
         ("--stochastic-rounding", "stochastic_rounding=True has no effect with param_dtype='fl"),
         ("--cooldown 0.1", "cooldown=0.1 has no effect with schedule='cosine', only with"),
         ("--clip-by layer", "clip_by='layer' has no effect without layerwise=True."),
@@ -84,6 +98,8 @@ def test_a_flag_without_an_effect_is_refused(words, message):
         "--optimizer galore_lion --rank 8 --b1 0.8",
         "--data text.jsonl --text-field body --on-bad-line skip --max-bad-lines 3",
         "--valid-data text.jsonl --text-field body",
+        "--data a.jsonl --data-format auto --text-field a --messages-field b --prompt-field c",
+        "--data a.jsonl --data-format chat --messages-field b --loss-on last --on-long skip",
         "--param-dtype bfloat16 --stochastic-rounding --schedule wsd --cooldown 0.1",
         "--optimizer adam --rank 8",  # which is refused for what it is
     ],

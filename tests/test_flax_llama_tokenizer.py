@@ -93,6 +93,16 @@ def test_any_tokenizer_json_encodes_the_text_alone(tmp_path, eos):
     assert loaded.eos_id == (None if eos is None else 4)
 
 
+@pytest.mark.parametrize("token", ["<fin>", {"content": "<fin>", "special": True}])
+def test_a_directory_says_which_token_ends_a_document_that_has_no_usual_name(tmp_path, token):
+    word_tokenizer("<fin>").save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).eos_id is None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    assert load_tokenizer(tmp_path).eos_id == 4
+    word_tokenizer("</s>", "<fin>").save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).eos_id == 4
+
+
 def test_the_vocabulary_ends_after_the_largest_id():
     vocab = {"a": 1, "b": 700}
     model = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="a"))

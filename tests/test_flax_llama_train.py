@@ -202,7 +202,7 @@ def poison(monkeypatch, config, *updates):
     bad = [totals[k - 1] for k in updates]
     assert [k for k in range(1, config.steps + 1) if totals[k - 1] in bad] == list(updates)
 
-    def poisoned(model, tokens, mask):
+    def poisoned(model, tokens, mask, segments=None):
         is_bad = jnp.isin(tokens.sum(), jnp.array(bad))
         return loss_sum(model, tokens, mask) * jnp.where(is_bad, jnp.nan, 1.0)
 

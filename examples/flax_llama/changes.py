@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     **rules(Kind.ANEW, "transport", "residual", "refresh", "stagger"),
     **rules(Kind.ANEW, "lora_alpha", "lora_targets"),
     **rules(Kind.DATA, "data", "valid_data", "text_field", "tokenizer"),
+    **rules(Kind.DATA, "prompt_field", "response_field", "messages_field"),
     **rules(
         Kind.NEVER,
         *MODEL,
@@ -73,8 +74,13 @@ RULES: dict[str, Rule] = {
     ),
     **rules(
         Kind.NEVER,
-        *("seq", "packing"),
+        *("seq", "packing", "data_format", "on_long"),
         note=f"the position in the data is one in rows of these; {WEIGHTS}",
+    ),
+    **rules(
+        Kind.NEVER,
+        "loss_on",
+        note=f"losses before and after would be of other tokens; {WEIGHTS}",
     ),
     **rules(
         Kind.NEVER,

@@ -19,7 +19,14 @@ from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import Device
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.step import Batch, State, initial_params, make_update, replicated
+from examples.flax_llama.step import (
+    Batch,
+    State,
+    has_segments,
+    initial_params,
+    make_update,
+    replicated,
+)
 from examples.flax_llama.topology import cuda_packages
 
 # What XLA logs where a program does not fit unless it computes things again, which makes it slow.
@@ -117,11 +124,13 @@ def lower(config: Config, vocab_size: int, mesh: Mesh) -> jax.stages.Lowered:
     state = State(params, jax.eval_shape(optimizer.init, params))
     rows = config.accumulate, config.batch // config.accumulate
     by_rows = NamedSharding(mesh, PartitionSpec(None, "data"))
-    batch = jax.eval_shape(
-        lambda: Batch(
-            jnp.zeros((*rows, config.seq + 1), jnp.int32), jnp.zeros((*rows, config.seq), bool)
-        )
-    )
+
+    def example() -> Batch:
+        tokens = jnp.zeros((*rows, config.seq + 1), jnp.int32)
+        mask = jnp.zeros((*rows, config.seq), bool)
+        return Batch(tokens, mask, tokens if has_segments(config) else None)
+
+    batch = jax.eval_shape(example)
     update = make_update(config, graphdef, optimizer, mesh)
     return update.lower(placed(state, replicated(mesh)), placed(batch, by_rows))
 

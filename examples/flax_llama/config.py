@@ -79,6 +79,19 @@ class Config:
     # Field of JSON lines, and of Hugging Face data, that has the text; a dot goes into an object,
     # as in meta.content.
     text_field: str = "text"
+    # What JSON lines have: "text"; "prompt", with a response; "chat", messages; or "auto", what the
+    # first line has. README.md says how each of them is read.
+    data_format: str = "text"
+    # Field of a prompt; by default "prompt", or Alpaca's "instruction" with its "input".
+    prompt_field: str | None = None
+    # Field of its response; by default "response", "completion" or "output".
+    response_field: str | None = None
+    # Field of a list of messages; by default "messages", or "conversations" as in ShareGPT.
+    messages_field: str | None = None
+    # Of prompts and chats, what is learnt: the "responses", the "last" one of a chat, or "all".
+    loss_on: str = "responses"
+    # At a conversation longer than `seq`: "error", "cut" its oldest exchanges, or "skip" it.
+    on_long: str = "error"
     # At a line that is no JSON, has no text, or is not UTF-8: "error", or "skip" it.
     on_bad_line: str = "error"
     # With --on-bad-line skip, so many are left out; one more is an error.
@@ -86,8 +99,8 @@ class Config:
     # "bytes", "bpe:SIZE" for a byte-level BPE trained on the training text, or the path of a
     # tokenizer.json or of a SentencePiece model; by default bpe:2048, or that of tokenized data.
     tokenizer: str | None = None
-    # Fill every row with tokens; --no-packing has one document per row, cut or padded, as the
-    # reference implementation does.
+    # Fill every row with tokens, or with whole conversations; --no-packing has one document per
+    # row, cut or padded, as the reference implementation does.
     packing: bool = True
     # Tokens per sequence, at least 2.
     seq: int = 256

@@ -1,6 +1,7 @@
 """What a run trains and validates on, out of the built-in text, files, or the Hugging Face hub.
 
 Tokens in memory or in a memory map are read in any order: an epoch is a permutation of all rows.
+Conversations are all read into memory first, so that whatever is wrong with one is said at once.
 Other documents are read from start to end, by a stream that shuffles a group of them at a time.
 Either way, the seed gives all batches and their order.
 """
@@ -14,7 +15,15 @@ from typing import Any
 import grain
 import numpy as np
 
+from examples.flax_llama.conversation_data import (
+    encoder_of,
+    open_conversation_shards,
+    open_valid_conversations,
+    read_valid_conversations,
+    recognise,
+)
 from examples.flax_llama.documents import BUILT_IN, open_shards, read_split, texts
+from examples.flax_llama.packing import ConversationRows
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.rows import Row, Rows, TokenRows
 from examples.flax_llama.stream import DocumentGroups
@@ -50,14 +59,18 @@ class Data:
 
     tokenizer: Tokenizer
     # Endless {"tokens": int32 (rows of this host, seq + 1), "mask": bool (rows, seq)}, where the
-    # mask has the targets that count. `get_state` is the position, which can be written as JSON,
+    # mask has the targets that count; of several conversations in a row also "segments", int32
+    # (rows, seq + 1), see `packing`. `get_state` is the position, which can be written as JSON,
     # and `set_state` goes to it.
     train: grain.DatasetIterator[Row]
     valid: Valid
-    # (T,) all tokens of the training part; None where they are streamed.
+    # (T,) all tokens of the training part, of conversations those to be learnt; None where they
+    # are streamed.
     train_tokens: np.ndarray | None
     # How many documents these are, likewise.
     documents: int | None
+    # And how many rows, which are an epoch.
+    rows: int | None = None
     # Knows the lines that were left out.
     reading: Reading = dataclasses.field(default_factory=Reading)
 
@@ -70,6 +83,26 @@ class Corpus:
     # The first 95 % of each novel, and the rest.
     train: Tokens
     valid: Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """What batches are asked for; `open_data` says what each of it is."""
+
+    batch: int
+    seq: int
+    packing: bool
+    seed: int
+    process_index: int
+    process_count: int
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        return {"seq": self.seq, "packing": self.packing}
+
+    @property
+    def host(self) -> dict[str, int]:
+        return {"process_index": self.process_index, "process_count": self.process_count}
 
 
 @functools.cache
@@ -128,10 +161,26 @@ def open_data(
         raise UsageError(f"batch={batch}: expected a multiple of {process_count} processes.")
     if not 0 <= seed < 1 << 32:
         raise UsageError(f"seed={seed}: expected 0 to {(1 << 32) - 1}.")
+    if reading.data_format == "auto":
+        found = recognise(data, reading).data_format
+        reading = dataclasses.replace(reading, data_format=found)
     if valid_data is None and isinstance(data, str) and data.startswith("hf:"):
         name, config, *_ = [*data.removeprefix("hf:").split(":"), ""]
         valid_data = f"hf:{name}:{config}:validation"
+    open_them = open_text if reading.data_format == "text" else open_conversations
+    batches = Batches(batch, seq, packing, seed, process_index, process_count)
+    return open_them(data, valid_data, tokenizer, eval_tokens, reading, batches)
 
+
+def open_text(
+    data: str | Sequence[Path],
+    valid_data: str | Sequence[Path] | None,
+    tokenizer: str | None,
+    eval_tokens: int | None,
+    reading: Reading,
+    batches: Batches,
+) -> Data:
+    """What `open_data` does with text."""
     held_out: Iterable[Group] = ()
     if data == BUILT_IN:
         corpus = load_corpus(tokenizer or DEFAULT_TOKENIZER)
@@ -150,19 +199,50 @@ def open_data(
     if valid_data is not None:
         held_out = open_groups(valid_data, encoder, eval_tokens, reading)
 
-    host = {"process_index": process_index, "process_count": process_count}
     context = [] if encoder.eos_id is None else [encoder.eos_id]
+    tokens = documents = rows = None
     if isinstance(train, Tokens):
-        batches = token_batches(train, batch=batch, seq=seq, packing=packing, seed=seed, **host)
+        dataset = token_batches(train, **dataclasses.asdict(batches))
         context = context or train.ids[-1:]
+        tokens, documents = train.ids, len(train.ends)
+        rows = len(TokenRows(train, **batches.rows))
     else:
-        groups = DocumentGroups(train, seed=seed, skip_held_out=valid_data is None, **host)
-        batches = stream_batches(
-            groups, encoder, batch=batch // process_count, seq=seq, packing=packing
-        )
-    valid = read_valid(held_out, context, seq=seq, packing=packing, num_tokens=eval_tokens)
-    tokens, documents = (train.ids, len(train.ends)) if isinstance(train, Tokens) else (None, None)
-    return Data(encoder, iter(batches), valid, tokens, documents, reading)
+        held = {"skip_held_out": valid_data is None, "seed": batches.seed}
+        groups = DocumentGroups(train, **held, **batches.host)
+        own = batches.batch // batches.process_count
+        dataset = stream_batches(groups, encoder, batch=own, **batches.rows)
+    valid = read_valid(held_out, context, num_tokens=eval_tokens, **batches.rows)
+    return Data(encoder, iter(dataset), valid, tokens, documents, rows, reading)
+
+
+def open_conversations(
+    data: str | Sequence[Path],
+    valid_data: str | Sequence[Path] | None,
+    tokenizer: str | None,
+    eval_tokens: int | None,
+    reading: Reading,
+    batches: Batches,
+) -> Data:
+    """What `open_data` does with conversations, which every host reads whole."""
+    shards = open_conversation_shards(data, reading)
+    own_valid = valid_data is None
+    spec = tokenizer or DEFAULT_TOKENIZER
+    encoder = shard_tokenizer(spec, shards, skip_held_out=own_valid)
+    to_tokens = encoder_of(encoder, reading, batches.seq)
+    train, _ = to_tokens.tokenize(texts(shards, held_out=False if own_valid else None))
+    source = ConversationRows(train, seed=batches.seed, **batches.rows)
+    size = batches.batch
+    if len(source) < size:
+        found = f"{len(train.ends):,} conversations are {len(source):,} rows"
+        raise too_small(size, batches.seq, found)
+    dataset = row_batches(source, batch=size, seed=batches.seed, **batches.host)
+    rows: dict[str, Any] = {"num_tokens": eval_tokens, **batches.rows}
+    if valid_data is None:
+        valid = read_valid_conversations(texts(shards, held_out=True), to_tokens, **rows)
+    else:
+        valid = open_valid_conversations(valid_data, encoder, **rows, reading=reading)
+    targets, documents = train.targets, len(train.ends)
+    return Data(encoder, iter(dataset), valid, targets, documents, len(source), reading)
 
 
 def vocabulary_size(data: str, tokenizer: str | None) -> int:
@@ -207,6 +287,19 @@ def token_batches(
     rows = TokenRows(tokens, seq=seq, packing=packing)
     if len(rows) < batch:
         raise too_small(batch, seq, f"{len(tokens.ids)} tokens are {len(rows)} rows")
+    host = {"process_index": process_index, "process_count": process_count}
+    return row_batches(rows, batch=batch, seed=seed, **host)
+
+
+def row_batches(
+    rows: TokenRows | ConversationRows,
+    *,
+    batch: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+) -> grain.IterDataset[Row]:
+    """Endless batches of rows that can be read in any order; as `token_batches`."""
     shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(EPOCHS)
     mine = shuffled[process_index::process_count].batch(batch // process_count)
     # One thread keeps up; many would only wait for each other.

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from examples.flax_llama import files, hub
-from examples.flax_llama.reading import Reading
+from examples.flax_llama.conversations import Conversation
+from examples.flax_llama.reading import Document, Reading
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def read_split() -> tuple[list[str], list[str]]:
 class Shard(Protocol):
     """A part of a data set."""
 
-    def documents(self, position: Position | None = None) -> Iterator[tuple[str, Position]]:
+    def documents(self, position: Position | None = None) -> Iterator[tuple[Document, Position]]:
         """Every document, or those after a position, each with the position after it.
 
         Raises:
@@ -96,7 +97,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     return iter(lambda: list(itertools.islice(iterator, size)), [])
 
 
-def texts(shards: Iterable[Shard], *, held_out: bool | None = None) -> Iterator[str]:
+def texts(shards: Iterable[Shard], *, held_out: bool | None = None) -> Iterator[Document]:
     """All documents in order; where asked, only those held out or only the others."""
     for shard, source in enumerate(shards):
         for number, (text, _) in enumerate(source.documents()):
@@ -104,15 +105,21 @@ def texts(shards: Iterable[Shard], *, held_out: bool | None = None) -> Iterator[
                 yield text
 
 
+def text_of(document: Document) -> str:
+    """All text of a document."""
+    return document.text if isinstance(document, Conversation) else document
+
+
 def sample(shards: Sequence[Shard], characters: int, *, skip_held_out: bool) -> Iterator[str]:
-    """The first documents of shards spread over all, with about so many characters together."""
+    """The first texts of shards spread over all, with about so many characters together."""
     step = -(-len(shards) // SAMPLED_SHARDS)
     share = characters / len(shards[::step])
     for shard in range(0, len(shards), step):
         size = 0
-        for number, (text, _) in enumerate(shards[shard].documents()):
+        for number, (document, _) in enumerate(shards[shard].documents()):
             if skip_held_out and is_held_out(shard, number):
                 continue
+            text = text_of(document)
             yield text
             size += len(text)
             if size >= share:

@@ -35,6 +35,12 @@ def for_optimizers(names: tuple[str, ...], optimizers: Collection[str], what: st
     return Need(names, lambda config: config.optimizer not in without, "optimizer", what)
 
 
+def for_formats(names: tuple[str, ...], *formats: str) -> Need:
+    """Settings for data of some formats, and for such whose format is to be recognised."""
+    what = " or ".join(f"data_format={name!r}" for name in (*formats, "auto"))
+    return Need(names, lambda config: config.data_format in (*formats, "auto"), "data_format", what)
+
+
 def reads_text(config: Config) -> bool:
     data = [config.data, config.valid_data]
     return any(d and d != BUILT_IN and not is_tokenized(d) for d in data)
@@ -96,7 +102,16 @@ NEEDS = (
         "param_dtype",
         "param_dtype='bfloat16'",
     ),
-    Need(("text_field", "on_bad_line"), reads_text, "data", "text in files and of the hub"),
+    Need(
+        ("text_field", "on_bad_line", "data_format"),
+        reads_text,
+        "data",
+        "text in files and of the hub",
+    ),
+    for_formats(("text_field",), "text"),
+    for_formats(("prompt_field", "response_field"), "prompt"),
+    for_formats(("messages_field",), "chat"),
+    for_formats(("loss_on", "on_long"), "prompt", "chat"),
     Need(
         ("max_bad_lines",),
         lambda config: config.on_bad_line == "skip",

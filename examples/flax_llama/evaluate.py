@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +19,14 @@ from examples.flax_llama.changes import config_of
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
+from examples.flax_llama.conversation_data import open_valid_conversations
 from examples.flax_llama.data import open_data
 from examples.flax_llama.documents import BUILT_IN
 from examples.flax_llama.fingerprint import Marks, differences, marks_of, read_fingerprint
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.loss import token_losses
 from examples.flax_llama.model import Params
-from examples.flax_llama.reading import Reading
+from examples.flax_llama.reading import Reading, reading_of
 from examples.flax_llama.run_directory import read_settings
 from examples.flax_llama.step import data_mesh, replicated
 from examples.flax_llama.tokenizer import load_tokenizer
@@ -61,25 +61,28 @@ def summarize(sums_R: np.ndarray, counts_R: np.ndarray) -> Evaluation:
     return Evaluation(loss, error, tokens)
 
 
-def make_evaluate(
-    graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh
-) -> Callable[[Params, np.ndarray, np.ndarray], Evaluation]:
+def make_evaluate(graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh) -> Callable[..., Evaluation]:
     """Function of parameters, tokens (N, B, S + 1) and mask (N, B, S), the same on all processes.
 
-    The mask marks the targets that count. The N batches are computed one after the other, the rows
-    of one on all devices.
+    The mask marks the targets that count. Segments (N, B, S + 1) may follow. The N batches are
+    computed one after the other, the rows of one on all devices.
     """
     rows = PartitionSpec("data")
 
-    def of_device(params: Params, tokens_BxS1: jax.Array, mask_BxS: jax.Array) -> jax.Array:
-        losses_BxS = token_losses(nnx.merge(graphdef, params), tokens_BxS1)
+    def of_device(
+        params: Params,
+        tokens_BxS1: jax.Array,
+        mask_BxS: jax.Array,
+        segments_BxS1: jax.Array | None,
+    ) -> jax.Array:
+        losses_BxS = token_losses(nnx.merge(graphdef, params), tokens_BxS1, segments_BxS1)
         return jnp.sum(losses_BxS, axis=1, where=mask_BxS)
 
     row_sums = jax.jit(
         jax.shard_map(
             of_device,
             mesh=mesh,
-            in_specs=(PartitionSpec(), rows, rows),
+            in_specs=(PartitionSpec(), rows, rows, rows),
             out_specs=rows,
             check_vma=False,
         ),
@@ -90,9 +93,17 @@ def make_evaluate(
         sharding = NamedSharding(mesh, rows)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    def evaluate(params: Params, tokens_NxBxS1: np.ndarray, mask_NxBxS: np.ndarray) -> Evaluation:
-        pairs = zip(tokens_NxBxS1, mask_NxBxS, strict=True)
-        sums = [row_sums(params, put(tokens), put(mask)) for tokens, mask in pairs]
+    def evaluate(
+        params: Params,
+        tokens_NxBxS1: np.ndarray,
+        mask_NxBxS: np.ndarray,
+        segments_NxBxS1: np.ndarray | None = None,
+    ) -> Evaluation:
+        batches = tokens_NxBxS1, mask_NxBxS, segments_NxBxS1
+        sums = [
+            row_sums(params, *jax.tree.map(lambda x, n=n: put(x[n]), batches))
+            for n in range(len(tokens_NxBxS1))
+        ]
         return summarize(np.concatenate(jax.device_get(sums)), mask_NxBxS.sum(axis=-1).reshape(-1))
 
     return evaluate
@@ -115,21 +126,16 @@ def valid_of_run(
     config, kept = config_of(read_settings(run)["train"]), read_fingerprint(run)
     reading = reading or reading_of(config)
     rows = {"seq": config.seq, "packing": config.packing, "reading": reading}
+    open_it = open_valid if reading.data_format == "text" else open_valid_conversations
     with reading.told():
         if data is not None:
             other = {"num_tokens": tokens, "name": "data"}
-            return open_valid(data, load_tokenizer(run, None), **other, **rows)
+            return open_it(data, load_tokenizer(run, None), **other, **rows)
         if config.valid_data is not None:
             text = kept_files(config.valid_data, kept.valid if kept else None)
-            return open_valid(text, load_tokenizer(run, None), num_tokens=tokens, **rows)
+            return open_it(text, load_tokenizer(run, None), num_tokens=tokens, **rows)
         own = {"tokenizer": str(run), "batch": config.batch, "eval_tokens": tokens}
         return open_data(kept_files(config.data, kept.train if kept else None), **own, **rows).valid
-
-
-def reading_of(config: Config, **given: Any) -> Reading:
-    """How a run reads its text, but for what is given and not None."""
-    own = {name: getattr(config, name) for name in ("text_field", "on_bad_line", "max_bad_lines")}
-    return Reading(**own | {name: value for name, value in given.items() if value is not None})
 
 
 def kept_files(data: str, marks: Marks | None) -> str | list[Path]:
@@ -191,6 +197,11 @@ def evaluate(
             "its own. Leave it out."
         )
     config = config_of(read_settings(run)["train"])
+    if text_field is not None and config.data_format != "text":
+        raise UsageError(
+            f"text_field={text_field!r} has no effect with a run on data_format="
+            f"{config.data_format!r}, in which other data is read too. Leave it out."
+        )
     lines = {"on_bad_line": on_bad_line, "max_bad_lines": max_bad_lines}
     reading = reading_of(config, text_field=text_field, **lines)
     if max_bad_lines is not None and reading.on_bad_line != "skip":

@@ -14,7 +14,7 @@ from typing import Any
 
 import zstandard
 
-from examples.flax_llama.reading import BadLine, Reading
+from examples.flax_llama.reading import Document, Reading
 from examples.flax_llama.usage import UsageError, cannot_be_read
 
 # A text file is cut into documents of this many bytes, each up to the next end of a line.
@@ -158,7 +158,7 @@ def is_document(path: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A text file, or one of JSON lines with a text each; plain or compressed.
+    """A text file, or one of JSON lines with a document each; plain or compressed.
 
     A text file longer than a piece is as many documents as it has pieces, so that memory stays
     flat. A position is [bytes before it, uncompressed; lines before it].
@@ -167,7 +167,7 @@ class File:
     path: Path
     reading: Reading = dataclasses.field(default_factory=Reading)
 
-    def documents(self, position: list[int] | None = None) -> Iterator[tuple[str, list[int]]]:
+    def documents(self, position: list[int] | None = None) -> Iterator[tuple[Document, list[int]]]:
         offset, line = position or (0, 0)
         is_json = content_suffix(self.path) in JSON_SUFFIXES
         return self._json_lines(offset, line) if is_json else self._pieces(offset, line)
@@ -191,16 +191,13 @@ class File:
         except OSError as error:
             raise cannot_be_read(f"{self.path}, after line {line},", error) from error
 
-    def _json_lines(self, offset: int, line: int) -> Iterator[tuple[str, list[int]]]:
+    def _json_lines(self, offset: int, line: int) -> Iterator[tuple[Document, list[int]]]:
         for number, (data, end, ends) in enumerate(self._lines(offset, line, -1), line + 1):
             if data.isspace():
                 continue
-            try:
-                text = self.reading.text_of_line(data)
-            except BadLine as reason:
-                self.reading.leave_out(f"{self.path}, line {number}", reason)
-            else:
-                yield text, [end, ends]
+            document = self.reading.read_line(data, f"{self.path}, line {number}")
+            if document is not None:
+                yield document, [end, ends]
 
     def _pieces(self, offset: int, line: int) -> Iterator[tuple[str, list[int]]]:
         piece: list[str] = []

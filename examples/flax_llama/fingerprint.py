@@ -51,11 +51,14 @@ class Marks:
     text_field: str = "text"
     # Whether documents of these files are kept for validation.
     held_out: bool = False
+    # Names of the fields of conversations, where they were given.
+    fields: str = ""
 
     @property
     def digest(self) -> str:
         """Of all that decides which documents there are, and in which order."""
         parts = [[file.known_by for file in self.files], self.text_field, self.held_out]
+        parts += [self.fields] if self.fields else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -80,10 +83,13 @@ def fingerprint_of(config: Config) -> Fingerprint:
       UsageError: some of it cannot be read.
     """
     held_out = config.valid_data is None and not config.data.startswith("hf:")
-    train = Marks(marks(config.data), config.text_field, held_out and config.data != BUILT_IN)
+    names = ("prompt_field", "response_field", "messages_field")
+    given = [f"{name}={value}" for name in names if (value := getattr(config, name))]
+    read = {"text_field": config.text_field, "fields": ", ".join(given)}
+    train = Marks(marks(config.data), held_out=held_out and config.data != BUILT_IN, **read)
     if config.valid_data is None:
         return Fingerprint(train, None)
-    return Fingerprint(train, Marks(marks(config.valid_data, "valid_data"), config.text_field))
+    return Fingerprint(train, Marks(marks(config.valid_data, "valid_data"), **read))
 
 
 def marks(data: str, name: str = "data") -> tuple[FileMark, ...]:
@@ -153,6 +159,8 @@ def differences(was: Marks, now: Marks) -> str:
         parts.append("the files come in another order")
     if was.text_field != now.text_field:
         parts.append(f"text_field was {was.text_field!r} and is {now.text_field!r}")
+    if was.fields != now.fields:
+        parts.append(f"the fields given were {was.fields or 'none'} and are {now.fields or 'none'}")
     if was.held_out != now.held_out:
         taken = "no longer" if was.held_out else "now"
         parts.append(f"documents to validate on are {taken} taken out of it")

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from examples.flax_llama.reading import BadLine, Reading
+from examples.flax_llama.reading import Document, Reading
 from examples.flax_llama.usage import UsageError
 
 
@@ -19,7 +19,7 @@ class HubShard:
     index: int
     reading: Reading = dataclasses.field(default_factory=Reading)
 
-    def documents(self, position: Any = None) -> Iterator[tuple[str, Any]]:
+    def documents(self, position: Any = None) -> Iterator[tuple[Document, Any]]:
         # An object of its own for each pass, because it is what keeps the state.
         shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
         if position is not None:
@@ -27,13 +27,10 @@ class HubShard:
         count = 0
         try:
             for example in shard:
-                try:
-                    text = self.reading.text_of(example)
-                except BadLine as reason:
-                    where = f"{self.name}: shard {self.index}, document {count + 1}"
-                    self.reading.leave_out(where, reason)
-                else:
-                    yield text, shard.state_dict()
+                where = f"{self.name}: shard {self.index}, document {count + 1}"
+                document = self.reading.read(example, where)
+                if document is not None:
+                    yield document, shard.state_dict()
                 count += 1
         except UsageError:
             raise

@@ -284,12 +284,12 @@ def header(config: Config, shape: LlamaConfig, data: Data, start: int) -> str:
 
 def extent(config: Config, data: Data) -> str:
     """How much there is to train on, and how often the run goes through it, if that is known."""
-    if data.train_tokens is None or data.documents is None:
+    if data.train_tokens is None or data.documents is None or data.rows is None:
         return f"{streamed(config.data)}, whose tokens are not counted"
-    rows = len(data.train_tokens) // config.seq if config.packing else data.documents
+    what = "documents" if config.data_format == "text" else "conversations"
     return (
-        f"{data.documents:,} documents, {len(data.train_tokens):,} tokens to train on "
-        f"({significant(config.steps * config.batch / rows)} epochs)"
+        f"{data.documents:,} {what}, {len(data.train_tokens):,} tokens to train on "
+        f"({significant(config.steps * config.batch / data.rows)} epochs)"
     )
 
 

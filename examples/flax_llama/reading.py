@@ -1,4 +1,4 @@
-"""How a text is taken out of an example, and what becomes of a line that has none."""
+"""How a document is taken out of an example, and what becomes of a line that has none."""
 
 import contextlib
 import dataclasses
@@ -6,94 +6,113 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from examples.flax_llama.conversations import FORMATS, Fields, conversation_of
+from examples.flax_llama.fields import LINES, BadLine, string_at
 from examples.flax_llama.usage import UsageError, one_of
 
 ON_BAD_LINE = ("error", "skip")
+ON_LONG = ("error", "cut", "skip")
+LOSS_ON = ("responses", "last", "all")
 # So many of the lines that are left out are shown, and of the fields that they have.
 SHOWN = 5
-LINES = "; of JSON files each line is read as an object of its own"
+# What the documents of each format are called, and the settings that name their fields.
+CALLED = {
+    "text": ("text", ("text_field",)),
+    "prompt": ("prompt with a response", ("prompt_field", "response_field")),
+    "chat": ("conversation", ("messages_field",)),
+}
 
 
-class BadLine(ValueError):
-    """There is no text here; the message says why.
+class Unrecognised(NamedTuple):
+    """An example of which nobody has said yet what format it is in."""
 
-    Attributes:
-      fields: the names of those that could be meant, since they have a string.
-    """
+    example: Any
+    where: str
 
-    def __init__(self, reason: str, fields: list[str] | None = None):
-        super().__init__(reason)
-        self.fields = fields or []
+
+# A text, a `Conversation` or an `Unrecognised`: the format says which.
+Document = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What all files of some data share: where the text is, and the lines that have none.
+    """What all files of some data share: where the documents are, and the lines that have none.
 
     Attributes:
       text_field: of JSON lines and of examples from the hub; a dot goes into an object.
-      on_bad_line: "error", or "skip" to leave out and count what is no text.
+      on_bad_line: "error", or "skip" to leave out and count what is no document.
       max_bad_lines: that many are left out; one more is an error.
+      data_format: "text", "prompt", "chat"; with "auto", examples are read as they are.
+      prompt_field: of format prompt; by default one of those that are usual.
+      response_field: likewise.
+      messages_field: of format chat, likewise.
+      loss_on: of conversations, what is to be learnt: all "responses", the "last" one, or "all".
+      on_long: at a conversation longer than a row: "error", "cut" its oldest exchanges, or "skip".
       bad_lines: the reasons of those left out, by file and line, each once however often the file
         is read.
-      fields: how many of them have a string in a field of that name.
+      fields: how many of them have fields of that name, which could be meant.
     """
 
     text_field: str = "text"
     on_bad_line: str = "error"
     max_bad_lines: int = 100
+    data_format: str = "text"
+    prompt_field: str | None = None
+    response_field: str | None = None
+    messages_field: str | None = None
+    loss_on: str = "responses"
+    on_long: str = "error"
     bad_lines: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
     fields: Counter[str] = dataclasses.field(default_factory=Counter, compare=False)
 
     def __post_init__(self) -> None:
-        one_of("on_bad_line", self.on_bad_line, ON_BAD_LINE)
-        if not all(self.text_field.split(".")):
-            raise UsageError(
-                f"text_field={self.text_field!r}: expected the name of a field, or several with "
-                "dots between, as in meta.content."
-            )
+        choices = {"on_bad_line": ON_BAD_LINE, "data_format": FORMATS}
+        for name, values in {**choices, "loss_on": LOSS_ON, "on_long": ON_LONG}.items():
+            one_of(name, getattr(self, name), values)
+        for name in ("text_field", "prompt_field", "response_field", "messages_field"):
+            field = getattr(self, name)
+            if field is not None and not all(field.split(".")):
+                raise UsageError(
+                    f"{name}={field!r}: expected the name of a field, or several with dots "
+                    "between, as in meta.content."
+                )
         if self.max_bad_lines < 0:
             raise UsageError(f"max_bad_lines={self.max_bad_lines}: expected 0 or more.")
 
-    def text_of_line(self, line: bytes) -> str:
-        """The text of a line of JSON.
+    @property
+    def names(self) -> Fields:
+        """The names of the fields of conversations."""
+        return Fields(self.prompt_field, self.response_field, self.messages_field)
+
+    def read_line(self, line: bytes, where: str) -> Document | None:
+        """The document of a line of JSON, None where there is none and it is left out.
 
         Raises:
-          BadLine: there is none.
+          UsageError: there is none, and it is not to be left out.
         """
         try:
             example = json.loads(line)
         except UnicodeDecodeError as error:
-            raise BadLine(f"not UTF-8: {error}") from error
+            return self.leave_out(where, f"not UTF-8: {error}")
         except ValueError as error:
-            raise BadLine(f"not JSON: {error}{LINES}") from error
-        return self.text_of(example)
+            return self.leave_out(where, f"not JSON: {error}{LINES}")
+        return self.read(example, where)
 
-    def text_of(self, example: Any) -> str:
-        """The text of an example, in the field of that name.
-
-        Raises:
-          BadLine: there is none.
-        """
-        value = example
-        for name in self.text_field.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, str):
-            raise BadLine(
-                f"expected an object with a string '{self.text_field}', got {str(example)[:60]}"
-                + ("" if isinstance(example, dict) else LINES),
-                string_fields(example),
-            )
+    def read(self, example: Any, where: str) -> Document | None:
+        """The same of an example."""
         try:
-            value.encode()
-        except UnicodeEncodeError as error:  # JSON escapes promise nothing
-            raise BadLine("half a surrogate pair, which is no character") from error
-        return value
+            if self.data_format == "auto":
+                return Unrecognised(example, where)
+            if self.data_format == "text":
+                return string_at(example, self.text_field)
+            return conversation_of(example, where, self.data_format, self.names)
+        except BadLine as reason:
+            return self.leave_out(where, reason)
 
     def leave_out(self, where: str, reason: BadLine | str) -> None:
-        """Counts what is no text, where that is asked for.
+        """Counts what is no document, where that is asked for.
 
         Raises:
           UsageError: it is not, or there are too many.
@@ -105,31 +124,36 @@ class Reading:
         self.fields.update(fields)
         if self.on_bad_line == "error":
             raise UsageError(
-                f"{where}: {reason}. {self._could_name('text_field=NAME')}on_bad_line='skip' "
-                "leaves out such lines."
+                f"{where}: {reason}. {self._could_name()}on_bad_line='skip' leaves out such lines."
             )
         self.bad_lines[where] = str(reason)
         if len(self.bad_lines) > self.max_bad_lines:
             first = next(iter(self.bad_lines))
             raise UsageError(
-                f"{where}: {reason}. {self._could_name('text_field=NAME')}That is one more than "
+                f"{where}: {reason}. {self._could_name()}That is one more than "
                 f"max_bad_lines={self.max_bad_lines}; the first is {first}."
             )
         if len(self.bad_lines) <= SHOWN:
             print(f"left out {where}: {reason}", file=sys.stderr)
         if is_first:
-            print(self._could_name("--text-field NAME").rstrip(), file=sys.stderr)
+            print(self._could_name(as_flags=True).rstrip(), file=sys.stderr)
 
-    def _could_name(self, flag: str) -> str:
-        """What may have been meant by the field of the text, in a sentence; else nothing."""
+    def _could_name(self, *, as_flags: bool = False) -> str:
+        """What may have been meant by the fields, in a sentence; else nothing."""
         names = ", ".join(name for name, _ in self.fields.most_common(SHOWN))
-        return f"{flag} could name {names}. " if names else ""
+        if not names:
+            return ""
+        settings = CALLED[self.data_format][1]
+        flags = [f"--{name.replace('_', '-')} NAME" for name in settings]
+        told = flags if as_flags else [f"{name}=NAME" for name in settings]
+        return f"{' and '.join(told)} could name {names}. "
 
     def summary(self) -> str:
         """How many lines were left out, in a sentence, and what may have been meant instead."""
         count = len(self.bad_lines)
         lines = "line that is" if count == 1 else "lines that are"
-        return f"Left out {count} {lines} no text. {self._could_name('--text-field NAME')}".rstrip()
+        what = CALLED[self.data_format][0]
+        return f"Left out {count} {lines} no {what}. {self._could_name(as_flags=True)}".rstrip()
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
@@ -146,14 +170,8 @@ class Reading:
             raise UsageError(f"{error} {self.summary()}") from error
 
 
-def string_fields(example: Any, prefix: str = "") -> list[str]:
-    """The dotted names of all fields that have a string."""
-    if not isinstance(example, dict):
-        return []
-    found = []
-    for name, value in example.items():
-        if isinstance(value, str):
-            found.append(f"{prefix}{name}")
-        else:
-            found += string_fields(value, f"{prefix}{name}.")
-    return found
+def reading_of(config: Any, **given: Any) -> Reading:
+    """How the data of a run's configuration is read, but for what is given and not None."""
+    names = [field.name for field in dataclasses.fields(Reading) if field.compare]
+    own = {name: getattr(config, name) for name in names}
+    return Reading(**own | {name: value for name, value in given.items() if value is not None})

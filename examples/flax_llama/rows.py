@@ -12,7 +12,8 @@ import numpy as np
 
 from examples.flax_llama.tokens import Tokens
 
-# "tokens": int32 (seq + 1,), and "mask": the targets that count, bool (seq,).
+# "tokens": int32 (seq + 1,), and "mask": the targets that count, bool (seq,). Of several
+# conversations "segments" too, which `packing` explains.
 Row = dict[str, np.ndarray]
 
 

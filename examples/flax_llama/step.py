@@ -78,6 +78,11 @@ def check_divides(config: Config) -> None:
         )
 
 
+def has_segments(config: Config) -> bool:
+    """Whether the rows of a run are of several conversations each."""
+    return config.data_format != "text" and config.packing
+
+
 def put_batch(batch: dict[str, np.ndarray], accumulate: int, mesh: jax.sharding.Mesh) -> Batch:
     """This process' sequences of an update, on its devices, as its part of the whole batch."""
     sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -86,7 +91,10 @@ def put_batch(batch: dict[str, np.ndarray], accumulate: int, mesh: jax.sharding.
         local = rows.reshape(accumulate, -1, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, local)
 
-    return Batch(put(batch["tokens"]), put(batch["mask"]))
+    segments = batch.get("segments")
+    return Batch(
+        put(batch["tokens"]), put(batch["mask"]), None if segments is None else put(segments)
+    )
 
 
 def make_gradients(

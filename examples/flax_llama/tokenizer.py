@@ -1,5 +1,7 @@
 """Tokenizers behind one interface: bytes, byte-level BPE, any tokenizer.json, SentencePiece."""
 
+import dataclasses
+import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -10,7 +12,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from examples.flax_llama.chat_template import Rendered
 from examples.flax_llama.documents import Shard, sample
+from examples.flax_llama.tokenizer_config import TokenizerConfig
 from examples.flax_llama.usage import UsageError, cannot_be_read
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,6 +32,36 @@ SAMPLE = 20_000_000
 ENCODE_BATCH = 64
 
 
+@dataclasses.dataclass(frozen=True)
+class Marked:
+    """Tokens, and the characters that they are of."""
+
+    # int32 (T,).
+    ids: np.ndarray
+    # int64 (T, 2): from a character up to another one.
+    spans: np.ndarray
+
+    @classmethod
+    def of(cls, encoding: tokenizers.Encoding) -> "Marked":
+        spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return cls(np.array(encoding.ids, np.int32), spans)
+
+
+def within(tokenizer: tokenizers.Tokenizer, text: str, place: int) -> Marked:
+    """The tokens of a part of a text, from some place in it on.
+
+    Where a text begins, some tokenizers add a space, and here they must not.
+    """
+    alone = Marked.of(tokenizer.encode(text, add_special_tokens=False))
+    line, whole = (
+        Marked.of(tokenizer.encode(each, add_special_tokens=False)) for each in ("\n", f"\n{text}")
+    )
+    count = len(line.ids)
+    if place == 0 or not np.array_equal(whole.ids[:count], line.ids):
+        return Marked(alone.ids, alone.spans + place)
+    return Marked(whole.ids[count:], whole.spans[count:] + place - 1)
+
+
 class Tokenizer(ABC):
     """Turns texts into token ids and back.
 
@@ -35,11 +69,13 @@ class Tokenizer(ABC):
       vocab_size: one more than the largest id.
       eos_id: the token that ends a document, None where there is none.
       file_name: name of the file that `save` writes.
+      config: what stands beside it in a model's directory, if it is from one.
     """
 
     vocab_size: int
     eos_id: int | None
     file_name: str
+    config: TokenizerConfig | None = None
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -57,6 +93,27 @@ class Tokenizer(ABC):
     def to_bytes(self) -> bytes:
         """The contents of its file."""
 
+    @abstractmethod
+    def id_of(self, name: str) -> int | None:
+        """The id of a token, None where there is no such token."""
+
+    @property
+    def start_ids(self) -> list[int]:
+        """The tokens that a text begins with, as a model's directory says, or else its file."""
+        adds = None if self.config is None else self.config.adds_bos
+        if adds is None:
+            return self._own_start()
+        bos = self.named("bos_token")
+        return [bos] if adds and bos is not None else []
+
+    def named(self, purpose: str) -> int | None:
+        """The special token that a model's directory has for a purpose, such as `eos_token`."""
+        name = None if self.config is None else self.config.tokens.get(purpose)
+        return None if name is None else self.id_of(name)
+
+    def _own_start(self) -> list[int]:
+        return []
+
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, int32 (T,)."""
         return self.encode_batch([text])[0]
@@ -67,8 +124,10 @@ class Tokenizer(ABC):
         return [np.append(ids, end) for ids in self.encode_batch(texts)]
 
     def save(self, directory: Path) -> None:
-        """Writes the file that `load_tokenizer` finds in the directory."""
+        """Writes the file that `load_tokenizer` finds in a directory, and what stood beside it."""
         (directory / self.file_name).write_bytes(self.to_bytes())
+        if self.config is not None:
+            self.config.save(directory)
 
 
 class JsonTokenizer(Tokenizer):
@@ -76,7 +135,8 @@ class JsonTokenizer(Tokenizer):
 
     file_name = "tokenizer.json"
 
-    def __init__(self, contents: str):
+    def __init__(self, contents: str, config: TokenizerConfig | None = None):
+        self.config = config
         self._tokenizer = tokenizers.Tokenizer.from_str(contents)
         # What a file may ask for; documents are cut and padded by the data pipeline alone.
         self._tokenizer.no_truncation()
@@ -85,7 +145,8 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         vocab = self._tokenizer.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
-        self.eos_id = next((vocab[name] for name in EOS_TOKENS if name in vocab), None)
+        known = (vocab[name] for name in EOS_TOKENS if name in vocab)
+        self.eos_id = next(known, self.named("eos_token"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         ids = []
@@ -104,13 +165,62 @@ class JsonTokenizer(Tokenizer):
     def to_bytes(self) -> bytes:
         return self._tokenizer.to_str().encode()
 
+    def id_of(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
+    @functools.cached_property
+    def special(self) -> dict[int, str]:
+        """The names of special tokens by their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {id: token.content for id, token in added.items() if token.special}
+
+    @functools.cached_property
+    def _of_rendered(self) -> tokenizers.Tokenizer:
+        """The same where the name of a special token is that token."""
+        tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        # Which may leave out spaces from what a token is of.
+        tokenizer.post_processor = None
+        return tokenizer
+
+    def encode_rendered(self, texts: Sequence[Rendered]) -> list[Marked]:
+        """What chat templates made, where the names of special tokens are these tokens."""
+        encodings = self._of_rendered.encode_batch(
+            [each.text for each in texts], add_special_tokens=False
+        )
+        return [
+            self._in_pieces(each) if each.literal else Marked.of(encoding)
+            for each, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _in_pieces(self, rendered: Rendered) -> Marked:
+        """A text in which there are names of special tokens that are no such tokens."""
+        found, place = [], 0
+        for start, end in [*rendered.literal, (len(rendered.text),) * 2]:
+            for tokenizer, first, last in (
+                (self._of_rendered, place, start),
+                (self._tokenizer, start, end),
+            ):
+                if first < last:
+                    found.append(within(tokenizer, rendered.text[first:last], first))
+            place = end
+        ids, spans = zip(*((each.ids, each.spans) for each in found), strict=True)
+        return Marked(np.concatenate(ids), np.concatenate(spans))
+
+    def _own_start(self) -> list[int]:
+        alone, whole = (
+            self._tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True)
+        )
+        places = (k for k in range(len(whole)) if whole[k : k + len(alone)] == alone)
+        return whole[: next(places, 0)]
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, by the contents of its file."""
 
     file_name = "tokenizer.model"
 
-    def __init__(self, contents: bytes):
+    def __init__(self, contents: bytes, config: TokenizerConfig | None = None):
+        self.config = config
         self._contents = contents
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=contents)
         self.vocab_size = self._processor.vocab_size()
@@ -128,6 +238,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def to_bytes(self) -> bytes:
         return self._contents
+
+    def id_of(self, name: str) -> int | None:
+        found = self._processor.piece_to_id(name)
+        return found if self._processor.id_to_piece(found) == name else None
 
 
 def is_trained_here(spec: str) -> bool:
@@ -207,9 +321,12 @@ def load_tokenizer(path: str | Path, name: str | None = "tokenizer") -> Tokenize
         raise UsageError(f"{what()}: there is no such file; {EXPECTED}")
     try:
         if path.suffix == ".json":
-            return JsonTokenizer(path.read_text(encoding="utf-8"))
+            contents = path.read_text(encoding="utf-8")
+            return JsonTokenizer(contents, TokenizerConfig.read(path.parent))
         if path.suffix == ".model":
-            return SentencePieceTokenizer(path.read_bytes())
+            return SentencePieceTokenizer(path.read_bytes(), TokenizerConfig.read(path.parent))
+    except UsageError:
+        raise
     except OSError as error:
         raise cannot_be_read(what(), error) from error
     # The two libraries raise bare Exception and RuntimeError.

@@ -33,14 +33,16 @@ from examples.flax_llama.checkpoint import (
 )
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
+from examples.flax_llama.conversation_data import recognise
 from examples.flax_llama.data import Data, open_data
-from examples.flax_llama.evaluate import Evaluation, make_evaluate, reading_of
+from examples.flax_llama.evaluate import Evaluation, make_evaluate
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import settings_given
 from examples.flax_llama.interrupts import stopping
 from examples.flax_llama.model import Llama, Params
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.progress import Progress, duration, header, print_text, scores
+from examples.flax_llama.reading import reading_of
 from examples.flax_llama.records import Record
 from examples.flax_llama.resume import first_state
 from examples.flax_llama.run_directory import (
@@ -55,6 +57,7 @@ from examples.flax_llama.step import (
     State,
     check_divides,
     data_mesh,
+    has_segments,
     initial_params,
     make_update,
     put_batch,
@@ -119,7 +122,7 @@ def train(config: Config, how_to_go_on: str | None = None) -> Result:
       FloatingPointError: the loss or a gradient is not finite any more; no checkpoint has it.
       CheckpointError: a checkpoint, or another file of the run, could not be written.
     """
-    config, needed, stopped = config.resolve(), None, None
+    config, needed, stopped = recognised(config.resolve()), None, None
     out = config.out
     go_on = f"To go on:\n{how_to_go_on or f'{RESUME}{shlex.quote(str(out))}'}"
     with contextlib.ExitStack() as stack:
@@ -272,6 +275,16 @@ def open_dataset(config: Config) -> Data:
         )
 
 
+def recognised(config: Config) -> Config:
+    """With the format that the data has, where that is to be recognised, which is told."""
+    if config.data_format != "auto":
+        return config
+    found = recognise(config.data, reading_of(config))
+    if not config.quiet:
+        print_text(f"{found.said}.")
+    return dataclasses.replace(config, data_format=found.data_format)
+
+
 def own_tokenizer(config: Config, beginning: Beginning) -> Config:
     """With the tokenizer that a run has kept, where it goes on: its file or text may be gone."""
     if beginning.step and config.out is not None and tokenizer_files(config.out):
@@ -282,10 +295,9 @@ def own_tokenizer(config: Config, beginning: Beginning) -> Config:
 def any_batch(config: Config) -> dict[str, np.ndarray]:
     """A batch of this process, for its shape."""
     rows = config.batch // jax.process_count()
-    return {
-        "tokens": np.zeros((rows, config.seq + 1), np.int32),
-        "mask": np.ones((rows, config.seq), bool),
-    }
+    tokens = np.zeros((rows, config.seq + 1), np.int32)
+    segments = {"segments": np.ones_like(tokens)} if has_segments(config) else {}
+    return {"tokens": tokens, "mask": np.ones((rows, config.seq), bool), **segments}
 
 
 @contextlib.contextmanager

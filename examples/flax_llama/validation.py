@@ -9,6 +9,7 @@ import numpy as np
 
 from examples.flax_llama import documents
 from examples.flax_llama.reading import Reading
+from examples.flax_llama.responses import Prompt
 from examples.flax_llama.rows import padded_rows
 from examples.flax_llama.tokenizer import Tokenizer
 from examples.flax_llama.tokens import Tokens, is_tokenized, load_tokens
@@ -31,22 +32,31 @@ class Valid:
     rows: np.ndarray
     # bool (R, seq): the targets that count.
     mask: np.ndarray
-    # Bytes of UTF-8 per token.
+    # Bytes of UTF-8 per token that counts.
     bytes_per_token: float
+    # int32 (R, seq + 1): which conversation of its row a token is of; None where there is one.
+    segments: np.ndarray | None = None
+    # What samples can be made for, of conversations.
+    prompts: tuple[Prompt, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Number of targets that count."""
         return int(self.mask.sum())
 
-    def batches(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """All rows in order, as int32 (N, batch, seq + 1) and masks, bool (N, batch, seq).
+    def batches(self, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """All rows in order, as int32 (N, batch, seq + 1), and masks, bool (N, batch, seq).
 
-        What it takes to fill the last batch is padding, and masked.
+        Third come their segments, like the rows, if there are some. What it takes to fill the last
+        batch is padding, and masked.
         """
         missing = -len(self.rows) % batch
-        rows, mask = (np.pad(x, ((0, missing), (0, 0))) for x in (self.rows, self.mask))
-        return rows.reshape(-1, batch, rows.shape[1]), mask.reshape(-1, batch, mask.shape[1])
+
+        def filled(array: np.ndarray) -> np.ndarray:
+            return np.pad(array, ((0, missing), (0, 0))).reshape(-1, batch, array.shape[1])
+
+        segments = None if self.segments is None else filled(self.segments)
+        return filled(self.rows), filled(self.mask), segments
 
     def scores(self, loss: float) -> dict[str, float]:
         """What a loss in nats per token is in other units."""
@@ -148,6 +158,17 @@ def read_valid(
         targets += sum(len(ids) if packing else min(len(ids) - 1, seq) for ids in new)
         if num_tokens is not None and targets >= num_tokens:
             break
+    check_enough(targets, num_tokens)
+    if packing:
+        rows, mask = covering_rows(np.concatenate([np.array(context, np.int32), *read]), seq)
+    else:
+        rows, mask = padded_rows(read, seq)
+    valid = Valid(rows, mask, num_bytes / sum(map(len, read)))
+    return valid if num_tokens is None else first_targets(valid, num_tokens)
+
+
+def check_enough(targets: int, num_tokens: int | None) -> None:
+    """Raises UsageError where there are fewer targets than asked for, or none."""
     if targets < (num_tokens or 1):
         wanted = "" if num_tokens is None else f", of {num_tokens:,} asked for: ask for fewer"
         raise UsageError(
@@ -155,15 +176,15 @@ def read_valid(
             f"{documents.OTHER_TEXT}. Of files that are trained on, one document in twenty is kept "
             "to validate, where a text file counts as one for every 16 KiB."
         )
-    if packing:
-        rows, mask = covering_rows(np.concatenate([np.array(context, np.int32), *read]), seq)
-    else:
-        rows, mask = padded_rows(read, seq)
-    if num_tokens is not None:
-        mask &= np.cumsum(mask).reshape(mask.shape) <= num_tokens
-        # Rows of which nothing counts would cost time for nothing.
-        rows, mask = rows[mask.any(axis=1)], mask[mask.any(axis=1)]
-    return Valid(rows, mask, num_bytes / sum(map(len, read)))
+
+
+def first_targets(valid: Valid, num_tokens: int) -> Valid:
+    """The rows in which the first so many targets are, which alone count."""
+    mask = valid.mask & (np.cumsum(valid.mask).reshape(valid.mask.shape) <= num_tokens)
+    # Rows of which nothing counts would cost time for nothing.
+    some = mask.any(axis=1)
+    segments = None if valid.segments is None else valid.segments[some]
+    return dataclasses.replace(valid, rows=valid.rows[some], mask=mask[some], segments=segments)
 
 
 def covering_rows(tokens: np.ndarray, seq: int) -> tuple[np.ndarray, np.ndarray]:

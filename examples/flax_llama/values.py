@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from examples.flax_llama.adapters import LORA, TARGETS
 from examples.flax_llama.methods import IN_GALORE
-from examples.flax_llama.reading import Reading
+from examples.flax_llama.reading import reading_of
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
 if TYPE_CHECKING:
@@ -92,4 +92,4 @@ def check_values(config: "Config") -> None:
     for name, value in vars(config).items():
         if value == "":
             raise UsageError(f"{name}='' is empty: expected a value, or leave it out.")
-    Reading(config.text_field, config.on_bad_line, config.max_bad_lines)
+    reading_of(config)

@@ -24,7 +24,6 @@ from examples.flax_llama import (
     optimizer_state,
     plan,
     remedies,
-    resume,
     step,
     train,
 )
@@ -502,7 +501,7 @@ def test_weights_alone_go_into_another_form(root):
     config = tiny("austen", optimizer="q_galore_adamw", param_dtype="bfloat16").resolve()
     shape, mesh = config.shape(257), step.data_mesh()
     like = jax.eval_shape(lambda: step.initial_params(config, shape))
-    found = resume.in_the_form_of(like, params, config, mesh)
+    found = initial.in_the_form_of(like, params, config, mesh)
     assert optimizer_state.arrays(found) == optimizer_state.arrays(like)
     dense = galore_optax.dequantize_params(found)
     for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(params), strict=True):

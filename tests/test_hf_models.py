@@ -18,8 +18,9 @@ from examples.flax_llama.attention import empty_cache
 from examples.flax_llama.checkpoint import load_params, load_run
 from examples.flax_llama.config import Config
 from examples.flax_llama.export_hf import export_hf
-from examples.flax_llama.import_hf import import_hf, open_model
+from examples.flax_llama.import_hf import import_hf
 from examples.flax_llama.model import Llama, is_quantized
+from examples.flax_llama.pretrained import open_model
 from examples.flax_llama.train import train
 from examples.flax_llama.usage import UsageError
 from examples.hf.configuration import config_of, read_shape, said_in_full, shape_of
@@ -167,7 +168,7 @@ def test_an_imported_model_is_trained_evaluated_and_never_resumed(directory, tmp
         **{"data": str(texts), "valid_data": str(texts), "steps": 2, "batch": 2, "seq": 16},
         **{"eval_every": 2, "quiet": True, "tensorboard": False, "optimizer": "sgd"},
     }
-    with pytest.raises(UsageError, match="is an imported model, which has no state"):
+    with pytest.raises(UsageError, match="is a model, which has no state"):
         train(Config(init_from=run, preset=str(directory), tokenizer=str(run), **training))
     begun = Config(
         **{"init_from": run, "preset": str(directory), "tokenizer": str(run)},

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from examples.flax_llama.adapters import LOW_RANK
 from examples.flax_llama.changes import (
     DIGESTS,
     MODEL,
@@ -42,6 +43,7 @@ from examples.flax_llama.history import (
     validated_since,
 )
 from examples.flax_llama.optimizers import learning_rate, size_of_updates
+from examples.flax_llama.pretrained import settings_of_source
 from examples.flax_llama.run_directory import (
     imported_from,
     read_settings,
@@ -55,6 +57,7 @@ from examples.flax_llama.tokenizer import (
     tokenizer_files,
 )
 from examples.flax_llama.usage import UsageError
+from examples.hf.configuration import is_model
 
 LEARNING_RATE = {"steps", "lr", "schedule", "warmup", "cooldown", "final_lr"}
 # On a GPU, sums come out the same each time only with it.
@@ -335,13 +338,23 @@ def check_source(config: Config, source: Path) -> None:
     Raises:
       UsageError: says what differs, and what would be right.
     """
-    if imported_from(source) and not config.weights_only:
+    of_no_run = is_model(source) or imported_from(source)
+    if of_no_run and not config.weights_only:
         raise UsageError(
-            f"init_from={source} is an imported model, which has no state of an optimizer: give "
+            f"init_from={source} is a model, which has no state of an optimizer: give "
             "weights_only=True."
         )
-    with open_run(source) as checkpoints:
-        stored = config_of(checkpoints.settings(checkpoints.find(config.init_step, "init_step")))
+    if is_model(source):
+        stored = settings_of_source(source)
+    else:
+        with open_run(source) as checkpoints:
+            step = checkpoints.find(config.init_step, "init_step")
+            stored = config_of(checkpoints.settings(step))
+    if config.optimizer == LOW_RANK and stored.adapter != config.adapter:
+        raise UsageError(
+            f"init_from={source} has whole matrices, of which optimizer='low_rank' makes no "
+            "products: choose lora, which is beside them."
+        )
     differ = changes(stored, config)
     names = of_the_source(weights_only=config.weights_only)
     if found := [name for name in differ if name in names]:

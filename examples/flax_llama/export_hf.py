@@ -21,7 +21,7 @@ from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from examples.flax_llama.tokens import check_new, new_directory
 from examples.flax_llama.usage import UsageError
-from examples.hf.companions import COMPANIONS, ORIGINAL
+from examples.hf.companions import ORIGINAL, copy_files
 from examples.hf.configuration import CONFIG, config_of, read_config
 from examples.hf.names import Entry, entries
 from examples.hf.tensors import FILE, INDEX
@@ -92,9 +92,7 @@ def divided(shape: LlamaConfig, most: float) -> Iterator[list[Entry]]:
 
 def write_tokenizer(directory: Path, run: Path, tokenizer: Tokenizer) -> None:
     """Copies the tokenizer's files, and says what it is where nothing does."""
-    for name in COMPANIONS:
-        if (run / name).is_file():
-            (directory / name).write_bytes((run / name).read_bytes())
+    copy_files(run, directory)
     if (directory / TOKENIZER_CONFIG).is_file():
         return
     is_pieces = isinstance(tokenizer, SentencePieceTokenizer)

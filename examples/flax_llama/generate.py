@@ -6,7 +6,7 @@ Sizes in the suffixes of names: S sequence, V vocabulary.
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -122,6 +122,21 @@ def generate_ids(
         yield context[-1]
         if len(context) > window:
             context, cache = context[-max(1, window // 2) :], None
+
+
+def answer(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: np.ndarray,
+    stop_ids: Collection[int],
+    *,
+    tokens: int,
+) -> str:
+    """The likeliest text after a prompt, up to a token that ends it, or by so many tokens."""
+    endless = generate_ids(model, prompt, temperature=0.0, top_p=1.0, seed=0)
+    ends = {*stop_ids, tokenizer.eos_id}
+    made = itertools.takewhile(lambda token: token not in ends, itertools.islice(endless, tokens))
+    return tokenizer.decode(list(made))
 
 
 def check_sampling(

@@ -3,27 +3,38 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from examples.flax_llama.beginning import of_the_source
 from examples.flax_llama.changes import RULES, Kind, config_of
 from examples.flax_llama.command import as_flags
 from examples.flax_llama.config import Config
 from examples.flax_llama.effects import check_effects
+from examples.flax_llama.pretrained import settings_of_source
 from examples.flax_llama.run_directory import SETTINGS, read_settings
 
+C = TypeVar("C", bound=Config)
 
-def settings_given(parse: Callable[[Config], Config]) -> Config:
+
+def as_they_are(base: Config) -> Any:
+    return base
+
+
+def settings_given(
+    parse: Callable[[C], C], with_defaults: Callable[[Config], C] = as_they_are
+) -> C:
     """The settings that a command line gives, whose defaults depend on what it gives.
 
     Args:
       parse: reads the command line with these settings where it says nothing.
+      with_defaults: makes them of those that a command line of training need not repeat.
 
     Raises:
       UsageError: a setting that was given has no effect, or a run cannot be read.
     """
-    base = Config()
+    base = with_defaults(Config())
     config = parse(base)
-    while (found := base_of(config)) != base:
+    while (found := with_defaults(base_of(config))) != base:
         base, config = found, parse(found)
     check_effects([config], base)
     return config if (out := resumed(config)) is None else as_it_was(config, settings_of(out))
@@ -38,7 +49,7 @@ def base_of(config: Config) -> Config:
     if (out := resumed(config)) is not None:
         return settings_of(out).unset()
     if config.init_from is not None:
-        source = config_of(read_settings(config.init_from)["train"])
+        source = settings_of_source(config.init_from)
         names = of_the_source(weights_only=config.weights_only)
         same = {name: getattr(source, name) for name in names}
         by_default = tuple(name for name in source.by_default if name in names)
@@ -58,7 +69,7 @@ def settings_of(out: Path) -> Config:
     return dataclasses.replace(stored, out=out, resume=True, new_data=False)
 
 
-def as_it_was(config: Config, own: Config) -> Config:
+def as_it_was(config: C, own: Config) -> C:
     """With what a run has where nobody gave anything, unless that has become something else.
 
     That is another optimizer's own, or a tenth of other `steps`.

@@ -4,7 +4,6 @@ python -m examples.flax_llama.import_hf ~/SmolLM2-135M --out runs/smollm2
 python -m examples.flax_llama.finetune --model runs/smollm2 --data chats.jsonl --out runs/chats
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,81 +16,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from examples.flax_llama.changes import settings_of
 from examples.flax_llama.checkpoint import CheckpointError, Checkpoints
 from examples.flax_llama.command import program
-from examples.flax_llama.config import Config
 from examples.flax_llama.flags import command_line
-from examples.flax_llama.model import Params
+from examples.flax_llama.pretrained import Source, open_model
 from examples.flax_llama.run_directory import write_settings
-from examples.flax_llama.shapes import DTYPES, LlamaConfig
-from examples.flax_llama.step import initial_params
-from examples.flax_llama.tokenizer import load_tokenizer, tokenizer_files
 from examples.flax_llama.tokens import check_new, new_directory
 from examples.flax_llama.units import size
-from examples.flax_llama.usage import UsageError, one_of
 from examples.hf.companions import copy_companions
-from examples.hf.configuration import read_shape
-from examples.hf.names import EMBEDDING, Found, match, some
-from examples.hf.tensors import Tensor, open_tensors
+from examples.hf.names import some
 from examples.hf.weights import load
-
-# Positions of an imported model that sampling keeps, if it knows as many.
-SEQ = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A model of Hugging Face, of which no weights are read yet."""
-
-    config: Config
-    shape: LlamaConfig
-    tensors: dict[str, Tensor]
-    found: Found
-
-    @property
-    def like(self) -> Params:
-        """The shapes and dtypes of the parameters."""
-        return jax.eval_shape(lambda: initial_params(self.config, self.shape))
-
-
-def open_model(
-    directory: Path, *, param_dtype: str | None = None, int8: bool = False, seq: int | None = None
-) -> Source:
-    """Checks all of a model's directory but the numbers in it.
-
-    Args:
-      directory: of Hugging Face, with config.json, safetensors and a tokenizer.
-      param_dtype: float32 or bfloat16; by default that of the embedding, float32 for other ones.
-      int8: whether the layers' matrices are quantized.
-      seq: positions that sampling keeps; by default 1024, or what the model knows.
-
-    Raises:
-      UsageError: something is missing, damaged, or not supported; names it.
-    """
-    shape = read_shape(directory)
-    tensors = open_tensors(directory)
-    try:
-        found = match(shape, tensors)
-    except UsageError as error:
-        raise UsageError(f"{directory}: {error}") from error
-    if not tokenizer_files(directory):
-        raise UsageError(f"{directory} has no tokenizer.json or tokenizer.model.")
-    tokens = load_tokenizer(directory, None).vocab_size
-    if tokens > shape.vocab_size:
-        raise UsageError(
-            f"{directory}: the tokenizer has {tokens} tokens, and the model only "
-            f"{shape.vocab_size}."
-        )
-    own = next(tensors[e.name].dtype for e in found.entries if e.name.endswith(EMBEDDING))
-    param_dtype = param_dtype or (own if own in DTYPES else "float32")
-    one_of("param_dtype", param_dtype, DTYPES)
-    config = Config(
-        preset=str(directory),
-        param_dtype=param_dtype,
-        dtype=param_dtype,
-        tokenizer=str(directory),
-        seq=seq or min(SEQ, shape.max_seq),
-        optimizer="q_galore_adamw" if int8 else "galore_adamw",
-    ).resolve()
-    return Source(config, config.shape(tokens), tensors, found)
 
 
 @contextmanager

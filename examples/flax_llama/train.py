@@ -38,13 +38,13 @@ from examples.flax_llama.data import Data, open_data
 from examples.flax_llama.evaluate import Evaluation, make_evaluate
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import settings_given
+from examples.flax_llama.initial import first_state
 from examples.flax_llama.interrupts import stopping
 from examples.flax_llama.model import Llama, Params
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.progress import Progress, duration, header, print_text, scores
 from examples.flax_llama.reading import reading_of
 from examples.flax_llama.records import Record
-from examples.flax_llama.resume import first_state
 from examples.flax_llama.run_directory import (
     check_contents,
     check_directory,
@@ -67,6 +67,7 @@ from examples.flax_llama.units import size
 from examples.flax_llama.usage import UsageError
 from examples.flax_llama.validation import Valid
 from examples.flax_llama.writing import make_directory, naming
+from examples.hf.companions import copy_companions
 
 RESUME = "python -m examples.flax_llama.train --resume --out "
 
@@ -86,6 +87,8 @@ class Result:
     # Of device memory for an update, as XLA planned it; None where it does not tell, or where the
     # run had been finished before.
     update_bytes: int | None
+    # What it was validated on.
+    valid_data: Valid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +109,11 @@ class Parts:
     evaluate: Callable[[Params], Evaluation]
 
 
-def train(config: Config, how_to_go_on: str | None = None) -> Result:
+def train(
+    config: Config,
+    how_to_go_on: str | None = None,
+    before: Callable[[Llama, Data], None] | None = None,
+) -> Result:
     """Trains one model; writes only if `config.out` is given, a directory that is new or empty.
 
     With `config.resume` it goes on with the run that is there: with the same settings to the same
@@ -116,6 +123,7 @@ def train(config: Config, how_to_go_on: str | None = None) -> Result:
     Args:
       config: the settings.
       how_to_go_on: the command that does, where the run is stopped; that of the run by default.
+      before: is called before the first update of a run, with the model and the data.
 
     Raises:
       UsageError: a setting cannot work; nothing has been written.
@@ -155,6 +163,8 @@ def train(config: Config, how_to_go_on: str | None = None) -> Result:
             *(config, beginning, shape, dataset, mesh, log, checkpoints, stop),
             evaluate=over_validation(make_evaluate(graphdef, mesh), dataset.valid, config),
         )
+        if before is not None and not beginning.step:
+            before(nnx.merge(graphdef, state.params), dataset)
         if beginning.finished:
             conclude(run, state)
         else:
@@ -167,7 +177,7 @@ def train(config: Config, how_to_go_on: str | None = None) -> Result:
         print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
         raise SystemExit(0)
     model = nnx.merge(graphdef, galore_optax.dequantize_params(state.params))
-    return Result(model, dataset.tokenizer, log.train, log.valid, needed)
+    return Result(model, dataset.tokenizer, log.train, log.valid, needed, dataset.valid)
 
 
 def make_updates(run: Parts, update: jax.stages.Compiled, state: State) -> tuple[State, int | None]:
@@ -334,6 +344,8 @@ def open_log(
             if not start:
                 with naming(out / dataset.tokenizer.file_name):
                     dataset.tokenizer.save(out)
+                    if config.init_from is not None:
+                        copy_companions(config.init_from, out)
             if config.tensorboard:
                 services.append(stack.enter_context(sinks.tensorboard(out, start)))
             if config.wandb:

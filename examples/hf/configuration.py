@@ -94,6 +94,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def is_model(directory: Path) -> bool:
+    """Whether a directory is that of a model of Hugging Face, and not of a run."""
+    try:
+        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and "train" not in settings and "model_type" in settings
+
+
 def named_shape(name: str) -> LlamaConfig:
     """The model of a published name, or of a path as of `read_shape`.
 

@@ -103,10 +103,8 @@ def test_it_goes_on_and_is_exported_with_the_template(directory, tuned, tmp_path
     for name in ("chat_template.jinja", "tokenizer.json"):
         original = (directory / "model" / name).read_bytes()
         assert (tmp_path / "exported" / name).read_bytes() == original
-    before, after = (
-        load_file(path / "model.safetensors")
-        for path in (directory / "model", tmp_path / "exported")
-    )
+    models = directory / "model", tmp_path / "exported"
+    before, after = (load_file(path / "model.safetensors") for path in models)
     assert before.keys() == after.keys()
     assert all((before[name] != after[name]).any() for name in before)
 
@@ -115,8 +113,7 @@ def test_it_goes_on_and_is_exported_with_the_template(directory, tuned, tmp_path
 def test_lora_over_a_model_in_8_bits(directory):
     out = directory / "lora"
     words = ["--optimizer", "lora", "--rank", "2", "--int8-weights", "True", "--steps", "2"]
-    found = finetune(settings(directory, "--out", str(out), "--samples", "1", *words))
-    assert [record["lr"] for record in found.result.train][0] == pytest.approx(2e-4)
+    finetune(settings(directory, "--out", str(out), "--samples", "1", *words))
     params, model = params_of(out), of_model(directory / "model")
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(lora_of(params)))
     base, quantized = without_lora(params), 0
@@ -177,7 +174,7 @@ def test_what_cannot_work_is_told_before_anything_is_written(directory, tmp_path
 
 
 def test_text_of_unknown_length_has_no_epochs(directory, tmp_path):
-    (tmp_path / "text.txt").write_text("12 34 " * 9000)
+    (tmp_path / "text.txt").write_text("12 34 " * 70_000)
     given = from_command_line(
         ["--init-from", str(directory / "model"), "--data", str(tmp_path / "text.txt"), *QUICK]
     )

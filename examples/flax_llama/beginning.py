@@ -344,7 +344,7 @@ def check_source(config: Config, source: Path) -> None:
             f"init_from={source} is a model, which has no state of an optimizer: give "
             "weights_only=True."
         )
-    if is_model(source):
+    if of_no_run:
         stored = settings_of_source(source)
     else:
         with open_run(source) as checkpoints:

@@ -23,12 +23,13 @@ from orbax.checkpoint import checkpoint_manager, checkpoint_managers
 import galore_optax
 from examples.flax_llama.changes import config_of
 from examples.flax_llama.model import Llama
-from examples.flax_llama.run_directory import read_settings
+from examples.flax_llama.run_directory import imported_from, read_settings
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.step import State, initial_params
 from examples.flax_llama.stored import check_arrays, has_version
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
 from examples.flax_llama.usage import UsageError, file_and_reason, first_line, reason
+from examples.flax_llama.weights_file import read_weights
 
 DIRECTORY = "checkpoints"
 
@@ -196,22 +197,6 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
 
-    def save_params(self, params: Any, settings: dict[str, Any]) -> None:
-        """Writes parameters that are of no run, as those after no update.
-
-        Raises:
-          CheckpointError: they could not be written.
-        """
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params), settings=ocp.args.JsonSave(settings)
-        )
-        self._writing = 0
-        try:
-            self._manager.save(0, args=items)
-        except Exception as error:
-            raise self._failed(error) from error
-        self.wait()
-
     def add_loss(self, step: int, valid_loss: float) -> None:
         """Gives a checkpoint that was saved without a validation loss one, as `save` would have.
 
@@ -348,10 +333,10 @@ def on(sharding: jax.sharding.Sharding, tree: Any) -> Any:
 
 
 def load_params(directory: Path, step: int | str, sharding: jax.sharding.Sharding) -> Any:
-    """The parameters of a run's checkpoint, as they are kept there.
+    """The parameters of a run's checkpoint, or of an imported model, as they are kept there.
 
     Args:
-      directory: the `out` of a run, which may go on meanwhile.
+      directory: the `out` of a run, which may go on meanwhile, or an imported model.
       step: number of updates of a checkpoint; or "last", or "best" for the lowest validation loss.
       sharding: where to put them.
 
@@ -361,6 +346,10 @@ def load_params(directory: Path, step: int | str, sharding: jax.sharding.Shardin
     settings = read_settings(directory)
     config, shape = config_of(settings["train"]), model_of(settings)
     like = on(sharding, jax.eval_shape(lambda: initial_params(config, shape)))
+    if imported_from(directory):
+        if step not in ("last", 0):
+            raise UsageError(f"step={step}: {directory} is an imported model, which has but one.")
+        return read_weights(directory, like)
     with open_run(directory) as checkpoints:
         return checkpoints.restore_params(checkpoints.find(step), like)
 

@@ -7,23 +7,22 @@ python -m examples.flax_llama.finetune --model runs/smollm2 --data chats.jsonl -
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from examples.flax_llama.changes import settings_of
-from examples.flax_llama.checkpoint import CheckpointError, Checkpoints
 from examples.flax_llama.command import program
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.pretrained import Source, open_model
 from examples.flax_llama.run_directory import write_settings
 from examples.flax_llama.tokens import check_new, new_directory
 from examples.flax_llama.units import size
+from examples.flax_llama.weights_file import writing
 from examples.hf.companions import copy_companions
 from examples.hf.names import some
-from examples.hf.weights import load
+from examples.hf.weights import converted
 
 
 @contextmanager
@@ -69,19 +68,13 @@ def import_hf(
     """
     check_new(out)
     model = open_model(directory, param_dtype=param_dtype, int8=int8, seq=seq)
-    with reading(model, quiet) as told:
-        params = load(model.tensors, model.found.entries, model.like, told)
-    write_model(out, model, params, imported=str(directory))
-    return told_of(model)
-
-
-def write_model(out: Path, model: Source, params: Any, imported: str) -> None:
-    """Writes the directory of an imported model, whole or not at all."""
     with new_directory(out) as partial:
-        copy_companions(Path(model.config.preset), partial)
-        with Checkpoints(partial) as checkpoints:
-            checkpoints.save_params(params, settings_of(model.config))
-        write_settings(partial, model.config, model.shape, imported)
+        copy_companions(directory, partial)
+        with reading(model, quiet) as told, writing(partial, model.like) as writer:
+            for each in converted(model.tensors, model.found.entries, model.like, told):
+                writer.put(*each)
+        write_settings(partial, model.config, model.shape, imported=str(directory))
+    return told_of(model)
 
 
 def told_of(model: Source) -> str:
@@ -101,7 +94,7 @@ def told_of(model: Source) -> str:
 
 def main() -> None:
     # What it has written of a directory disappears.
-    with program(import_hf, errors=(CheckpointError,), at_once=False):
+    with program(import_hf, at_once=False):
         print(command_line(import_hf)())
 
 

@@ -15,8 +15,9 @@ from examples.flax_llama.data import Data
 from examples.flax_llama.model import Params
 from examples.flax_llama.optimizer_state import arrays, carry_over, from_the_start
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.pretrained import open_model
+from examples.flax_llama.pretrained import open_model, settings_of_source
 from examples.flax_llama.resume import restore
+from examples.flax_llama.run_directory import imported_from
 from examples.flax_llama.step import State, replicated
 from examples.flax_llama.usage import UsageError
 from examples.hf.configuration import is_model
@@ -52,9 +53,13 @@ def from_other_run(
     source = config.init_from
     assert source is not None
     everywhere, like = replicated(mesh), jax.eval_shape(initial_state)
-    if is_model(source):
+    if is_model(source) or imported_from(source):
         beginning.notes.append(f"begins with the weights of {source}")
-        params = of_hugging_face(source, initial_state, config, mesh)
+        if is_model(source):
+            params = of_hugging_face(source, initial_state, config, mesh)
+        else:
+            params, stored = load_params(source, "last", everywhere), settings_of_source(source)
+            params = in_the_model_of(initial_state, params, stored, config, mesh)
         init = jax.jit(make_optimizer(config).init, out_shardings=everywhere)
         return State(params, init(params))
     with open_run(source) as checkpoints:

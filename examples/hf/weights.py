@@ -1,6 +1,6 @@
 """The weights of a Hugging Face directory as our parameters, and our parameters as one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,17 +10,18 @@ import numpy as np
 
 import galore_optax
 from examples.flax_llama.model import Params, is_quantized
+from examples.flax_llama.weights_file import named
 from examples.hf.names import Entry
 from examples.hf.tensors import Tensor, read
 
 
-def load(
+def converted(
     tensors: dict[str, Tensor],
     found: list[Entry],
     like: Params,
     told: Callable[[int], None] = lambda _: None,
-) -> Params:
-    """Reads the parameters of a model, one tensor at a time, into arrays of NumPy.
+) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """Reads the tensors of a model one at a time, as arrays of ours.
 
     Args:
       tensors: of the directory.
@@ -28,24 +29,35 @@ def load(
       like: shapes and dtypes of the parameters, quantized where they are to be.
       told: is called with the number of bytes after each tensor.
 
+    Yields:
+      The path of an array, the layer of it or None for all, and the array, in the dtype of the
+      file where it is not in codes.
+
     Raises:
       UsageError: a file cannot be read.
     """
-    params = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
     by_name = {entry.name: entry for entry in found}
     for name, theirs in read(tensors, by_name):
         entry = by_name[name]
-        *parents, last = entry.path.split("/")
-        node = params
-        for key in parents:
-            node = node[key]
-        if is_quantized(node[last]):
-            put(node[last], quantized(entry.ours(theirs), node[last]), entry.layer)
+        leaf = like
+        for key in entry.path.split("/"):
+            leaf = leaf[key]
+        if is_quantized(leaf):
+            for part, codes in named(quantized(entry.ours(theirs), leaf)).items():
+                yield f"{entry.path}/{part}", entry.layer, np.asarray(codes)
         else:
-            target = node[last] if entry.layer is None else node[last][entry.layer]
-            # A cast and a transposition at once, without a copy of either.
-            target[...] = entry.ours(theirs)
+            yield entry.path, entry.layer, entry.ours(theirs)
         told(theirs.nbytes)
+
+
+def load(tensors: dict[str, Tensor], found: list[Entry], like: Params) -> Params:
+    """The parameters of a model, in arrays of NumPy; see `converted`."""
+    params = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    arrays = named(params)
+    for name, layer, array in converted(tensors, found, like):
+        target = arrays[name] if layer is None else arrays[name][layer]
+        # A cast and a transposition at once, without a copy of either.
+        target[...] = array
     return params
 
 
@@ -56,12 +68,6 @@ def quantized(matrix: np.ndarray, like: Any) -> Any:
 
 
 _quantize = jax.jit(galore_optax.quantize, static_argnames=("scheme", "block_size"))
-
-
-def put(stack: Any, one: Any, layer: int | None) -> None:
-    """Writes the codes of a layer into those of a stack."""
-    for target, new in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):
-        target[layer] = np.asarray(new)
 
 
 def tensor_of(entry: Entry, params: Params) -> np.ndarray:

@@ -190,6 +190,8 @@ def with_defaults(base: Config) -> Settings:
     if base.init_from is not None:
         source = settings_of_source(base.init_from)
         own |= {"param_dtype": source.param_dtype, "dtype": source.dtype}
+        # Rounded to the nearest, updates of bfloat16 weights would be lost, as small as they are.
+        own["stochastic_rounding"] = source.param_dtype == "bfloat16"
     return Settings(**vars(base) | own)
 
 

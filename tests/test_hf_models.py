@@ -18,6 +18,7 @@ from examples.flax_llama.attention import empty_cache
 from examples.flax_llama.checkpoint import load_params, load_run
 from examples.flax_llama.config import Config
 from examples.flax_llama.export_hf import export_hf
+from examples.flax_llama.flags import command_line
 from examples.flax_llama.import_hf import import_hf
 from examples.flax_llama.model import Llama, is_quantized
 from examples.flax_llama.pretrained import open_model
@@ -287,6 +288,25 @@ def test_what_is_wrong_is_told_before_anything_is_written(directory, tmp_path, c
     with pytest.raises(UsageError, match=message):
         import_hf(directory, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "DIRECTORY and --out must be given"),
+        (["qwen3"], "--out must be given"),
+        (["--out", "run"], "DIRECTORY must be given"),
+        (["qwen3", "--outt", "run"], "--outt is not a flag: did you mean --out"),
+    ],
+)
+def test_a_command_line_that_lacks_something(words, message):
+    with pytest.raises(UsageError, match=message):
+        command_line(import_hf, words)
+
+
+def test_a_model_is_no_run(directory):
+    with pytest.raises(UsageError, match=r"is a model of Hugging Face, not of a run: .*import_hf"):
+        load_run(directory)
 
 
 def test_what_fails_on_the_way_leaves_nothing_under_its_name(directory, tmp_path, monkeypatch):

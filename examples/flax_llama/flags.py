@@ -153,7 +153,13 @@ class Flags:
                 close = difflib.get_close_matches(flag[2:], self._known, n=1)
                 hint = f"did you mean --{close[0]}?" if close else f"{program_name()} --help."
                 return f"{flag} is not a flag: {hint}"
-        missing = [flag for flag in self._required if flag not in given]
+        # Words that are not the value of a flag before them are those without a flag.
+        bare = [
+            a for before, a in itertools.pairwise(["", *args]) if not f"{before}{a}".count("--")
+        ]
+        missing = [name for name in self._required if name not in given]
+        if bare:
+            missing = [name for name in missing if name.startswith("--")]
         return f"{' and '.join(missing)} must be given." if missing else None
 
     def _constructor(self, info: StructTypeInfo) -> StructConstructorSpec | None:
@@ -186,6 +192,9 @@ class Flags:
         kind, *said = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         flag = name.replace("_", "-")
         if not dataclasses.is_dataclass(kind) and tyro.conf.Suppress not in said:
+            if tyro.conf.Positional in said:
+                self._required[flag.upper()] = None
+                return
             self._known |= {flag, f"no-{flag}"} if kind is bool else {flag}
             if required:
                 self._required[f"--{flag}"] = None

@@ -14,6 +14,7 @@ from examples.flax_llama.config import Config
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.usage import UsageError, cannot_be_read
 from examples.flax_llama.writing import naming, write_whole
+from examples.hf.configuration import is_model
 
 SETTINGS = "config.json"
 PARTIAL = "config.json.partial"
@@ -122,6 +123,11 @@ def _read(out: Path) -> dict[str, Any]:
     path = out / SETTINGS
     if not path.is_file():
         raise UsageError(f"{out} is not the directory of a run: it has no {SETTINGS}.")
+    if is_model(out):
+        raise UsageError(
+            f"{out} is a model of Hugging Face, not of a run: examples.flax_llama.import_hf makes a "
+            "directory of it that can be taken for one."
+        )
     try:
         settings = json.loads(path.read_text())
         return settings | {name: settings[name] for name in ("train", "model")}

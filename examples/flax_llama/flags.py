@@ -153,10 +153,9 @@ class Flags:
                 close = difflib.get_close_matches(flag[2:], self._known, n=1)
                 hint = f"did you mean --{close[0]}?" if close else f"{program_name()} --help."
                 return f"{flag} is not a flag: {hint}"
-        # Words that are not the value of a flag before them are those without a flag.
-        bare = [
-            a for before, a in itertools.pairwise(["", *args]) if not f"{before}{a}".count("--")
-        ]
+        pairs = itertools.pairwise(["", *args])
+        # No flags, nor the values of those before them.
+        bare = [word for before, word in pairs if "--" not in (before[:2], word[:2])]
         missing = [name for name in self._required if name not in given]
         if bare:
             missing = [name for name in missing if name.startswith("--")]

@@ -125,8 +125,8 @@ def _read(out: Path) -> dict[str, Any]:
         raise UsageError(f"{out} is not the directory of a run: it has no {SETTINGS}.")
     if is_model(out):
         raise UsageError(
-            f"{out} is a model of Hugging Face, not of a run: examples.flax_llama.import_hf makes a "
-            "directory of it that can be taken for one."
+            f"{out} is a model of Hugging Face, not of a run: examples.flax_llama.import_hf makes "
+            "a directory of it that can be taken for one."
         )
     try:
         settings = json.loads(path.read_text())

@@ -4,7 +4,7 @@ The layers are stacked on a leading axis and run under `lax.scan`. Sizes in the 
 B batch, S sequence, D hidden, F intermediate, H heads, K size of a head, L layers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ from examples.flax_glue.shapes import LORA_TARGETS, EncoderConfig
 
 
 class Text(NamedTuple):
-    """Texts of tokens, filled up behind to the same length."""
+    """Texts of tokens, filled up behind to the same length: arrays of JAX or of NumPy."""
 
-    tokens_BxS: jax.Array
+    tokens_BxS: Any
     # 0, or 1 in the second of two texts.
-    types_BxS: jax.Array
+    types_BxS: Any
     # Which tokens are of the text, bool.
-    mask_BxS: jax.Array
+    mask_BxS: Any
 
 
 class Adapted(nnx.LoRALinear):

@@ -57,32 +57,37 @@ OTHERS = re.compile(
 )
 
 
+def path(module: str, parameter: str) -> Path:
+    """The path of a parameter of a module."""
+    return (*module.split("."), parameter)
+
+
 def sources(config: EncoderConfig) -> dict[Path, Source]:
     """What each parameter of an encoder is made of; adapters of LoRA and new heads are not in it.
 
     Only a head of the first token is one that theirs have.
     """
     heads = HEADS[config.kind] if config.pooling == "first" else {}
-    found = {}
+    found: dict[Path, Source] = {}
     for ours, theirs in EMBEDDINGS.items():
-        found[*ours.split("."), "embedding"] = Source((f"{theirs}.weight",))
+        found[path(ours, "embedding")] = Source((f"{theirs}.weight",))
     for ours, theirs in NORMS.items():
-        found[*ours.split("."), "scale"] = Source((f"{theirs}.weight",))
-        found[*ours.split("."), "bias"] = Source((f"{theirs}.bias",))
+        found[path(ours, "scale")] = Source((f"{theirs}.weight",))
+        found[path(ours, "bias")] = Source((f"{theirs}.bias",))
     for ours, theirs in heads.items():
-        found[*ours.split("."), "kernel"] = Source((f"{theirs}.weight",), transposed=True)
-        found[*ours.split("."), "bias"] = Source((f"{theirs}.bias",))
+        found[path(ours, "kernel")] = Source((f"{theirs}.weight",), transposed=True)
+        found[path(ours, "bias")] = Source((f"{theirs}.bias",))
 
     def of_layers(name: str) -> tuple[str, ...]:
         return tuple(f"encoder.layer.{i}.{name}" for i in range(config.layers))
 
     for ours, theirs in LAYER_LINEARS.items():
         kernels, biases = of_layers(f"{theirs}.weight"), of_layers(f"{theirs}.bias")
-        found[*ours.split("."), "kernel"] = Source(kernels, stacked=True, transposed=True)
-        found[*ours.split("."), "bias"] = Source(biases, stacked=True)
+        found[path(ours, "kernel")] = Source(kernels, stacked=True, transposed=True)
+        found[path(ours, "bias")] = Source(biases, stacked=True)
     for ours, theirs in LAYER_NORMS.items():
-        found[*ours.split("."), "scale"] = Source(of_layers(f"{theirs}.weight"), stacked=True)
-        found[*ours.split("."), "bias"] = Source(of_layers(f"{theirs}.bias"), stacked=True)
+        found[path(ours, "scale")] = Source(of_layers(f"{theirs}.weight"), stacked=True)
+        found[path(ours, "bias")] = Source(of_layers(f"{theirs}.bias"), stacked=True)
     return found
 
 

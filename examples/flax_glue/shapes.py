@@ -84,7 +84,7 @@ class EncoderConfig:
 
 
 # Where config.json says nothing, as Hugging Face's classes have it; the padding is 1 of RoBERTa.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
     "initializer_range": 0.02,
@@ -93,7 +93,7 @@ DEFAULTS = {
     "classifier_dropout": None,
 }
 # What these settings must be, if they are there, for the model here to compute the same.
-REQUIRED = {
+REQUIRED: dict[str, Any] = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
     "is_decoder": False,
@@ -132,11 +132,11 @@ def read_encoder(directory: Path, **settings: Any) -> EncoderConfig:
     for name, wanted in REQUIRED.items():
         if found.get(name, wanted) != wanted:
             raise UsageError(f"{path}: {name} is {found[name]!r}; expected {wanted!r}.")
-    values = DEFAULTS | {"pad_token_id": KINDS.index(kind)} | found
+    values: dict[str, Any] = DEFAULTS | {"pad_token_id": KINDS.index(kind)} | found
     if missing := [name for name in SIZES.values() if not isinstance(values.get(name), int)]:
         raise UsageError(f"{path}: {missing[0]} is missing, or no whole number.")
     last = values["classifier_dropout"]
-    dropouts = {
+    dropouts: dict[str, Any] = {
         "hidden_dropout": values["hidden_dropout_prob"],
         "attention_dropout": values["attention_probs_dropout_prob"],
         "classifier_dropout": values["hidden_dropout_prob"] if last is None else last,

@@ -83,7 +83,8 @@ def part_of(path: names.Path) -> str:
 
 def shapes_of(config: EncoderConfig) -> dict[names.Path, jax.ShapeDtypeStruct]:
     """The parameters of an encoder, by path."""
-    return flatten_dict(jax.eval_shape(functools.partial(initial_params, config, 0)))
+    shapes: Any = flatten_dict(jax.eval_shape(functools.partial(initial_params, config, 0)))
+    return shapes
 
 
 def initial_params(config: EncoderConfig, seed: int) -> Params:

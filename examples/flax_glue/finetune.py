@@ -25,7 +25,8 @@ from examples.flax_glue.log import Log, in_words
 from examples.flax_glue.optimizers import in_8_bits, make_optimizer, trained
 from examples.flax_glue.readers import Dataset, Examples, open_task
 from examples.flax_glue.run_files import (
-    check_same,
+    check_files,
+    check_settings,
     config_of,
     digests,
     read_settings,
@@ -119,6 +120,8 @@ def finetune(config: Config, how_to_go_on: str | None = None) -> Result:
         if out is not None:
             stack.enter_context(told_of_errors(out))
             check_directory(out, resume=config.resume)
+            if config.resume:
+                check_settings(read_settings(out), config)
         dataset = open_task(config.task, config.data, config.test, config.limit)
         encoder = config.encoder(dataset.outputs)
         train, evaluated = texts_of(config, encoder, dataset)
@@ -126,7 +129,7 @@ def finetune(config: Config, how_to_go_on: str | None = None) -> Result:
         optimizer = make_optimizer(config, encoder, len(epochs))
         files = digests(config, dataset.files)
         if config.resume and out is not None:
-            check_same(read_settings(out), config, files)
+            check_files(read_settings(out), config, files)
         loaded = load_weights(config.model, encoder, config.seed)
         params, frozen = trained_and_frozen(config, encoder, loaded)
         stop, checkpoints = never, None

@@ -75,11 +75,11 @@ def config_of(settings: dict[str, Any]) -> Config:
         raise UsageError(f"These are not the settings of this version: {error}") from error
 
 
-def check_same(stored: dict[str, Any], config: Config, files: list[list[Any]]) -> None:
-    """Refuses to go on with a run with other settings or other files.
+def check_settings(stored: dict[str, Any], config: Config) -> None:
+    """Refuses to go on with a run with other settings; files may be at another place.
 
     Raises:
-      UsageError: names the first that differs; files may be at another place.
+      UsageError: names the first that differs.
     """
     was, now = stored["finetune"], settings_of(config)
     for name in now:
@@ -88,6 +88,14 @@ def check_same(stored: dict[str, Any], config: Config, files: list[list[Any]]) -
                 f"out={config.out} is of another configuration: {name}={now[name]!r}, which was "
                 f"{was.get(name)!r}. Leave out what is not to change, or name another directory."
             )
+
+
+def check_files(stored: dict[str, Any], config: Config, files: list[list[Any]]) -> None:
+    """Refuses to go on with a run whose model or data is not what it was.
+
+    Raises:
+      UsageError: names the first file that differs.
+    """
     for before, after in zip(stored["files"], files, strict=False):
         if before != after:
             raise UsageError(f"out={config.out}: {after[0]} is not what the run began with.")

@@ -10,8 +10,8 @@ from examples.flax_glue.config import Config
 
 DATA = pathlib.Path(__file__).parent / "data"
 ENCODERS = DATA / "encoders"
-GOOD, BAD = ("good", "fine", "warm"), ("bad", "dull", "cold")
-WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *(f"word{i}" for i in range(30)))
+GOOD, BAD = ("good", "fine"), ("bad", "dull")
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *(f"word{i}" for i in range(8)))
 
 
 def write_model(directory, name="bert_base", words=WORDS):
@@ -31,14 +31,14 @@ def write_model(directory, name="bert_base", words=WORDS):
     return directory
 
 
-def write_task(directory, sizes=(96, 40, 24)):
+def write_task(directory, sizes=(250, 60, 40)):
     """Sentences with a word that decides the label, in train, dev and test."""
     directory.mkdir()
     rng = np.random.default_rng(0)
     for name, size in zip(("train", "dev", "test"), sizes, strict=True):
         lines = []
         for label in rng.integers(2, size=size):
-            words = [f"word{i}" for i in rng.integers(30, size=rng.integers(1, 12))]
+            words = [f"word{i}" for i in rng.integers(8, size=rng.integers(1, 5))]
             words.insert(rng.integers(len(words) + 1), rng.choice(GOOD if label else BAD))
             lines.append(f"{label} {' '.join(words)}\n")
         (directory / f"{name}.txt").write_text("".join(lines))
@@ -46,8 +46,9 @@ def write_task(directory, sizes=(96, 40, 24)):
 
 
 def tiny(model, data, **settings):
-    """Settings of a run of 18 updates that learns the task of `write_task`."""
-    small = {"epochs": 3, "batch": 16, "max_length": 16, "rank": 4, "lr": 0.02, "scale": 1.0}
-    return Config(
-        model=model, data=data, **{"quiet": True, "update_proj_gap": 8} | small | settings
-    )
+    """Settings of a run of 48 updates that learns the task of `write_task`."""
+    small = {
+        **{"epochs": 3, "batch": 16, "pooling": "mean", "max_length": 16},
+        **{"rank": 4, "lr": 0.02, "scale": 1.0, "update_proj_gap": 8, "quiet": True},
+    }
+    return Config(model=model, data=data, **small | settings)

@@ -37,7 +37,7 @@ from examples.flax_glue.shapes import EncoderConfig
 from examples.flax_glue.step import make_predict, make_update
 from examples.flax_glue.tasks import TASKS
 from examples.flax_glue.tokens import encode, open_tokenizer
-from examples.flax_glue.weights import Loaded, Params, load_weights, parts, shapes_of
+from examples.flax_glue.weights import Loaded, Params, joined, load_weights, parts, shapes_of
 from examples.flax_llama.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -114,14 +114,15 @@ def finetune(config: Config, how_to_go_on: str | None = None) -> Result:
       FloatingPointError: the loss or a gradient is not finite any more; no checkpoint has it.
       CheckpointError: a checkpoint, or another file of the run, could not be written.
     """
-    config, out = config.resolve(), config.out
+    out = config.out
+    if config.resume and out is not None:
+        check_settings(read_settings(out), config)
+    config = config.resolve()
     go_on = f"To go on:\n{how_to_go_on or f'{RESUME}{shlex.quote(str(out))}'}"
     with contextlib.ExitStack() as stack:
         if out is not None:
             stack.enter_context(told_of_errors(out))
             check_directory(out, resume=config.resume)
-            if config.resume:
-                check_settings(read_settings(out), config)
         dataset = open_task(config.task, config.data, config.test, config.limit)
         encoder = config.encoder(dataset.outputs)
         train, evaluated = texts_of(config, encoder, dataset)
@@ -148,7 +149,8 @@ def finetune(config: Config, how_to_go_on: str | None = None) -> Result:
     if stopped is not None:
         print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
         raise SystemExit(0)
-    return Result(state.params, encoder, log.train, log.valid, memory | needed)
+    params = joined(state.params, frozen)
+    return Result(params, encoder, log.train, log.valid, memory | needed)
 
 
 def texts_of(
@@ -220,8 +222,9 @@ def memory_of(
 ) -> dict[str, int]:
     """Bytes of the parameters, of those that are trained, and of the optimizer's state."""
     report = galore_optax.memory_report(optimizer, params)
+    of_frozen = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
     return {
-        "parameter_bytes": report.parameters + sum(x.nbytes for x in jax.tree.leaves(frozen)),
+        "parameter_bytes": report.parameters + of_frozen,
         "trained_bytes": report.parameters,
         "state_bytes": report.state,
     }

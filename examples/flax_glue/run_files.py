@@ -76,14 +76,18 @@ def config_of(settings: dict[str, Any]) -> Config:
 
 
 def check_settings(stored: dict[str, Any], config: Config) -> None:
-    """Refuses to go on with a run with other settings; files may be at another place.
+    """Refuses to go on with a run with other settings, where any are given.
+
+    Files may be at another place.
 
     Raises:
       UsageError: names the first that differs.
     """
     was, now = stored["finetune"], settings_of(config)
     for name in now:
-        if name not in (*PATHS, "by_default") and was.get(name) != now[name]:
+        if name in (*PATHS, "by_default") or now[name] is None:
+            continue
+        if was.get(name) != now[name]:
             raise UsageError(
                 f"out={config.out} is of another configuration: {name}={now[name]!r}, which was "
                 f"{was.get(name)!r}. Leave out what is not to change, or name another directory."

@@ -1,6 +1,7 @@
 """What each optimizer trains, projects and keeps of an encoder."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -15,7 +16,10 @@ from examples.flax_glue.config import OPTIMIZERS, PRESETS, Config
 from examples.flax_glue.finetune import memory_of, trained_and_frozen
 from examples.flax_glue.optimizers import in_8_bits, learning_rate, make_optimizer
 from examples.flax_glue.weights import Loaded, load_weights, shapes_of
+from examples.flax_llama.units import size
 from examples.flax_llama.usage import UsageError
+
+README = pathlib.Path(__file__).parents[1] / "examples" / "flax_glue" / "README.md"
 
 KERNELS = {
     *(("blocks", "attention", name, "kernel") for name in "qkvo"),
@@ -211,3 +215,39 @@ def test_clipping_is_of_the_whole_gradient():
     updates, _ = tx.update(gradient, tx.init(params), params)
     # So large an epsilon leaves the gradient, divided by it.
     np.testing.assert_allclose(optax.tree.norm(updates) * 1e6, 1.0, rtol=1e-4)
+
+
+# Of MiniLM-L6.
+MINILM = {
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.ci
+def test_the_bytes_in_the_readme(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MINILM))
+    table = README.read_text().partition("<!-- checked")[2].partition("\n\n")[0]
+    lines = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines()[3:]
+    ]
+    assert len(lines) == 7
+    for optimizer, rank, *bytes_said in lines:
+        rank = int(rank) if rank else None
+        config = config_of(optimizer, rank=rank, model=tmp_path)
+        encoder, (params, frozen) = params_of(config)
+        tx = make_optimizer(config, encoder, 10)
+        found = memory_of(tx, params, frozen)
+        groups = galore_optax.memory_report(tx, params).groups
+        of_kernels = sum(
+            group.projectors + group.moments
+            for group in groups
+            if group.path.startswith("blocks") and group.path.endswith(("kernel", "_a", "_b"))
+        )
+        bytes_found = found["trained_bytes"], found["state_bytes"], of_kernels
+        assert bytes_said == [size(count) for count in bytes_found]

@@ -21,6 +21,7 @@ import tyro
 from benchmarks.machine import machine
 from examples.flax_glue.config import IN_GALORE, LORA, OPTIMIZERS, Config
 from examples.flax_glue.finetune import finetune
+from examples.flax_glue.optimizers import make_optimizer
 from examples.flax_glue.report import Comparison, Run, command, write_report
 from examples.flax_glue.run_files import check_settings, read_settings
 from examples.flax_llama.checkpoint import DIRECTORY, CheckpointError, hide_abandoned_writes
@@ -167,7 +168,8 @@ def compare(
     for method in compared:
         # Before the first of them is trained.
         for rate in rates[method.name]:
-            method.settings(shared, rate, first)
+            config = method.settings(shared, rate, first)
+            make_optimizer(config, config.encoder(outputs=1), updates=1)
     empty = not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= EMPTY)
     if not (empty or (out / RESULTS).is_file()):
         raise UsageError(f"out={out} is neither empty nor of a comparison: name another one.")

@@ -137,7 +137,8 @@ def plus_minus(value: dict[str, Any] | None, spread: str) -> str:
     """A mean with its error or its interval, where there is one."""
     if value is None:
         return ""
-    return f"{value['mean']:.2f}" + (f" ± {value[spread]:.2f}" if value[spread] else "")
+    beside = "" if value[spread] is None else f" ± {value[spread]:.2f}"
+    return f"{value['mean']:.2f}{beside}"
 
 
 def table(comparison: Comparison) -> list[str]:
@@ -185,39 +186,47 @@ def edges(comparison: Comparison) -> list[str]:
 
 def draw_rates(panel: Axes, comparison: Comparison) -> None:
     """The score of dev over the learning rates, of the first seed."""
+    chosen = [100 * best[0].dev for best in comparison.best.values() if not best[0].diverged]
     for i, (method, best) in enumerate(comparison.best.items()):
         some = [run for run in comparison.runs if run.method == method and not run.diverged]
         some = sorted((r for r in some if r.seed == best[0].seed), key=lambda run: run.lr)
         style = {"color": f"C{i}", "marker": "o", "markersize": 4}
         panel.plot([r.lr for r in some], [100 * r.dev for r in some], label=method, **style)
         if not best[0].diverged:
-            chosen = {"marker": "*", "markersize": 15, "fillstyle": "none", "color": f"C{i}"}
-            panel.plot(best[0].lr, 100 * best[0].dev, **chosen)
+            star = {"marker": "*", "markersize": 15, "fillstyle": "none", "color": f"C{i}"}
+            panel.plot(best[0].lr, 100 * best[0].dev, **star)
     panel.set(xscale="log", xlabel="learning rate", ylabel="dev, %, one seed (star: chosen)")
+    rates = sorted({run.lr for run in comparison.runs})
+    panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, ha="right")
+    panel.minorticks_off()
+    if chosen:
+        # What went wrong altogether would press all else together.
+        bottom = min(chosen) - max(5, max(chosen) - min(chosen))
+        panel.set_ylim(max(bottom, panel.get_ylim()[0]), max(chosen) + 1)
+    panel.set_title("the rates that were tried")
     panel.legend(fontsize="small")
 
 
 def draw_scores(panel: Axes, comparison: Comparison) -> None:
-    """The score of each seed, the mean and its standard error, over the bytes of the state."""
-    has_test = any(row.get("test") for row in rows(comparison))
+    """The score of each seed, their mean and its standard error, a line for each method."""
+    labels = []
     for i, row in enumerate(rows(comparison)):
-        if not row["runs"]:
-            continue
-        state = row["state_bytes"] / 1e6
-        value = row["test"] if has_test else row["dev"]
-        runs = [run for run in comparison.best[row["method"]] if not run.diverged]
-        style = {"color": f"C{i}", "linestyle": ""}
-        points = [100 * reported(run) for run in runs]
-        panel.plot([state] * len(runs), points, marker=".", alpha=0.5, **style)
-        error = value["error"] or 0.0
-        panel.errorbar(state, value["mean"], error, marker="o", capsize=3, **style)
-        offset = {"xytext": (7, -3), "textcoords": "offset points", "fontsize": "small"}
-        panel.annotate(row["method"], (state, value["mean"]), color=f"C{i}", **offset)
+        state = f", {size(row['state_bytes'])}" if row["runs"] else ", diverged"
+        labels.append(f"{row['method']}{state}")
+        if row["runs"]:
+            points = [100 * reported(r) for r in comparison.best[row["method"]] if not r.diverged]
+            style = {"color": f"C{i}", "linestyle": ""}
+            panel.plot(points, [i] * len(points), marker="|", markersize=12, alpha=0.5, **style)
+            value = row["test"] or row["dev"]
+            panel.errorbar(value["mean"], i, xerr=value["error"], marker="o", capsize=4, **style)
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set_ylim(len(labels) - 0.5, -0.5)
+    has_test = any(run.test is not None for run in comparison.runs)
     what = "test" if has_test else "dev"
-    panel.set(xscale="log", xlabel="optimizer state, MB", ylabel=f"{what}, %, at the best rate")
-    # For the names beside the points.
-    left, right = panel.get_xlim()
-    panel.set_xlim(left, right * (right / left) ** 0.35)
+    panel.set(
+        xlabel=f"{what}, %: seeds, mean, standard error",
+        title="at the best rate; bytes of the optimizer's state",
+    )
 
 
 def write_report(comparison: Comparison, machine: Mapping[str, Any], out: Path) -> None:
@@ -249,7 +258,7 @@ def markdown(comparison: Comparison, machine: Mapping[str, Any]) -> str:
         "XLA planned it. Seconds: all updates, GaLore's refreshes included.",
         "",
         *(line for edge in edges(comparison) for line in (edge, "")),
-        f"![scores over learning rates, and over bytes of the optimizer's state]({PICTURE})",
+        f"![scores over learning rates, and at the best of them]({PICTURE})",
         "",
         "## All runs",
         "",

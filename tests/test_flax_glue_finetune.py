@@ -90,20 +90,22 @@ def test_the_test_is_looked_at_where_dev_is_best_so_far(run):
     assert result.best["score"] == best
 
 
+def tokens_of(model, result, examples):
+    """The tokens, types and mask of each text, for a batch of its own."""
+    tokenizer = open_tokenizer(model, result.encoder, 16)
+    for tokens in encode(tokenizer, examples.texts, result.encoder):
+        ids, types = (np.pad(x, (0, 16 - len(x)))[None] for x in (tokens.ids, tokens.types))
+        yield ids, types, (np.arange(16) < len(tokens))[None]
+
+
 def test_the_scores_are_those_of_the_parameters_in_the_end(run, model, data):
     _, result = run
     encoder = nnx.merge(graph_of(result.encoder), result.params)
     dev = open_task("sst2", data, None).dev[""]
-    tokenizer = open_tokenizer(model, result.encoder, 16)
     right, losses = [], []
     forward = jax.jit(encoder)
-    for tokens, label in zip(encode(tokenizer, dev.texts, result.encoder), dev.labels, strict=True):
-        # One by one.
-        ids, types = (
-            np.pad(x, (0, 20 - len(tokens)))[None, :16] for x in (tokens.ids, tokens.types)
-        )
-        mask = (np.arange(16) < len(tokens))[None]
-        (logits,) = np.asarray(forward(Text(ids, types, mask)), np.float64)
+    for tokens, label in zip(tokens_of(model, result, dev), dev.labels, strict=True):
+        (logits,) = np.asarray(forward(Text(*tokens)), np.float64)
         right.append(logits.argmax() == label)
         losses.append(np.log(np.exp(logits).sum()) - logits[label])
     assert result.valid[-1]["accuracy"] == np.mean(right)
@@ -195,6 +197,21 @@ def test_a_gradient_that_is_not_finite_ends_the_run(model, data, tmp_path):
     with pytest.raises(FloatingPointError, match=r"is (nan|inf) at update \d"):
         finetune(config)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_the_loss_of_an_update_is_the_mean_over_its_texts(model, data):
+    """Of three texts in a batch of four, before anything is trained."""
+    plain = dict.fromkeys(("rank", "scale", "update_proj_gap"))
+    settings = {"optimizer": "adamw", "limit": 3, "batch": 4, "epochs": 1, "dropout": 0.0}
+    result = finetune(tiny(model, data, **settings, **plain))
+    (record,) = result.train
+    encoder = nnx.merge(graph_of(result.encoder), load_weights(model, result.encoder, 0).params)
+    train = open_task("sst2", data, None, limit=3).train
+    losses, forward = [], jax.jit(encoder)
+    for tokens, label in zip(tokens_of(model, result, train), train.labels, strict=True):
+        logits = np.asarray(forward(Text(*tokens)), np.float64)[0]
+        losses.append(np.log(np.exp(logits).sum()) - logits[label])
+    assert record["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_regression_of_pairs_by_the_first_token(model, tmp_path):

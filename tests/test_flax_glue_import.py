@@ -13,10 +13,13 @@ from flax import nnx
 from flax_glue_runs import DATA, ENCODERS
 from safetensors.numpy import load_file, save_file
 
+from examples.flax_glue.config import Config
 from examples.flax_glue.model import Text
+from examples.flax_glue.optimizers import make_optimizer
 from examples.flax_glue.shapes import read_encoder
-from examples.flax_glue.step import graph_of
+from examples.flax_glue.step import graph_of, make_update
 from examples.flax_glue.weights import initial_params, load_weights
+from examples.flax_llama.step import State
 from examples.flax_llama.usage import UsageError
 
 OUTPUTS = {"bert": 3, "bert_base": 2, "roberta": 1, "roberta_masked": 2}
@@ -52,6 +55,29 @@ def assert_agrees(directory):
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_states_and_logits_are_those_of_pytorch(name):
     assert_agrees(ENCODERS / name)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_losses_of_updates_are_those_of_pytorch(name):
+    """All of it at once: gradients of every parameter, AdamW, and the falling learning rate."""
+    text, expected = read_expected(ENCODERS / name)
+    settings = {"optimizer": "adamw", "lr": 0.01, "dropout": 0.0}
+    config = Config(model=ENCODERS / name, data=ENCODERS, **settings).resolve()
+    encoder = config.encoder(OUTPUTS[name])
+    steps = len(expected["losses"])
+    optimizer = make_optimizer(config, encoder, steps)
+    params = load_weights(ENCODERS / name, encoder, seed=0).params
+    state = State(params, optimizer.init(params))
+    update = make_update(config, encoder, optimizer, steps)
+    labels = expected["labels"].astype(np.float32 if OUTPUTS[name] == 1 else np.int32)
+    weights = np.ones(len(labels), np.float32)
+    batch = dict(zip(("tokens", "types", "mask"), text, strict=True))
+    losses = []
+    for _ in range(steps):
+        state, metrics = update(state, {}, batch | {"labels": labels, "weights": weights})
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+    np.testing.assert_allclose(losses, expected["losses"], rtol=2e-4)
 
 
 @pytest.mark.ci

@@ -4,9 +4,11 @@ python tests/data/make_encoders.py
 
 Each directory has config.json and model.safetensors, as `save_pretrained` writes them, and
 expected.npz: `tokens`, `types`, `mask` (int64, (3, 11)), `hidden`, the states after the last layer
-(float32, (3, 11, 16)), and `logits` (float32, (3, outputs)) where the model has a head.
+(float32, (3, 11, 16)). Where the model has a head, also `logits` (float32, (3, outputs)), and the
+loss of each of five updates with all three texts, by AdamW without dropout: `labels`, `losses`.
 """
 
+import copy
 import pathlib
 import sys
 
@@ -46,6 +48,7 @@ MODELS = {
     "roberta_masked": (RobertaForMaskedLM, ROBERTA),
 }
 LENGTHS = (11, 7, 3)
+UPDATES = 5
 OUT = pathlib.Path(__file__).parent / "encoders"
 
 
@@ -53,7 +56,7 @@ def make(name):
     """A model with weights large enough for every part of it to matter."""
     torch.manual_seed(0)
     kind, config = MODELS[name]
-    model = kind(config).eval()
+    model = kind(copy.deepcopy(config)).eval()
     rng = np.random.default_rng(len(name))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,8 +82,24 @@ def expected(model, arrays):
         found = model(**inputs, output_hidden_states=True)
     result = {"hidden": found.hidden_states[-1].numpy()}
     if "ForSequenceClassification" in type(model).__name__:
-        result["logits"] = found.logits.numpy()
+        labels = np.array([0.5, -1.0, 2.0] if model.num_labels == 1 else [0, 2, 1])
+        result |= {"logits": found.logits.numpy(), "labels": labels}
+        result["losses"] = train(model, inputs | {"labels": torch.from_numpy(labels)})
     return result
+
+
+def train(model, inputs):
+    """The loss of each update, at a rate that falls linearly from 0.01 to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-6, weight_decay=0.0)
+    losses = []
+    for step in range(UPDATES):
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / UPDATES)
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return np.array(losses)
 
 
 def main():

@@ -53,7 +53,7 @@ def test_texts_too_long_and_tokenizers_too_large_are_refused(model, tmp_path):
     roberta = write_model(tmp_path / "roberta", "roberta")
     with pytest.raises(UsageError, match="max_length=19: the model has positions for 18 tokens"):
         open_tokenizer(roberta, read_encoder(roberta), 19)
-    words = (*WORDS, *(f"other{i}" for i in range(30)))
+    words = (*WORDS, *(f"other{i}" for i in range(70 - len(WORDS))))
     large = write_model(tmp_path / "large", words=words)
     with pytest.raises(UsageError, match="has 70 tokens, more than the model: 50"):
         open_tokenizer(large, read_encoder(large), 16)

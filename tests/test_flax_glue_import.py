@@ -81,6 +81,7 @@ def test_losses_of_updates_are_those_of_pytorch(name):
 
 
 @pytest.mark.ci
+@pytest.mark.long("transformers is imported")
 def test_the_files_are_what_pytorch_writes_and_computes_now(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

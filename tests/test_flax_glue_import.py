@@ -17,7 +17,7 @@ from examples.flax_glue.config import Config
 from examples.flax_glue.model import Text
 from examples.flax_glue.optimizers import make_optimizer
 from examples.flax_glue.shapes import read_encoder
-from examples.flax_glue.step import graph_of, make_update
+from examples.flax_glue.step import Update, graph_of
 from examples.flax_glue.weights import initial_params, load_weights
 from examples.flax_llama.step import State
 from examples.flax_llama.usage import UsageError
@@ -68,7 +68,7 @@ def test_losses_of_updates_are_those_of_pytorch(name):
     optimizer = make_optimizer(config, encoder, steps)
     params = load_weights(ENCODERS / name, encoder, seed=0).params
     state = State(params, optimizer.init(params))
-    update = make_update(config, encoder, optimizer, steps)
+    update = Update(config, encoder, optimizer, steps)
     labels = expected["labels"].astype(np.float32 if OUTPUTS[name] == 1 else np.int32)
     weights = np.ones(len(labels), np.float32)
     batch = dict(zip(("tokens", "types", "mask"), text, strict=True))

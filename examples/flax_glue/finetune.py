@@ -34,7 +34,7 @@ from examples.flax_glue.run_files import (
     write_settings,
 )
 from examples.flax_glue.shapes import EncoderConfig
-from examples.flax_glue.step import make_predict, make_update
+from examples.flax_glue.step import Update, make_predict
 from examples.flax_glue.tasks import TASKS
 from examples.flax_glue.tokens import encode, open_tokenizer
 from examples.flax_glue.weights import Loaded, Params, joined, load_weights, parts, shapes_of
@@ -52,7 +52,7 @@ from examples.flax_llama.progress import print_text
 from examples.flax_llama.records import Record
 from examples.flax_llama.run_directory import check_contents, check_directory, lock
 from examples.flax_llama.step import State
-from examples.flax_llama.train import never, planned_bytes
+from examples.flax_llama.train import never
 from examples.flax_llama.units import size
 from examples.flax_llama.writing import make_directory
 
@@ -241,20 +241,17 @@ def make_updates(
     """
     config, log, steps = run.config, run.log, len(run.epochs)
     predict = make_predict(run.encoder)
-    updates, needed = {}, {}
+    update, needed = Update(config, run.encoder, optimizer, steps), {}
     if start < steps:
-        update = make_update(config, run.encoder, optimizer, steps)
         with log.progress.doing("compiling"):
             # Ahead, so that the seconds of an update are its own.
-            for length in run.epochs.lengths():
-                example = run.epochs.texts.example(length)
-                updates[length] = update.lower(state, run.frozen, example).compile()
-                planned = planned_bytes(updates[length])
-                needed = {} if planned is None else {"update_bytes": planned}
+            examples = [run.epochs.texts.example(length) for length in run.epochs.lengths()]
+            planned = update.compile(state, run.frozen, examples)
+            needed = {} if planned is None else {"update_bytes": planned}
     log.start_clock()
     for step in range(start + 1, steps + 1):
         batch = next(run.batches)
-        state, metrics = updates[batch["tokens"].shape[1]](state, run.frozen, batch)
+        state, metrics = update(state, run.frozen, batch)
         log.update(step, metrics)
         score, ends = None, step % run.epochs.texts.batches == 0
         if ends:

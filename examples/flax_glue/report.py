@@ -254,8 +254,8 @@ def markdown(comparison: Comparison, machine: Mapping[str, Any]) -> str:
         "Scores: of the epoch that dev chooses, mean over the seeds ± its standard error; the "
         "difference is of runs of the same seed, ± for 95 % by Student's t. Trained: bytes of the "
         "parameters that the optimizer updates. Optimizer state: by `galore_optax.memory_report`. "
-        "Memory of an update: arguments, results and temporary arrays for the longest texts, as "
-        "XLA planned it. Seconds: all updates, GaLore's refreshes included.",
+        "Memory of an update: parameters, state, gradients and temporary arrays for the longest "
+        "texts, as XLA planned it. Seconds: all updates, GaLore's refreshes included.",
         "",
         *(line for edge in edges(comparison) for line in (edge, "")),
         f"![scores over learning rates, and at the best of them]({PICTURE})",

@@ -49,6 +49,7 @@ def make_optimizer(
         # Norms and biases stay in float32, also those of a model that is so wide.
         smallest = max(4096, encoder.intermediate + 1)
         adamw |= {"min_size": smallest, "stacked": stacked_layers}
+    of_galore = galore_arguments(config, encoder) if config.optimizer in IN_GALORE else {}
     try:
         if config.optimizer in ("adamw", LORA):
             optimizer = optax.adamw(schedule, **adamw)
@@ -56,7 +57,7 @@ def make_optimizer(
             optimizer = galore_optax.adamw_8bit(schedule, **adamw)
         else:
             preset = getattr(galore_optax, config.optimizer)
-            optimizer = preset(schedule, **adamw, **galore_arguments(config, encoder))
+            optimizer = preset(schedule, **adamw, **of_galore)
     except ValueError as error:
         if found := re.fullmatch(r"(\w+) must be (.*); got .*", str(error)):
             value = getattr(config, found[1], None)

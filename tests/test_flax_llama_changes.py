@@ -21,6 +21,7 @@ from examples.flax_llama import (
     evaluate,
     fingerprint,
     history,
+    initial,
     optimizer_state,
     plan,
     remedies,

@@ -59,7 +59,7 @@ def test_moments_in_bfloat16_take_two_bytes(optimizer):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "galore_adamw_8bit", "flora"])
 def test_moments_in_bfloat16_are_those_of_adamw(optimizer):
-    message = rf"with optimizer='{optimizer}', only with adamw, galore_adamw, "
+    message = rf"with optimizer='{optimizer}', only with adamw, lora, low_rank, galore_adamw, "
     with pytest.raises(UsageError, match=rf"moment_dtype='bfloat16' has no effect {message}"):
         from_command_line(["--optimizer", optimizer, "--moment-dtype", "bfloat16"])
     with pytest.raises(UsageError, match="moment_dtype='float16': expected one of bfloat16"):
@@ -127,7 +127,7 @@ def test_bfloat16_parameters_rounded_at_random_move_by_updates_too_small_for_the
     def all_ones(params, _):
         return 0.0, jax.tree.map(jnp.ones_like, params)
 
-    monkeypatch.setattr(step, "make_gradients", lambda *_: all_ones)
+    monkeypatch.setattr(step, "make_gradients", lambda *_, **__: all_ones)
     # Two of them, clipped, are updates of some 1e-6.
     settings = {"optimizer": "sgd", "lr": 1e-2, "clip": 1e-2, "param_dtype": "bfloat16"}
     mesh = step.data_mesh()

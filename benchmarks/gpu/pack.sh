@@ -5,7 +5,9 @@ set -euo pipefail
 
 # What that machine lacks of the modules that the application imports: machine.txt has what is there.
 # grain needs array-record and portpicker, tyro the two after it; tensorboardX writes the event files.
-lacking=(grain array-record portpicker tyro docstring-parser typeguard tensorboardx zstandard)
+# PyTorch, which is there, needs jinja2 as well, in whatever version.
+lacking=(grain array-record portpicker tyro docstring-parser typeguard tensorboardx zstandard
+  jinja2 markupsafe)
 # Of that machine.
 version=3.12
 platforms=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64

@@ -106,7 +106,7 @@ def imported_from(out: Path) -> str | None:
     Raises:
       UsageError: there is nothing that can be read.
     """
-    return _read(out).get(IMPORTED)
+    return _json(out).get(IMPORTED)
 
 
 def read_settings(out: Path) -> dict[str, Any]:
@@ -115,11 +115,13 @@ def read_settings(out: Path) -> dict[str, Any]:
     Raises:
       UsageError: there is nothing that can be read.
     """
-    settings = _read(out)
+    settings = _json(out)
+    if not {"train", "model"} <= settings.keys():
+        raise UsageError(f"{out / SETTINGS} is not what a run writes: it has no train and model.")
     return {name: settings[name] for name in ("train", "model")}
 
 
-def _read(out: Path) -> dict[str, Any]:
+def _json(out: Path) -> dict[str, Any]:
     path = out / SETTINGS
     if not path.is_file():
         raise UsageError(f"{out} is not the directory of a run: it has no {SETTINGS}.")
@@ -130,8 +132,10 @@ def _read(out: Path) -> dict[str, Any]:
         )
     try:
         settings = json.loads(path.read_text())
-        return settings | {name: settings[name] for name in ("train", "model")}
     except OSError as error:
         raise cannot_be_read(str(path), error) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UsageError(f"{path} is not what a run writes: {error!r}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} is not what a run writes: it is no object.")
+    return settings

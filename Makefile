@@ -58,8 +58,8 @@ test: $(READY)  ## run the tests that a change needs before it is committed
 test-all: $(READY)  ## run all tests, as CI does
 	$(PYTEST) --seconds
 
-test-versions: $(READY)  ## run what another Python or JAX could change, four cases of a test
-	$(PYTEST) --seconds --at-most 4 -m "both or not (ci or plain)"
+test-versions: $(READY)  ## run what another Python or JAX could change, two cases of a test
+	$(PYTEST) --seconds --at-most 2 -m "both or not (ci or plain)"
 
 lint: $(READY)  ## check format and style
 	$(BIN)/ruff format --check

@@ -12,6 +12,9 @@ import jax
 import jaxtyping
 import pytest
 
+# Scripts that make what tests read, with packages that need not be here.
+collect_ignore = ["data"]
+
 # Arrays are of the dtypes and shapes that signatures say, checked at every call in the tests. Not
 # in modules whose functions themselves check what a user gives them, and say better what is wrong;
 # nor in the one that goes through every equation of a program.

@@ -11,6 +11,9 @@ from examples.flax_llama.fit import Fit
 from examples.flax_llama.plan_models import CARDS, MODELS, WAYS, Way, nearest, question, rows
 from examples.flax_llama.usage import UsageError
 
+# No version of JAX has a part in it.
+pytestmark = pytest.mark.plain
+
 COMMITTED = Path(plan_models.__file__).with_name("MODELS.md")
 
 

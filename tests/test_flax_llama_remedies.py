@@ -14,6 +14,9 @@ from examples.flax_llama.devices import Here
 from examples.flax_llama.fit import Fit, Question
 from examples.flax_llama.remedies import Departure
 
+# No version of JAX has a part in it.
+pytestmark = pytest.mark.plain
+
 VOCAB = 300
 SHAPE = {"hidden": 32, "intermediate": 48, "layers": 3, "heads": 2, "seq": 16, "batch": 4}
 STARTS = {

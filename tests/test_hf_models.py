@@ -190,6 +190,7 @@ def test_an_imported_model_is_trained_evaluated_and_never_resumed(directory, tmp
     assert read_shape(tmp_path / "exported").architecture.qk_norm
 
 
+@pytest.mark.long("two trainings, of which one has the largest program of all")
 def test_layers_that_alternate_are_updated_inside_the_backward_pass(tmp_path):
     """With a tied head: the losses are those of ordinary updates."""
     texts = tmp_path / "texts.txt"

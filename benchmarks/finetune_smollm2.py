@@ -72,7 +72,7 @@ class Run:
 
 
 def problems(seed: int, count: int) -> Any:
-    import reasoning_gym
+    import reasoning_gym  # pyrefly: ignore[missing-import]
 
     return reasoning_gym.create_dataset("chain_sum", size=count, seed=seed, **TASK)
 

@@ -18,7 +18,7 @@ from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.export_hf import export_hf
 from examples.flax_llama.import_hf import import_hf
 from examples.flax_llama.memory import estimate
-from examples.flax_llama.model import Llama
+from examples.flax_llama.model import Llama, dimension_numbers
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.step import initial_params
 from examples.flax_llama.train import train
@@ -81,11 +81,25 @@ def test_lora_is_float32_beside_kernels_in_bfloat16():
     assert kernel.dtype == jnp.bfloat16
 
 
+def test_kernels_in_8_bits_are_merged_as_what_they_stand_for():
+    params = with_adapter(LORA)[1]
+    coded = galore_optax.quantize_params(params, rank=4, weight_dimension_numbers=dimension_numbers)
+    found, right = (
+        merged(p, LORA)["blocks"]["attention"]["q"]["kernel"]
+        for p in (coded, galore_optax.dequantize_params(coded))
+    )
+    np.testing.assert_array_equal(found, right)
+    assert not np.array_equal(found, merged(params, LORA)["blocks"]["attention"]["q"]["kernel"])
+
+
 def test_at_first_lora_changes_nothing_and_products_have_entries_as_large_as_kernels():
     params = initial_params(Config(), dataclasses.replace(SHAPE, hidden=64, adapter=LORA))
     base = without_lora(params)
     jax.tree.map(np.testing.assert_array_equal, merged(params, LORA), base)
-    assert float(jnp.abs(lora_of(params)["blocks"]["attention"]["q"]["lora"]["lora_a"]).max()) > 0
+    first = jnp.abs(lora_of(params)["blocks"]["attention"]["q"]["lora"]["lora_a"])
+    # Uniform within 1 / sqrt(64), as PEFT draws it.
+    assert 0.115 < float(first.max()) <= 0.125
+    assert float(first.mean()) == pytest.approx(0.0625, rel=0.1)
     product = Adapter("low_rank", 8)
     params = initial_params(Config(), dataclasses.replace(SHAPE, hidden=64, adapter=product))
     kernel = merged(params, product)["blocks"]["mlp"]["up"]["kernel"]

@@ -12,6 +12,7 @@ from flax import nnx
 
 import galore_optax
 from examples.flax_glue.shapes import LORA_TARGETS, EncoderConfig
+from examples.flax_llama.adapters import LoraLinear
 
 
 class Text(NamedTuple):
@@ -24,28 +25,6 @@ class Text(NamedTuple):
     mask_BxS: Any
 
 
-class Adapted(nnx.LoRALinear):
-    """A linear layer and alpha / r times the product of two matrices of rank r; see `nnx.LoRA`.
-
-    The first of them begins as PEFT draws it, uniformly within 1 / sqrt(d_in), the second with
-    zeros.
-    """
-
-    def __init__(self, d_in: int, d_out: int, config: EncoderConfig, **options):
-        self.factor = config.lora_alpha / config.lora_rank
-        super().__init__(
-            *(d_in, d_out),
-            lora_rank=config.lora_rank,
-            lora_dtype=options["dtype"],
-            lora_param_dtype=options["param_dtype"],
-            a_initializer=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            **options,
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:  # pyrefly: ignore[bad-override]
-        return nnx.Linear.__call__(self, x) + self.factor * self.lora(x)
-
-
 def linear(
     config: EncoderConfig, d_in: int, d_out: int, rngs: nnx.Rngs, *, adapted: bool = False
 ) -> nnx.Linear:
@@ -56,7 +35,9 @@ def linear(
         "rngs": rngs,
     }
     if adapted and config.lora_rank:
-        return Adapted(d_in, d_out, config, **options)
+        factor = config.lora_alpha / config.lora_rank
+        options["lora_param_dtype"] = options["param_dtype"]
+        return LoraLinear(d_in, d_out, rank=config.lora_rank, factor=factor, **options)
     return nnx.Linear(d_in, d_out, **options)
 
 

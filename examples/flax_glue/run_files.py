@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from examples.flax_glue.config import Config
-from examples.flax_glue.shapes import CONFIG, EncoderConfig, read_json
+from examples.flax_glue.shapes import CONFIG, EncoderConfig
 from examples.flax_glue.tokens import FILE
 from examples.flax_llama.fingerprint import marks_of
 from examples.flax_llama.run_directory import SETTINGS
-from examples.flax_llama.usage import UsageError
+from examples.flax_llama.usage import UsageError, read_object
 from examples.flax_llama.writing import write_whole
 from examples.hf.tensors import open_tensors
 
@@ -55,7 +55,7 @@ def read_settings(out: Path) -> dict[str, Any]:
     path = out / SETTINGS
     if not path.is_file():
         raise UsageError(f"out={out} holds no run to resume: leave out resume=True to start one.")
-    settings = read_json(path)
+    settings = read_object(path)
     if not all(name in settings for name in ("finetune", "model", "files")):
         raise UsageError(f"{path} is not what a fine-tuning run writes.")
     return settings

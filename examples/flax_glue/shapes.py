@@ -1,12 +1,11 @@
 """The shape of an encoder, and how the config.json of Hugging Face's BERT and RoBERTa says it."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from examples.flax_llama.shapes import DTYPES
-from examples.flax_llama.usage import UsageError, at_least_one, cannot_be_read, one_of
+from examples.flax_llama.usage import UsageError, at_least_one, one_of, read_object
 
 CONFIG = "config.json"
 KINDS = ("bert", "roberta")
@@ -120,7 +119,7 @@ def read_encoder(directory: Path, **settings: Any) -> EncoderConfig:
       UsageError: there is no such file, or it says what the model here does not compute.
     """
     path = directory / CONFIG
-    found = read_json(path)
+    found = read_object(path)
     kind = found.get("model_type")
     names = found.get("architectures") or []
     if kind not in KINDS or not all(str(name).lower().startswith(kind) for name in names):
@@ -155,20 +154,3 @@ def read_encoder(directory: Path, **settings: Any) -> EncoderConfig:
         )
     except TypeError as error:
         raise UsageError(f"{path}: {error}.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a file.
-
-    Raises:
-      UsageError: it cannot be read, or is none.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise cannot_be_read(str(path), error) from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: expected an object of JSON.")
-    return found

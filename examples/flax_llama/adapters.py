@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from examples.flax_llama.usage import UsageError, one_of
+import galore_optax
+from examples.flax_llama.usage import one_of
 
 LORA, LOW_RANK = "lora", "low_rank"
 KINDS = (LORA, LOW_RANK)
@@ -60,11 +61,22 @@ class Adapter:
 
 
 class LoraLinear(nnx.LoRALinear):
-    """A linear layer, and a product of two matrices beside its kernel, float32."""
+    """A linear layer, and a multiple of the product of two matrices beside its kernel.
 
-    def __init__(self, *sizes: int, adapter: Adapter, dtype: Any, **options: Any):
-        self.factor = adapter.factor
-        super().__init__(*sizes, lora_rank=adapter.rank, lora_dtype=dtype, dtype=dtype, **options)
+    The first of them begins as PEFT draws it, uniformly within 1 / sqrt(d_in), the second with
+    zeros; both are float32 unless `lora_param_dtype` says otherwise.
+    """
+
+    def __init__(self, *sizes: int, rank: int, factor: float, dtype: Any, **options: Any):
+        self.factor = factor
+        super().__init__(
+            *sizes,
+            lora_rank=rank,
+            lora_dtype=dtype,
+            dtype=dtype,
+            a_initializer=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            **options,
+        )
 
     def __call__(self, x: jax.Array, **_: Any) -> jax.Array:
         return nnx.Linear.__call__(self, x) + self.factor * self.lora(x)
@@ -126,8 +138,7 @@ def lora_alone(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 def merged(params: Params, adapter: Adapter | None) -> Params:
     """The parameters of the same model without adapters: kernels alone, in their own dtype.
 
-    Raises:
-      UsageError: kernels are in 8 bits, which would lose what is added to them.
+    Kernels in 8 bits, which would lose what is added to them, are no longer so.
     """
     if adapter is None:
         return params
@@ -136,9 +147,7 @@ def merged(params: Params, adapter: Adapter | None) -> Params:
         if not isinstance(value, dict):
             found[name] = value
         elif "lora" in value:
-            kernel = value["kernel"]
-            if not isinstance(kernel, jax.Array):
-                raise UsageError("The matrices are in 8 bits, which LoRA's cannot be added to.")
+            kernel = galore_optax.dequantize_params(value["kernel"])
             a, b = value["lora"]["lora_a"], value["lora"]["lora_b"]
             new = kernel.astype(jnp.float32) + adapter.factor * (a @ b)
             rest = {k: v for k, v in value.items() if k != "lora"}

@@ -1,9 +1,10 @@
 """Imports a model of Hugging Face, as a directory that training and all other commands begin with.
 
 python -m examples.flax_llama.import_hf ~/SmolLM2-135M --out runs/smollm2
-python -m examples.flax_llama.finetune --model runs/smollm2 --data chats.jsonl --out runs/chats
+python -m examples.flax_llama.finetune --init-from runs/smollm2 --data chats.jsonl --out runs/chats
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,19 +31,12 @@ def reading(model: Source, quiet: bool) -> Iterator[Callable[[int], None]]:
     """Shows how many bytes of a model are read, by a function that is called after each tensor."""
     dtypes = {"float64": 8, "float32": 4}
     tensors = [model.tensors[entry.name] for entry in model.found.entries]
-    total = sum(dtypes.get(x.dtype, 2) * count(x.shape) for x in tensors)
+    total = sum(dtypes.get(x.dtype, 2) * math.prod(x.shape) for x in tensors)
     with Progress(
         BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn(), disable=quiet
     ) as progress:
         task = progress.add_task("", total=total)
         yield lambda done: progress.advance(task, done)
-
-
-def count(shape: tuple[int, ...]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def import_hf(

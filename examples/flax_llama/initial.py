@@ -53,6 +53,7 @@ def from_other_run(
     source = config.init_from
     assert source is not None
     everywhere, like = replicated(mesh), jax.eval_shape(initial_state)
+    init = jax.jit(make_optimizer(config).init, out_shardings=everywhere)
     if is_model(source) or imported_from(source):
         beginning.notes.append(f"begins with the weights of {source}")
         if is_model(source):
@@ -60,7 +61,6 @@ def from_other_run(
         else:
             params, stored = load_params(source, "last", everywhere), settings_of_source(source)
             params = in_the_model_of(initial_state, params, stored, config, mesh)
-        init = jax.jit(make_optimizer(config).init, out_shardings=everywhere)
         return State(params, init(params))
     with open_run(source) as checkpoints:
         step = checkpoints.find(config.init_step, "init_step")
@@ -70,11 +70,9 @@ def from_other_run(
         if config.weights_only:
             params = load_params(source, step, everywhere)
             params = in_the_model_of(initial_state, params, stored, config, mesh)
-            init = jax.jit(make_optimizer(config).init, out_shardings=everywhere)
             return State(params, init(params))
         old = jax.eval_shape(make_optimizer(stored).init, like.params)
         state, _ = checkpoints.restore(step, on(everywhere, State(like.params, old)))
-    init = jax.jit(make_optimizer(config).init, out_shardings=everywhere)
     kept = carry_over(init(state.params), state.optimizer)
     if kept is None:
         raise UsageError(

@@ -43,7 +43,7 @@ def linear(config: LlamaConfig, name: str, bias: bool, rngs: nnx.Rngs) -> Any:
     if adapter.kind == LOW_RANK:
         return LowRankLinear(*sizes, rank=adapter.rank, **options)
     if adapter.adds_to(name):
-        return LoraLinear(*sizes, adapter=adapter, **options)
+        return LoraLinear(*sizes, rank=adapter.rank, factor=adapter.factor, **options)
     return nnx.Linear(*sizes, **options)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from examples.flax_llama.changes import settings_of
 from examples.flax_llama.config import Config
 from examples.flax_llama.shapes import LlamaConfig
-from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.usage import UsageError, read_object
 from examples.flax_llama.writing import naming, write_whole
 from examples.hf.configuration import is_model
 
@@ -130,12 +130,4 @@ def _json(out: Path) -> dict[str, Any]:
             f"{out} is a model of Hugging Face, not of a run: examples.flax_llama.import_hf makes "
             "a directory of it that can be taken for one."
         )
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise cannot_be_read(str(path), error) from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not what a run writes: {error!r}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"{path} is not what a run writes: it is no object.")
-    return settings
+    return read_object(path)

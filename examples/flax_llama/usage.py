@@ -1,7 +1,9 @@
 """What is said of settings that cannot work, and of files that cannot be read or written."""
 
 import errno
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +24,23 @@ def at_least_one(name: str, value: int) -> None:
 def cannot_be_read(what: str, error: OSError) -> UsageError:
     """What to say of a file that the system does not let us read, whatever is in it."""
     return UsageError(f"{what} cannot be read: {error.strerror or error}.")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON.
+
+    Raises:
+      UsageError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise cannot_be_read(str(path), error) from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: expected an object of JSON.")
+    return found
 
 
 def first_line(error: Exception) -> str:

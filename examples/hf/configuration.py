@@ -11,7 +11,7 @@ from typing import Any
 
 from examples.flax_llama.architecture import Architecture, Kind, Rope
 from examples.flax_llama.shapes import PRESETS, LlamaConfig
-from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.usage import UsageError, read_object
 from examples.hf.published import PUBLISHED
 
 CONFIG = "config.json"
@@ -82,16 +82,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
       UsageError: there is none, or it is not JSON.
     """
-    path = path / CONFIG if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise cannot_be_read(str(path), error) from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path}: expected an object.")
-    return config
+    return read_object(path / CONFIG if path.is_dir() else path)
 
 
 def is_model(directory: Path) -> bool:

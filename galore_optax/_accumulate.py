@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree, PyTreeDef
+from jaxtyping import Array, Bool, Inexact, PyTree, PyTreeDef
 
 from galore_optax._excerpt import Excerpt
 from galore_optax._subspace import ABSENT, is_absent
@@ -49,11 +49,11 @@ def is_first(accumulator: PyTree) -> Bool[Array, ""] | bool:
 
 def accumulate(
     accumulator: PyTree,
-    low_rank: list[Float[Array, "..."]],
+    low_rank: list[Inexact[Array, "..."]],
     treedef: PyTreeDef,
     steps: int,
     excerpt: Excerpt | None,
-    finish: Callable[[list[Float[Array, "..."]]], Result],
+    finish: Callable[[list[Inexact[Array, "..."]]], Result],
     wait: Callable[[], Result],
 ) -> tuple[Result, PyTree]:
     """Adds a micro-batch to those of a step, and finishes the step with the last one.

@@ -144,15 +144,16 @@ def galore(
       exclude: the leaves not to project: a regular expression searched in the path (``"/"``
         between components), a callable of path and shape, a tree of bools with the structure
         of the parameters or a prefix of it, or None to exclude nothing. Unlike in
-        ``optax.masked``, True means excluded. By default embeddings, output heads, scales and
-        biases: `galore_optax.DEFAULT_EXCLUDE`.
+        ``optax.masked``, True means excluded. By default embeddings, output heads, routers
+        and vectors: `galore_optax.DEFAULT_EXCLUDE`. These leaves may be complex.
       weight_dimension_numbers: which axes form the matrix, as in ``optax.contrib.muon``:
         `DimensionNumbers` for all leaves, a tree of them with the structure of the parameters
         or a prefix of it (None: not projected), or a callable from parameters (or gradients)
-        to such a tree. Numbers given for several leaves at once leave alone those with too few
-        axes. Axes not named are batch axes, and each matrix of a batch has its own projector.
-        By default 2-D leaves are (reduction, output), as Flax has them, and leaves of more axes
-        are not projected.
+        to such a tree, or from path and shape to the numbers of a leaf. Numbers given for several
+        leaves at once leave alone those with too few axes, and vectors stacked like the matrices
+        beside them. Axes not named are batch axes, and each matrix of a batch has its own
+        projector. By default 2-D leaves are (reduction, output), as Flax has them, but for stacked
+        vectors, and leaves of more axes are not projected.
       accumulation_steps: the number k of calls of ``update`` that make one step: their gradients
         are projected and averaged at rank r, where ``optax.MultiSteps`` keeps a full-size average.
         None is 1. The first k - 1 return updates of zeros. A step whose refresh is due takes the

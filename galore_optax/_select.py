@@ -1,38 +1,31 @@
 """Decides which leaves are projected, along which axes, on which side, and to which rank."""
 
 import dataclasses
+import inspect
 import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, TypeGuard
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeAlias, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from galore_optax._names import DEFAULT_EXCLUDE, routers, stacked_vectors
 from galore_optax._ranks import RankByRole, RankSpec, check_rank, rank_of, uniform
-from galore_optax._trees import leaves_with_paths, logical
+from galore_optax._trees import bare, leaves_with_paths, logical
 from galore_optax._types import Params, Shape
 from galore_optax._view import DimensionNumbers, LeafView, MatrixView, Unprojected
-
-DEFAULT_EXCLUDE = (
-    r"(?i)(^|/)(([^/]*embed[^/]*|wte|wpe|(lm_|output_|mlm_)?head|logits[^/]*)(/|$)|(scale|bias)$)"
-)
-"""The leaves that are left at full size by default, as a regular expression on their path.
-
-They are embeddings and output heads: a path component contains ``embed``, is ``wte`` or ``wpe``, is
-``head``, ``lm_head``, ``output_head`` or ``mlm_head``, or starts with ``logits``. Leaves whose last
-component is ``scale`` or ``bias`` are left too: stacked over layers these vectors look like
-matrices.
-"""
 
 SIDES = ("short", "long", "left", "right", "both")
 
 ExcludeSpec: TypeAlias = str | re.Pattern[str] | Callable[[str, Shape], bool] | PyTree | None
-DimensionNumbersSpec: TypeAlias = PyTree | Callable[[Params], PyTree]
+DimensionNumbersSpec: TypeAlias = (
+    PyTree | Callable[[Params], PyTree] | Callable[[str, Shape], "DimensionNumbers | None"]
+)
 _NumbersOfLeaf: TypeAlias = tuple[DimensionNumbers | None, bool]
 
 
@@ -61,7 +54,12 @@ class Selection:
                     f"exclude must be a valid regular expression; got {self.exclude!r}: {error}"
                 ) from error
 
-    def views(self, tree: Params, ranks: Mapping[str, int] | None = None) -> list[LeafView]:
+    def views(
+        self,
+        tree: Params,
+        ranks: Mapping[str, int] | None = None,
+        projected: Collection[str] | None = None,
+    ) -> list[LeafView]:
         """Returns the view of each leaf, in the order of ``jax.tree.leaves(tree)``.
 
         A view depends on paths, shapes and dtypes only, so that it is the same for parameters,
@@ -70,32 +68,43 @@ class Selection:
         Args:
           tree: the tree.
           ranks: the ranks of leaves, by path, where they are known; others have the uniform rank.
+          projected: where the tree is a part of a larger one, the paths of all leaves that are
+            projected there. What lies beside a leaf, which tells stacks of vectors, is not here.
 
         Raises:
-          TypeError: a leaf is not of a real floating-point dtype.
+          TypeError: a leaf is of no real floating-point dtype, or is complex and not excluded.
           ValueError: dimension numbers, exclusions or ranks that do not fit a leaf.
         """
-        tree = logical(tree)
+        tree = bare(logical(tree))
         leaves = leaves_with_paths(tree)
         if not leaves:  # nothing to look at, or the placeholder of optax.tree.map_params
             return []
-        return [
-            self._view(path, leaf, excluded, (ranks or {}).get(path), *numbers_of_leaf)
-            for (path, leaf), excluded, numbers_of_leaf in zip(
-                leaves, self._excluded(tree), self._dimension_numbers(tree), strict=True
-            )
-        ]
+        numbers = self._dimension_numbers(tree)
+        excluded = self._excluded(leaves, tree)
+        vectors = self._vectors(leaves, numbers) if projected is None else {}
+        views = []
+        for i, (path, leaf) in enumerate(leaves):
+            reason = "excluded" if excluded[i] else None
+            if projected is not None and path not in projected:
+                reason = reason or "not projected in the whole tree"
+            elif i in vectors:
+                reason = reason or f"{_STACKED} {vectors[i]}"
+            views.append(self._view(path, leaf, reason, (ranks or {}).get(path), *numbers[i]))
+        return views
 
     def warn(self, views: Sequence[LeafView], stacklevel: int) -> None:
         """Warns of what the user most likely did not intend, one warning each for all leaves."""
         stacklevel += 1
-        ambiguous = [v.path for v in views if isinstance(v, Unprojected) and v.reason == _AMBIGUOUS]
+        full_size = [view for view in views if isinstance(view, Unprojected)]
+        ambiguous = [view.path for view in full_size if view.reason == _AMBIGUOUS]
         if ambiguous:
+            vectors = [view.path for view in full_size if view.reason.startswith(_STACKED)]
+            like = f" {', '.join(vectors)} seem to be stacks of vectors." if vectors else ""
             warnings.warn(
                 f"galore leaves {', '.join(ambiguous)} at full size: shape alone cannot tell the "
                 "axes of a matrix from layers or heads. Pass weight_dimension_numbers, e.g. "
                 "DimensionNumbers(reduction_axis=1, output_axis=2) for kernels stacked over "
-                "layers, or add these leaves to exclude.",
+                f"layers, or add these leaves to exclude.{like}",
                 UserWarning,
                 stacklevel,
             )
@@ -120,7 +129,6 @@ class Selection:
                     UserWarning,
                     stacklevel,
                 )
-        full_size = [v for v in views if isinstance(v, Unprojected)]
         if len(full_size) == len(views):
             reasons = ", ".join(f"{v.path} {v.shape} ({v.reason})" for v in full_size)
             warnings.warn(
@@ -131,13 +139,14 @@ class Selection:
                 stacklevel,
             )
 
-    def _excluded(self, tree: Params) -> list[bool]:
-        leaves = leaves_with_paths(tree)
+    def _excluded(self, leaves: Sequence[tuple[str, PyTree]], tree: Params) -> list[bool]:
         exclude = self.exclude
         if exclude is None:
             return [False] * len(leaves)
         if isinstance(exclude, str | re.Pattern):
-            return [re.search(exclude, path) is not None for path, _ in leaves]
+            found = [re.search(exclude, path) is not None for path, _ in leaves]
+            of_experts = routers([path for path, _ in leaves]) if exclude == DEFAULT_EXCLUDE else ()
+            return [flag or i in of_experts for i, flag in enumerate(found)]
         if callable(exclude):
             return [bool(exclude(path, jnp.shape(leaf))) for path, leaf in leaves]
         mask = [flag for flag, _ in _broadcast_prefix(exclude, tree, "exclude")]
@@ -152,33 +161,79 @@ class Selection:
     def _dimension_numbers(self, tree: Params) -> list[_NumbersOfLeaf]:
         """Returns each leaf's dimension numbers, and whether a whole subtree was given them."""
         given = self.weight_dimension_numbers
-        if callable(given):
-            given = given(tree)
-        pairs = _broadcast_prefix(given, tree, "weight_dimension_numbers", _is_dimension_numbers)
+        if callable(given) and _takes_path_and_shape(given):
+            of_leaf = cast(Callable[[str, Shape], DimensionNumbers | None], given)
+            leaves = leaves_with_paths(tree)
+            pairs = [(of_leaf(path, jnp.shape(leaf)), False) for path, leaf in leaves]
+        else:
+            if callable(given):
+                given = cast(Callable[[Params], PyTree], given)(tree)
+            pairs = _broadcast_prefix(
+                given, tree, "weight_dimension_numbers", _is_dimension_numbers
+            )
         wrong = [numbers for numbers, _ in pairs if not _is_dimension_numbers(numbers)]
         if wrong:
             raise TypeError(
                 "weight_dimension_numbers must be DimensionNumbers, a tree of them (None where a "
                 "leaf is not to be projected), or a callable that makes such a tree from the "
-                f"parameters; got a leaf {wrong[0]!r}"
+                f"parameters, or one of them from a path and a shape; got a leaf {wrong[0]!r}"
             )
         return pairs
+
+    def _vectors(
+        self, leaves: Sequence[tuple[str, PyTree]], numbers: Sequence[_NumbersOfLeaf]
+    ) -> dict[int, str]:
+        """Returns the positions of the leaves that are taken for stacks of vectors.
+
+        Numbers given for a leaf by itself are right as they are. Those given for many leaves at
+        once must agree that the leading axes are those of a stack, where there are more axes.
+        """
+        paths, shapes = [path for path, _ in leaves], [jnp.shape(leaf) for _, leaf in leaves]
+        found = {}
+        for i, witness in stacked_vectors(paths, shapes).items():
+            if self.weight_dimension_numbers is None:
+                found[i] = paths[witness]
+                continue
+            of_leaf, shared = numbers[i]
+            of_witness, _ = numbers[witness]
+            if not shared or of_leaf is None or of_witness is None:
+                continue
+            axes = len(shapes[witness])
+            try:
+                named = _axes(of_witness.reduction_axis, axes) + _axes(of_witness.output_axis, axes)
+            except (TypeError, IndexError):  # of which the view of the leaf gives an error
+                continue
+            if min(named, default=0) >= len(shapes[i]) - 1:
+                found[i] = paths[witness]
+        return found
 
     def _view(
         self,
         path: str,
         leaf: PyTree,
-        excluded: bool,
+        reason: str | None,
         rank: int | None,
         dimension_numbers: DimensionNumbers | None,
         shared: bool,
     ) -> LeafView:
         shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+        given = self.weight_dimension_numbers is not None
+        # What is not to be projected may be complex, if the inner transformation can use it.
+        is_free = reason is not None or (given and dimension_numbers is None)
+        if (
+            not jnp.issubdtype(dtype, jnp.inexact if is_free else jnp.floating)
+            or jnp.finfo(dtype).bits < 16
+        ):
             raise TypeError(
                 "galore needs real floating-point leaves of 16 bits or more; "
                 f"{path or 'the leaf'} has dtype {dtype}. "
-                "Keep it away from galore with optax.masked or optax.partition."
+                "Keep it away from galore with optax.masked or optax.partition"
+                + (
+                    ", add it to exclude, or write "
+                    "optax.contrib.split_real_and_imaginary(galore(...))."
+                    if jnp.issubdtype(dtype, jnp.complexfloating)
+                    else "."
+                )
             )
 
         def unprojected(reason: str) -> Unprojected:
@@ -186,9 +241,9 @@ class Selection:
 
         if len(shape) < 2:
             return unprojected("fewer than two axes")
-        if excluded:
-            return unprojected("excluded")
-        if self.weight_dimension_numbers is None:
+        if reason is not None:
+            return unprojected(reason)
+        if not given:
             if len(shape) > 2:
                 return unprojected(_AMBIGUOUS)
             dimension_numbers = DimensionNumbers()
@@ -230,6 +285,24 @@ class Selection:
 
 
 _AMBIGUOUS = "more than two axes and no dimension numbers"
+_STACKED = "vectors stacked like the matrices of"
+
+
+def _takes_path_and_shape(function: Callable[..., object]) -> bool:
+    """Whether a callable wants two arguments, the path and the shape of a leaf."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # such as for a function written in C
+        return False
+
+    def takes(*arguments: None) -> bool:
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            return False
+        return True
+
+    return takes(None, None) and not takes(None)
 
 
 def _is_dimension_numbers(x: object) -> TypeGuard[DimensionNumbers | None]:
@@ -248,7 +321,7 @@ def _broadcast_prefix(
         pairs.extend([(leaf, shared)] * structure.num_leaves)
 
     try:
-        jax.tree.map(spread, prefix, tree, is_leaf=is_leaf)
+        jax.tree.map(spread, bare(prefix), tree, is_leaf=is_leaf)
     except ValueError as error:
         raise ValueError(
             f"{argument} must have the structure of the parameters, or be a prefix of it: {error}"

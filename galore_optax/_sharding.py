@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -164,6 +165,16 @@ def placement(view: LeafView, leaf: PyTree) -> Placement | None:
 def reshard(tree: PyTree, specs: PyTree) -> PyTree:
     """Returns a tree whose arrays are sharded as the specs say."""
     return jax.tree.map(jax.sharding.reshard, tree, specs)
+
+
+def zeros_like(leaf: PyTree) -> Array:
+    """Returns zeros in the place of a leaf, which may be in codes, with the sharding of its type.
+
+    What a traced function makes of an array that it closes over may have lost that.
+    """
+    array = jnp.asarray(leaf)
+    zeros, sharding = jnp.zeros_like(array), jax.typeof(array).sharding
+    return jax.sharding.reshard(zeros, sharding.spec) if sharding.mesh.explicit_axes else zeros
 
 
 def _explicit_mesh(tree: PyTree) -> AbstractMesh | None:

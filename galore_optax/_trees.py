@@ -33,6 +33,21 @@ def leaves_with_keys(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
     return [(path, leaf) for path, boxed in found for leaf in jax.tree.leaves(boxed)]
 
 
+def bare(tree: PyTree) -> PyTree:
+    """Returns a tree with what is in boxes of Flax in the place of each box.
+
+    Arrays may be in them, or what a function of trees put in their places.
+    """
+
+    def content(node: PyTree) -> PyTree:
+        if not _has_content(node):
+            return node
+        (only,), _ = jax.tree_util.default_registry.flatten_one_level(node)
+        return only
+
+    return jax.tree.map(content, tree, is_leaf=_has_content)
+
+
 def path_name(keys: KeyPath) -> str:
     """Returns the components of a path, joined by "/"."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -60,5 +75,8 @@ def boxed(tree: PyTree) -> list[bool]:
 
 def _is_box(x: PyTree) -> bool:
     """Whether this is an ``nnx.Variable`` or an ``AxisMetadata`` of Linen, around one array."""
-    is_flax = hasattr(x, "get_metadata") or hasattr(x, "replace_boxed")
-    return is_flax and len(jax.tree.leaves(x)) == 1
+    return _has_content(x) and len(jax.tree.leaves(x)) == 1
+
+
+def _has_content(x: PyTree) -> bool:
+    return hasattr(x, "get_metadata") or hasattr(x, "replace_boxed")

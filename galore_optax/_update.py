@@ -26,7 +26,7 @@ from galore_optax._ranks import RankByRole
 from galore_optax._refresh import ONLY, Gap, gap_at
 from galore_optax._residual import Projected
 from galore_optax._select import Selection
-from galore_optax._sharding import check_mesh, reshard
+from galore_optax._sharding import check_mesh, reshard, zeros_like
 from galore_optax._state import (
     VERSION,
     GaloreState,
@@ -151,7 +151,7 @@ class _Galore:
         below = self._down(leaves, subspaces, state, _checked(refresh), only, excerpt)
         if only:
             subspace = tree_of_subspaces(leaves.bare, below.subspaces)
-            zeros = leaves.structure.unflatten(map(_zeros, leaves.likes))
+            zeros = leaves.structure.unflatten(map(zeros_like, leaves.likes))
             return zeros, state._replace(subspace=subspace, inner=below.inner)
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
 
@@ -160,7 +160,7 @@ class _Galore:
             return updates, residuals, inner, jnp.asarray(optax.safe_increment(below.step))
 
         def wait() -> tuple[list[Array], list[PyTree], State, Step]:
-            zeros = list(map(_zeros, leaves.likes))
+            zeros = list(map(zeros_like, leaves.likes))
             return zeros, [s.residual for s in below.subspaces], below.inner, below.step
 
         (new, residuals, inner, step), accumulator = accumulate(
@@ -302,11 +302,12 @@ class _Galore:
           known: the ranks of all leaves, where this may be only a part of them.
         """
         selection = self._settings.selection
-        views = selection.views(tree)
-        if not isinstance(selection.rank, RankByRole) or not views:
+        whole = None if known is None else dict(known)
+        if not isinstance(selection.rank, RankByRole):
+            return selection.views(tree, projected=whole)
+        views = selection.views(tree, whole, whole)
+        if not views or whole is not None:
             return views
-        if known is not None:
-            return selection.views(tree, dict(known))
         paths = tuple(view.path for view in views)
         if (key := (paths, tuple(views))) not in self._ranks:
             nbytes = functools.partial(self._nbytes, structure(tree, [True] * len(views)), paths)
@@ -341,10 +342,6 @@ class _Galore:
     def _subspace(self, view: LeafView) -> Subspace:
         """Returns the subspace of a leaf before the first step."""
         return self._lift.initial(view) if isinstance(view, MatrixView) else Subspace()
-
-
-def _zeros(like: PyTree) -> Array:
-    return jnp.zeros_like(jnp.asarray(like))
 
 
 def _checked(refresh: object) -> bool | None:

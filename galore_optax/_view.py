@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Inexact, Shaped
 
 from galore_optax._types import DType, Shape
 
@@ -142,14 +142,14 @@ def ranging_dtype(dtype: DType) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if few else dtype)
 
 
-def wide(array: ArrayLike) -> Float[Array, "..."]:
+def wide(array: ArrayLike) -> Inexact[Array, "..."]:
     """Returns an array in the dtype that its moments have: its own, but at least float32."""
     array = jnp.asarray(array)
     return array.astype(moment_dtype(array.dtype))
 
 
 def unit_of(
-    array: Float[Array, "..."], axis: int | None = None, *, keepdims: bool = False
+    array: Inexact[Array, "..."], axis: int | None = None, *, keepdims: bool = False
 ) -> Float[Array, "..."]:
     """Returns by what to divide an array before its entries are squared, lest that overflow.
 

@@ -137,6 +137,17 @@ def test_a_mesh_of_one_device_changes_no_number():
         np.testing.assert_allclose(found[k], expected[k], rtol=1e-4, atol=1e-6)
 
 
+def test_micro_batches_outside_of_jit_have_updates_that_lie_as_parameters():
+    mesh = mesh_of(1, 1)
+    with jax.set_mesh(mesh):
+        params = put(tree(["rows", "both"]), mesh)
+        tx = galore_optax.galore_adamw(1e-2, rank=8, accumulation_steps=2)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(params, state, params)
+            assert jax.tree.map(spec, updates) == jax.tree.map(spec, params)
+
+
 def test_outside_of_the_mesh_an_error_says_what_to_do():
     mesh = mesh_of(1, 1)
     tx, matrix = galore_optax.galore(ADAMW, rank=8), put(tree(["rows"]), mesh)

@@ -11,7 +11,6 @@ from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import dequantize_params
 from galore_optax._sharding import Placement, placement
 from galore_optax._state import leaves_like
-from galore_optax._trees import structure
 from galore_optax._types import Params, Updates
 from galore_optax._view import LeafView, MatrixView, moment_dtype, wide
 
@@ -25,10 +24,8 @@ class Leaves:
       gradients: the gradients; at ``init`` the parameters.
       weights: the parameters, or None where there are none.
       placements: where each projected leaf lies on a mesh with Explicit axes; None elsewhere.
-      structure: the structure of the tree of gradients.
-      bare: that structure with all leaves out of Flax's boxes, which the trees of subspaces have.
-      seen: that structure as the inner transformation sees it, with only the projected leaves out
-        of boxes.
+      structure: the structure of the tree, which those of subspaces and of what the inner
+        transformation sees have too.
     """
 
     views: list[LeafView]
@@ -36,14 +33,12 @@ class Leaves:
     weights: list[PyTree] | None
     placements: list[Placement | None]
     structure: PyTreeDef
-    bare: PyTreeDef
-    seen: PyTreeDef
 
     @classmethod
     def of_params(cls, views: Sequence[LeafView], params: Params) -> "Leaves":
         """Returns the leaves that ``init`` is given, and that are seen so."""
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
-        return cls._of(views, params, leaves, None, treedef)
+        return cls._of(views, leaves, None, treedef)
 
     @classmethod
     def of_update(
@@ -56,7 +51,7 @@ class Leaves:
         """
         gradients, treedef = jax.tree.flatten(updates)
         weights = None if params is None else leaves_like(treedef, params, "params")
-        leaves = cls._of(views, updates, [jnp.asarray(g) for g in gradients], weights, treedef)
+        leaves = cls._of(views, [jnp.asarray(g) for g in gradients], weights, treedef)
         for view, weight in zip(leaves.views, weights or (), strict=False):
             if jnp.shape(weight) != view.shape:
                 raise ValueError(
@@ -69,15 +64,12 @@ class Leaves:
     def _of(
         cls,
         views: Sequence[LeafView],
-        tree: PyTree,
         gradients: list[PyTree],
         weights: list[PyTree] | None,
         treedef: PyTreeDef,
     ) -> "Leaves":
         placements = [placement(v, x) for v, x in zip(views, weights or gradients, strict=True)]
-        is_matrix = [isinstance(view, MatrixView) for view in views]
-        bare, seen = structure(tree, [True] * len(views)), structure(tree, is_matrix)
-        return cls(list(views), gradients, weights, placements, treedef, bare, seen)
+        return cls(list(views), gradients, weights, placements, treedef)
 
     @property
     def projected(self) -> list[tuple[int, MatrixView]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._excerpt import Excerpt
 from galore_optax._ownership import FEWEST, Owned, Role, Stacked, ownership
 from galore_optax._quantized import (
@@ -21,7 +22,7 @@ from galore_optax._quantized import (
 )
 from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._storage import Storage, Stored
-from galore_optax._trees import boxed, logical, structure
+from galore_optax._trees import bare
 from galore_optax._types import Params, Shape, State, Updates
 from galore_optax._view import ranging_dtype, wide
 
@@ -163,9 +164,7 @@ class _Rules:
             for leaf, own in zip(leaves, owned, strict=True)
         ]
 
-    def kinds_in_state(
-        self, leaves: Sequence[_Leaf], owned: Sequence[Owned], in_box: Sequence[bool]
-    ) -> list[str | None]:
+    def kinds_in_state(self, leaves: Sequence[_Leaf], owned: Sequence[Owned]) -> list[str | None]:
         """Returns for each leaf of a state its kind, or None if it is not kept in few bits.
 
         The state itself says so: of a stack of layers `min_size` was compared with the whole,
@@ -176,9 +175,9 @@ class _Rules:
         """
         kinds = self.kinds(leaves, owned)
         result = []
-        for leaf, own, kind, inside in zip(leaves, owned, kinds, in_box, strict=True):
+        for leaf, own, kind in zip(leaves, owned, kinds, strict=True):
             self._check(leaf, own, kind)
-            rounded = self.bits == 16 and _dtype(leaf) == jnp.bfloat16 and not inside
+            rounded = self.bits == 16 and _dtype(leaf) == jnp.bfloat16
             result.append(kind if is_quantized(leaf) or rounded else None)
         return result
 
@@ -234,9 +233,7 @@ class _LowBit:
 
     def init(self, params: Params) -> LowBitState:
         """Returns the state of the inner transformation, its moments in few bits."""
-        params = dequantize_params(params)
-        sizes = [owned.size for owned in ownership(params, params, stacked=self.stacked)]
-        params = _unboxed(params, [size >= self.rules.min_size for size in sizes])
+        given, params = params, dequantize_params(bare(params))
         state = self.inner.init(params)
         leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
         owned = ownership(state, params, stacked=self.stacked)
@@ -249,7 +246,7 @@ class _LowBit:
             for leaf, own, kind in zip(leaves, owned, self.rules.kinds(leaves, owned), strict=True)
         ]
         rounds = jnp.zeros([], jnp.int32) if self.rules.bits == 16 else optax.MaskedNode()
-        return LowBitState(treedef.unflatten(stored), rounds)
+        return boxed_state(LowBitState(treedef.unflatten(stored), rounds), given)
 
     def update(
         self,
@@ -266,17 +263,15 @@ class _LowBit:
                 f"low_bit's update needs the LowBitState that its init made; got a "
                 f"{type(state).__name__}. Was it made by another transformation?"
             )
+        boxes = updates, state
+        updates, state, params = bare(updates), bare(state), bare(params)
         check_gradients(updates)
         owned = ownership(state.inner, updates, stacked=self.stacked)
         leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)
-        in_box = boxed(logical(state.inner))
-        kinds = self.rules.kinds_in_state(leaves, owned, in_box)
-        of_params = ownership(updates, updates, stacked=self.stacked)
-        unbox = _outside_of_boxes(owned, in_box, of_params, self.rules.min_size)
-        like = gradients = _unboxed(updates, unbox)
-        gradients = jax.tree.map(lambda g: jnp.astype(g, ranging_dtype(g.dtype)), gradients)
-        if params is not None:
-            like = params = _unboxed(dequantize_params(params), unbox)
+        kinds = self.rules.kinds_in_state(leaves, owned)
+        gradients = jax.tree.map(lambda g: jnp.astype(g, ranging_dtype(g.dtype)), updates)
+        params = dequantize_params(params)
+        like = updates if params is None else params
         restored = [
             leaf if kind is None else self.rules.restore(leaf, kind)
             for leaf, kind in zip(leaves, kinds, strict=True)
@@ -285,8 +280,7 @@ class _LowBit:
         new_updates, new_inner = self.inner.update(
             gradients, treedef.unflatten(restored), params, **extra_args
         )
-        new_updates = jax.tree.leaves(jax.tree.map(_like, new_updates, like))
-        new_updates = jax.tree.structure(updates).unflatten(new_updates)
+        new_updates = jax.tree.map(_like, new_updates, like)
         key, rounds = self._next_round(state, excerpt)
         stored = []
         new_leaves = treedef.flatten_up_to(new_inner)
@@ -297,7 +291,8 @@ class _LowBit:
             else:
                 leaf_key = None if key is None else jax.random.fold_in(key, i)
                 stored.append(self.rules.store(new, kind, owned[i].batch_axes, leaf_key))
-        return new_updates, LowBitState(treedef.unflatten(stored), rounds)
+        new_state = LowBitState(treedef.unflatten(stored), rounds)
+        return boxed_like(new_updates, boxes[0]), boxed_like(new_state, boxes[1])
 
     def _next_round(
         self, state: LowBitState, excerpt: Excerpt | None
@@ -319,24 +314,8 @@ def _codes_of(kind: str | None, block_size: int, item_shape: Shape) -> str:
     return f"{kind} 8-bit codes in blocks of {block_size} of items {item_shape}"
 
 
-def _outside_of_boxes(
-    owned: Sequence[Owned], in_box: Sequence[bool], params: Sequence[Owned], min_size: int
-) -> list[bool]:
-    """Says for each parameter whether init took it out of its box of Flax, as its state shows."""
-    unbox = [param.size >= min_size for param in params]
-    for own, inside in zip(owned, in_box, strict=True):
-        if own.owner is not None:
-            unbox[own.owner] = not inside
-    return unbox
-
-
 def _dtype(leaf: _Leaf) -> jnp.dtype:
     return leaf.dtype if isinstance(leaf, QuantizedArray) else jnp.result_type(leaf)
-
-
-def _unboxed(tree: PyTree, unbox: Sequence[bool]) -> PyTree:
-    """Returns a tree with some leaves out of Flax's boxes, which take codes for a whole tree."""
-    return structure(tree, unbox).unflatten(jax.tree.leaves(tree))
 
 
 def _like(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ class InnerMoments:
         leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
         positions: list[dict[str, list[int]]] = [{} for _ in params.views]
         if roles:
-            owned = ownership(state, params.seen.unflatten(params.gradients), params.views)
+            owned = ownership(state, params.structure.unflatten(params.gradients), params.views)
             for i, view in params.projected:
                 for role, found in moments_of(owned, i).items():
                     # A factored second moment, for one, has no coordinates that could be moved.

@@ -1,10 +1,8 @@
 """Finds the leaves of trees of parameters and their paths, whatever boxes or codes they are in."""
 
-from collections.abc import Sequence
-
 import jax
 from jax.tree_util import KeyPath
-from jaxtyping import PyTree, PyTreeDef
+from jaxtyping import PyTree
 
 from galore_optax._quantized import is_quantized
 
@@ -29,7 +27,7 @@ def leaves_with_keys(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
     The keys are the same whether or not the leaf is in a box of Flax: an NNX variable, or Linen's
     ``Partitioned``. They must be, since leaves are boxed at init and unboxed at update.
     """
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
     return [(path, leaf) for path, boxed in found for leaf in jax.tree.leaves(boxed)]
 
 
@@ -53,28 +51,8 @@ def path_name(keys: KeyPath) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def structure(tree: PyTree, unbox: Sequence[bool]) -> PyTreeDef:
-    """Returns the structure of ``tree`` with some of its leaves taken out of Flax's boxes.
-
-    A box carries the sharding of the parameter, which need not fit state of another shape.
-
-    Args:
-      tree: any tree.
-      unbox: for each leaf, whether to take it out of its box, if it has one.
-    """
-    boxes, treedef = jax.tree.flatten(logical(tree), is_leaf=_is_box)
-    chosen = zip(boxes, unbox, strict=True)
-    return jax.tree.structure(treedef.unflatten([0 if out else box for box, out in chosen]))
-
-
-def boxed(tree: PyTree) -> list[bool]:
-    """Says for each leaf of a tree whether it is in a box of Flax."""
-    nodes = jax.tree.leaves(tree, is_leaf=_is_box)
-    return [_is_box(node) for node in nodes for _ in jax.tree.leaves(node)]
-
-
-def _is_box(x: PyTree) -> bool:
-    """Whether this is an ``nnx.Variable`` or an ``AxisMetadata`` of Linen, around one array."""
+def is_box(x: PyTree) -> bool:
+    """Whether this is a box of Flax around one array: an ``nnx.Variable``, or Linen's metadata."""
     return _has_content(x) and len(jax.tree.leaves(x)) == 1
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree, PyTreeDef
 
 from galore_optax._accumulate import accumulate, init_accumulator, is_first
 from galore_optax._adam import Betas
+from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._core import Bases, Method
 from galore_optax._errors import CombinationError
 from galore_optax._excerpt import Excerpt, Ranks, ordinals
@@ -35,7 +36,7 @@ from galore_optax._state import (
     tree_of_subspaces,
 )
 from galore_optax._subspace import ABSENT, Subspace
-from galore_optax._trees import structure
+from galore_optax._trees import bare
 from galore_optax._types import Scalar, State, Step, Updates
 from galore_optax._view import LeafView, MatrixView, moment_dtype, wide
 
@@ -95,6 +96,7 @@ class _Galore:
 
     def init(self, params: optax.Params) -> GaloreState:
         """Returns the state before the first step."""
+        given, params = params, bare(params)
         check_mesh(params)
         inspection = inspection_in_progress()
         views = self._views(params, None if inspection is None else inspection.ranks)
@@ -110,13 +112,13 @@ class _Galore:
             if place is not None:
                 values[i] = reshard(values[i], place.low_rank)
                 subspaces[i] = reshard(subspaces[i], place.subspace(subspaces[i]))
-        low_rank = leaves.seen.unflatten(values)
+        low_rank = leaves.structure.unflatten(values)
         projected = [isinstance(v, MatrixView) for v in leaves.views]
         if self._caution is None:
             self._check(low_rank, projected, self._settings.method, final=True)
         state = GaloreState(
             step=jnp.zeros([], jnp.int32),
-            subspace=tree_of_subspaces(leaves.bare, subspaces),
+            subspace=tree_of_subspaces(leaves.structure, subspaces),
             inner=self._inner.init(low_rank, projected),
             accumulator=init_accumulator(low_rank, self._settings.accumulation_steps),
             version=jnp.asarray(VERSION, jnp.int32),
@@ -129,7 +131,7 @@ class _Galore:
             self._inner.warn(low_rank, state.inner, leaves.views, stacklevel=2)
             if self._caution is not None:
                 warnings.warn(self._caution, UserWarning, stacklevel=2)
-        return state
+        return boxed_state(state, given)
 
     def update(
         self,
@@ -142,17 +144,20 @@ class _Galore:
         **extra_args: PyTree,
     ) -> tuple[Updates, GaloreState]:
         """Returns the updates and the next state; see `galore_optax.galore`."""
+        boxes = updates, state
+        updates, state, params = bare(updates), bare(state), bare(params)
         check_gradients(updates)
         check_mesh((updates, state, params))
         views = self._views(updates, None if excerpt is None else excerpt.ranks)
         leaves = Leaves.of_update(views, updates, params)
-        subspaces = subspaces_of_tree(leaves.bare, leaves.views, state, self._shapes)
+        subspaces = subspaces_of_tree(leaves.structure, leaves.views, state, self._shapes)
         only = isinstance(refresh, str)
         below = self._down(leaves, subspaces, state, _checked(refresh), only, excerpt)
         if only:
-            subspace = tree_of_subspaces(leaves.bare, below.subspaces)
+            subspace = tree_of_subspaces(leaves.structure, below.subspaces)
             zeros = leaves.structure.unflatten(map(zeros_like, leaves.likes))
-            return zeros, state._replace(subspace=subspace, inner=below.inner)
+            new_state = state._replace(subspace=subspace, inner=below.inner)
+            return boxed_like(zeros, boxes[0]), boxed_like(new_state, boxes[1])
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
 
         def finish(low_rank: list[Array]) -> tuple[list[Array], list[PyTree], State, Step]:
@@ -166,7 +171,7 @@ class _Galore:
         (new, residuals, inner, step), accumulator = accumulate(
             state.accumulator,
             below.low_rank,
-            leaves.seen,
+            leaves.structure,
             self._settings.accumulation_steps,
             excerpt,
             finish,
@@ -175,9 +180,11 @@ class _Galore:
         subspaces = [
             s._replace(residual=r) for s, r in zip(below.subspaces, residuals, strict=True)
         ]
-        subspace = tree_of_subspaces(leaves.bare, subspaces)
+        subspace = tree_of_subspaces(leaves.structure, subspaces)
         new_state = GaloreState(step, subspace, inner, accumulator, state.version)
-        return leaves.structure.unflatten(new), new_state
+        return boxed_like(leaves.structure.unflatten(new), boxes[0]), boxed_like(
+            new_state, boxes[1]
+        )
 
     def _down(
         self,
@@ -239,7 +246,7 @@ class _Galore:
         def projected_weights(i: int, view: MatrixView) -> Array:
             return lift.project(view, leaves.placements[i], leaves.likes[i], below.bases[i])
 
-        call = Call(low_rank, below.inner, weights, leaves.seen, leaves.views, extra_args)
+        call = Call(low_rank, below.inner, weights, leaves.structure, leaves.views, extra_args)
         inner = self._inner.update(call, projected_weights)
         updates, residuals = list(inner.updates), [s.residual for s in below.subspaces]
         for i, like in enumerate(leaves.likes):
@@ -310,22 +317,22 @@ class _Galore:
             return views
         paths = tuple(view.path for view in views)
         if (key := (paths, tuple(views))) not in self._ranks:
-            nbytes = functools.partial(self._nbytes, structure(tree, [True] * len(views)), paths)
+            nbytes = functools.partial(self._nbytes, jax.tree.structure(tree), paths)
             self._ranks[key] = selection.rank.share(views, nbytes)
         return selection.views(tree, self._ranks[key])
 
-    def _nbytes(self, bare: PyTreeDef, paths: Sequence[str], view: MatrixView) -> int:
+    def _nbytes(self, treedef: PyTreeDef, paths: Sequence[str], view: MatrixView) -> int:
         """Returns the bytes of the state of one leaf by itself.
 
         Args:
-          bare: the structure of the tree, out of Flax's boxes.
+          treedef: the structure of the tree.
           paths: the paths of all leaves of the tree.
           view: the view of the leaf, of any rank.
         """
 
         def of_leaf() -> PyTree:
             low_rank = jnp.zeros(view.low_rank_shape, moment_dtype(view.dtype))
-            alone = bare.unflatten([low_rank if p == view.path else None for p in paths])
+            alone = treedef.unflatten([low_rank if p == view.path else None for p in paths])
             steps = self._settings.accumulation_steps
             return self._inner.init(alone), init_accumulator(alone, steps)
 

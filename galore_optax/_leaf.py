@@ -20,9 +20,10 @@ from galore_optax import _core as core
 from galore_optax._choose import refresh as refresh_one
 from galore_optax._core import Bases, Method, matrix_of
 from galore_optax._excerpt import Excerpt, Ordinal
+from galore_optax._placement import Placement
 from galore_optax._refresh import Clock, phase
 from galore_optax._residual import Projected
-from galore_optax._sharding import Placement, in_auto
+from galore_optax._sharding import in_auto
 from galore_optax._subspace import Subspace
 from galore_optax._transport import Held
 from galore_optax._types import DType, Scalar, Shape, Step

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree, PyTreeDef
 
+from galore_optax._placement import Placement, placement
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import dequantize_params
-from galore_optax._sharding import Placement, placement
 from galore_optax._state import leaves_like
 from galore_optax._types import Params, Updates
 from galore_optax._view import LeafView, MatrixView, moment_dtype, wide

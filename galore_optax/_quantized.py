@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, Shaped
 
 from galore_optax._codec import Coded
 from galore_optax._codecs import CODECS
-from galore_optax._types import Shape
+from galore_optax._types import MeshAxes, Shape
 
 
 def schemes(*, at_random: bool = False) -> list[str]:
@@ -252,6 +252,31 @@ def _quantized(
 def _dequantized(quantized: QuantizedArray) -> Float[Array, "..."]:
     values = CODECS[quantized.scheme].decode(quantized.blocks()).astype(quantized.dtype)
     return _from_blocks(values, quantized.item_shape, quantized.block_size)
+
+
+def placed(
+    quantized: QuantizedArray,
+    spec: PartitionSpec,
+    fitting: Callable[[Sequence[MeshAxes], int], MeshAxes],
+) -> QuantizedArray:
+    """Says where codes lie on a mesh: where the array lies that they stand for, in whole blocks.
+
+    Args:
+      quantized: the array in codes, or its shapes.
+      spec: that of the array, with an entry for each axis.
+      fitting: returns those of some mesh axes that divide a number of blocks.
+
+    Returns:
+      A quantized array with a ``PartitionSpec`` in the place of each array.
+    """
+    item, size = quantized.item_shape, quantized.block_size
+    batch, of_item = spec[: len(spec) - len(item)], spec[len(spec) - len(item) :]
+    stored = _stored_shape(item, size)
+    leading = of_item[:-1] if stored == item else ()
+    divided = fitting(of_item[len(leading) :], stored[-1] // size)
+    where = PartitionSpec(*batch, *leading, divided)
+    parts = jax.tree.map(lambda _: where, (quantized.codes, quantized.scales, quantized.zeros))
+    return dataclasses.replace(quantized, codes=parts[0], scales=parts[1], zeros=parts[2])
 
 
 def either(names: Sequence[str]) -> str:

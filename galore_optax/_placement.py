@@ -1,0 +1,175 @@
+"""Says where what belongs to a leaf lies on a mesh, by where the leaf itself lies.
+
+There is one rule for each kind of array in a state:
+
+- A low-rank gradient R, and a moment of its shape, is divided along the axis that is kept, and not
+  along the r directions. It is divided over the mesh axes of both sides of its matrix, so that each
+  device has as small a part of it as of that.
+- A basis P is divided so along the axis that is projected, and gathered where it is used.
+- Codes are divided as the array that they stand for, in whole blocks. Those of a flattened item are
+  divided along their only axis.
+- An array of whole matrices, or of the leaf's shape, lies as the leaf.
+- All else has at most the axes over which matrices are stacked, and is divided along these.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import PyTree
+
+from galore_optax._basis import Basis
+from galore_optax._quantized import is_quantized, placed
+from galore_optax._subspace import Subspace
+from galore_optax._transport import Held
+from galore_optax._types import MeshAxes, Shape
+from galore_optax._view import LeafView, MatrixView
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where what belongs to a projected leaf lies on a mesh.
+
+    Attributes:
+      view: the view of the leaf.
+      leaf: the spec of the leaf: over which axes of the mesh each of its axes is divided.
+      mesh: the mesh, whose sizes say what can be divided; where it is None, all can.
+    """
+
+    view: MatrixView
+    leaf: PartitionSpec
+    mesh: AbstractMesh | None
+
+    @property
+    def batch(self) -> tuple[MeshAxes, ...]:
+        """What each batch axis is divided over."""
+        return tuple(self.leaf[axis] for axis in self.view.batch_axes)
+
+    @property
+    def whole(self) -> PartitionSpec:
+        """The spec of arrays of whole matrices."""
+        return PartitionSpec(*self.batch, *self._sides)
+
+    @property
+    def low_rank(self) -> PartitionSpec:
+        """The spec of R and of its moments."""
+        m, n = (
+            None if projected else self._divided(side)
+            for side, projected in enumerate((self.view.left, self.view.right))
+        )
+        return PartitionSpec(*self.batch, m, n)
+
+    def basis(self, side: int) -> PartitionSpec:
+        """The spec of the stored basis of the rows, 0, or of the columns, 1."""
+        return PartitionSpec(*self.batch, self._divided(side), None)
+
+    def of_down(self, subspace: Subspace, moments: Held, basis: type[Basis]) -> PyTree:
+        """Returns the specs of what the way down of a gradient returns, in the same order.
+
+        Args:
+          subspace: the subspaces as they are stored.
+          moments: the moments that are moved along, as they are stored.
+          basis: the type of the bases.
+        """
+        left, right = (
+            basis.placed(self.batch, axis) if projected else None
+            for axis, projected in zip(self._sides, (self.view.left, self.view.right), strict=True)
+        )
+        of_moments = {
+            role: [self.of(moment, self.low_rank) for moment in held]
+            for role, held in moments.items()
+        }
+        step = PartitionSpec()
+        return self.subspace(subspace), of_moments, step, (left, right), self.low_rank
+
+    def of_up(self, state: PyTree) -> PyTree:
+        """Returns the specs of the update of a leaf, and of the state of its residual."""
+        return self.leaf, self._of_residual(state)
+
+    def subspace(self, subspace: Subspace) -> Subspace:
+        """Returns the spec of each array in a subspace."""
+        left, right, *others = subspace
+        specs = (self.of(left, self.basis(0)), self.of(right, self.basis(1)))
+        found = Subspace(*specs, *(self.of(field, None) for field in others))
+        return found._replace(residual=self._of_residual(subspace.residual))
+
+    def of(self, tree: PyTree, spec: PartitionSpec | None) -> PyTree:
+        """Returns the spec of each array of a tree.
+
+        Args:
+          tree: what belongs to the leaf: arrays, in codes or not, or their shapes.
+          spec: that of the arrays that have as many axes; others have batch axes at most.
+        """
+
+        def of_one(array: PyTree) -> PyTree:
+            if spec is not None and len(array.shape) == len(spec):
+                return placed(array, spec, self.fitting) if is_quantized(array) else spec
+            batch = PartitionSpec(*self.batch)
+            return jax.tree.map(lambda part: batch if jnp.ndim(part) else PartitionSpec(), array)
+
+        return jax.tree.map(of_one, tree, is_leaf=is_quantized)
+
+    def fitting(self, axes: Sequence[MeshAxes], count: int) -> MeshAxes:
+        """Returns those of some mesh axes that divide a number of rows, blocks or the like.
+
+        Args:
+          axes: the mesh axes, in the order in which they are tried.
+          count: the number to be divided.
+        """
+        chosen: list[str] = []
+        parts = 1
+        for axis in itertools.chain.from_iterable(map(_names, axes)):
+            size = 1 if self.mesh is None else self.mesh.shape[axis]
+            if axis not in chosen and count % (parts * size) == 0:
+                chosen.append(axis)
+                parts *= size
+        return tuple(chosen) if len(chosen) > 1 else next(iter(chosen), None)
+
+    def _divided(self, side: int) -> MeshAxes:
+        """Returns what a side of a matrix is divided over where the other has r directions."""
+        own, other = self._sides[side], self._sides[1 - side]
+        return self.fitting((own, other), (self.view.m, self.view.n)[side])
+
+    def _of_residual(self, state: PyTree) -> PyTree:
+        return self.of(state, self.whole)
+
+    @property
+    def _sides(self) -> tuple[MeshAxes, MeshAxes]:
+        return self._merged(self.view.reduction_axes), self._merged(self.view.output_axes)
+
+    def _merged(self, axes: Shape) -> MeshAxes:
+        """Returns what an axis of the matrix is divided over that merges several axes of the leaf.
+
+        That is what the first of these axes is divided over, or None where another one is divided.
+        """
+        first, *others = (self.leaf[axis] for axis in axes)
+        return None if any(others) else first
+
+
+def placement(view: LeafView, leaf: PyTree) -> Placement | None:
+    """Returns the placement of what belongs to a leaf.
+
+    None stands for a mesh without Explicit axes, and for a leaf that is not projected.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not isinstance(view, MatrixView) or not mesh.explicit_axes:
+        return None
+    if is_quantized(leaf):
+        leaf = jax.eval_shape(lambda x: x.dequantize(), leaf)
+    typed = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    spec = getattr(typed.sharding, "spec", PartitionSpec())
+    return Placement(view, padded(spec, len(view.shape)), mesh)
+
+
+def padded(spec: PartitionSpec, axes: int) -> PartitionSpec:
+    """Returns a spec with an entry for each of so many axes."""
+    return PartitionSpec(*spec, *[None] * (axes - len(spec)))
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)

@@ -45,6 +45,7 @@ from galore_optax._ranks import MOARA, RankByRole
 from galore_optax._refresh import Lazy, refresh
 from galore_optax._residuals import Discard, ErrorFeedback, NormScaled, ScaleGradient, Sign
 from galore_optax._select import DEFAULT_EXCLUDE
+from galore_optax._specs import state_partition_specs, state_shardings
 from galore_optax._state import GaloreState, metrics
 from galore_optax._subspace import Subspace
 from galore_optax._transports import Keep, Project, Reset, Rotate
@@ -114,6 +115,8 @@ __all__ = [
     "quantize",
     "quantize_params",
     "refresh",
+    "state_partition_specs",
+    "state_shardings",
     "tracked_adamw",
     "tracked_adamw_8bit",
     "value_and_grad",

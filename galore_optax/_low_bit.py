@@ -21,6 +21,7 @@ from galore_optax._quantized import (
     static_hint,
 )
 from galore_optax._quantized_params import check_gradients, dequantize_params
+from galore_optax._specs import placed_state
 from galore_optax._storage import Storage, Stored
 from galore_optax._trees import bare
 from galore_optax._types import Params, Shape, State, Updates
@@ -246,7 +247,8 @@ class _LowBit:
             for leaf, own, kind in zip(leaves, owned, self.rules.kinds(leaves, owned), strict=True)
         ]
         rounds = jnp.zeros([], jnp.int32) if self.rules.bits == 16 else optax.MaskedNode()
-        return boxed_state(LowBitState(treedef.unflatten(stored), rounds), given)
+        state = LowBitState(treedef.unflatten(stored), rounds)
+        return boxed_state(placed_state(state, bare(given), []), given)
 
     def update(
         self,

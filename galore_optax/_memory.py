@@ -12,12 +12,11 @@ import optax
 
 from galore_optax._codecs import CODECS
 from galore_optax._memory_report import LeafGroup, MemoryReport
-from galore_optax._ownership import ownership
+from galore_optax._parts import parts
 from galore_optax._quantized import QuantizedArray, is_quantized
-from galore_optax._state import GaloreState, Inspection, inspecting, is_galore_state
-from galore_optax._subspace import Subspace, is_absent
+from galore_optax._state import Inspection, inspecting
 from galore_optax._trees import leaves_with_paths, logical
-from galore_optax._types import Params, Shape, State
+from galore_optax._types import Params, Shape
 from galore_optax._view import LeafView, MatrixView, Unprojected
 
 
@@ -101,18 +100,17 @@ class _Sizes:
         with inspecting(inspection):
             # This is a function of its own, so that no earlier trace of tx.init is reused.
             state = jax.eval_shape(lambda p: tx.init(p), _unsharded(params))
-        state = jax.tree.map(_listed, state, is_leaf=is_galore_state)
         count = len(jax.tree.leaves(logical(params)))
         sizes = cls([0] * count, [0] * count)
-        items = jax.tree.leaves(_mark(state, "moments"))
         of_moments: collections.Counter[str] = collections.Counter()
-        for item, leaf in zip(items, ownership(state, params), strict=True):
-            if item.kind == "counters" or leaf.owner is None:
-                sizes.counters += _bytes(item.array)
+        for part in parts(state, params):
+            kind, size = _KINDS.get(part.field, "counters"), _bytes(part.array)
+            if kind == "counters" or part.owner is None:
+                sizes.counters += size
             else:
-                getattr(sizes, item.kind)[leaf.owner] += _bytes(item.array)
-                if item.kind == "moments":
-                    of_moments[_held_in(item.array)] += _bytes(item.array)
+                getattr(sizes, kind)[part.owner] += size
+                if kind == "moments":
+                    of_moments[_held_in(part.array)] += size
         sizes.moment_dtype = max(of_moments, key=of_moments.__getitem__, default=None)
         return sizes
 
@@ -122,56 +120,16 @@ def _unsharded(params: Params) -> Params:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
 
 
-def _listed(node: State) -> State:
-    """Returns a state of galore with lists of what residual and transport keep of each parameter.
-
-    Positions in a list are behind the parameter's own keys, by which its owner is found.
-    """
-    if not is_galore_state(node):
-        return node
-    old = node.subspace
-    residual, transport = (
-        jax.tree.map(lambda _, own: jax.tree.leaves(own), old.refreshes, kept, is_leaf=is_absent)
-        for kept in (old.residual, old.transport)
-    )
-    return node._replace(subspace=old._replace(residual=residual, transport=transport))
-
-
-# What the fields of a subspace are counted for, where they are not counters.
+# What the parts of a state are counted for by their fields; all others are counters.
 _KINDS = {
-    "left": "projectors",
-    "right": "projectors",
+    None: "moments",
+    "inner": "moments",
+    "accumulator": "moments",
     "residual": "moments",
     "transport": "moments",
+    "left": "projectors",
+    "right": "projectors",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Marked:
-    """An array of the state, quantized or not, and what it is there for."""
-
-    array: jax.ShapeDtypeStruct | QuantizedArray
-    kind: str
-
-
-def _mark(state: State, kind: str) -> State:
-    def mark(node: State) -> State:
-        if not isinstance(node, GaloreState):
-            return _Marked(node, kind)
-        subspace = node.subspace._asdict()
-        return GaloreState(
-            step=_mark(node.step, "counters"),
-            subspace=Subspace(
-                **{name: _mark(x, _KINDS.get(name, "counters")) for name, x in subspace.items()}
-            ),
-            inner=_mark(node.inner, "moments"),
-            accumulator=_mark(node.accumulator, "moments"),
-            version=_mark(node.version, "counters"),
-        )
-
-    return jax.tree.map(
-        mark, state, is_leaf=lambda x: isinstance(x, GaloreState) or is_quantized(x)
-    )
 
 
 def _projection(view: LeafView | None) -> tuple[int | None, str | None]:

@@ -13,16 +13,16 @@ There is one rule for each kind of array in a state:
 """
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from galore_optax._basis import Basis
+from galore_optax._mesh_axes import fitting
 from galore_optax._quantized import is_quantized, placed
+from galore_optax._sharding import auto_sharding
 from galore_optax._subspace import Subspace
 from galore_optax._transport import Held
 from galore_optax._types import MeshAxes, Shape
@@ -106,32 +106,16 @@ class Placement:
 
         def of_one(array: PyTree) -> PyTree:
             if spec is not None and len(array.shape) == len(spec):
-                return placed(array, spec, self.fitting) if is_quantized(array) else spec
+                return lying(array, spec, self.mesh)
             batch = PartitionSpec(*self.batch)
             return jax.tree.map(lambda part: batch if jnp.ndim(part) else PartitionSpec(), array)
 
         return jax.tree.map(of_one, tree, is_leaf=is_quantized)
 
-    def fitting(self, axes: Sequence[MeshAxes], count: int) -> MeshAxes:
-        """Returns those of some mesh axes that divide a number of rows, blocks or the like.
-
-        Args:
-          axes: the mesh axes, in the order in which they are tried.
-          count: the number to be divided.
-        """
-        chosen: list[str] = []
-        parts = 1
-        for axis in itertools.chain.from_iterable(map(_names, axes)):
-            size = 1 if self.mesh is None else self.mesh.shape[axis]
-            if axis not in chosen and count % (parts * size) == 0:
-                chosen.append(axis)
-                parts *= size
-        return tuple(chosen) if len(chosen) > 1 else next(iter(chosen), None)
-
     def _divided(self, side: int) -> MeshAxes:
         """Returns what a side of a matrix is divided over where the other has r directions."""
         own, other = self._sides[side], self._sides[1 - side]
-        return self.fitting((own, other), (self.view.m, self.view.n)[side])
+        return fitting(self.mesh, (own, other), (self.view.m, self.view.n)[side])
 
     def _of_residual(self, state: PyTree) -> PyTree:
         return self.of(state, self.whole)
@@ -164,12 +148,31 @@ def placement(view: LeafView, leaf: PyTree) -> Placement | None:
     return Placement(view, padded(spec, len(view.shape)), mesh)
 
 
+def placement_at_init(view: LeafView, leaf: PyTree) -> tuple[Placement, Mesh] | None:
+    """Returns the placement of what belongs to an array on a mesh of Auto axes, and that mesh.
+
+    None stands for what lies on no such mesh, or is traced, and for a leaf that is not projected.
+    """
+    sharding = None if is_quantized(leaf) else auto_sharding(leaf)
+    if sharding is None or not isinstance(view, MatrixView):
+        return None
+    mesh = sharding.mesh
+    return Placement(view, padded(sharding.spec, len(view.shape)), mesh.abstract_mesh), mesh
+
+
+def lying(array: PyTree, spec: PartitionSpec, mesh: AbstractMesh | None) -> PyTree:
+    """Returns the spec of each array that an array is made of, of which there are more in codes.
+
+    Args:
+      array: the array, or its shape.
+      spec: where it lies itself, with an entry for each axis.
+      mesh: the mesh, or None where anything can be divided.
+    """
+    if not is_quantized(array):
+        return spec
+    return placed(array, spec, mesh)
+
+
 def padded(spec: PartitionSpec, axes: int) -> PartitionSpec:
     """Returns a spec with an entry for each of so many axes."""
     return PartitionSpec(*spec, *[None] * (axes - len(spec)))
-
-
-def _names(axes: MeshAxes) -> tuple[str, ...]:
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)

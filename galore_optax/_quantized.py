@@ -2,20 +2,22 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, Shaped
 
 from galore_optax._codec import Coded
 from galore_optax._codecs import CODECS
-from galore_optax._types import MeshAxes, Shape
+from galore_optax._mesh_axes import fitting, names_of
+from galore_optax._types import Shape
 
 
 def schemes(*, at_random: bool = False) -> list[str]:
@@ -255,26 +257,33 @@ def _dequantized(quantized: QuantizedArray) -> Float[Array, "..."]:
 
 
 def placed(
-    quantized: QuantizedArray,
-    spec: PartitionSpec,
-    fitting: Callable[[Sequence[MeshAxes], int], MeshAxes],
+    quantized: QuantizedArray, spec: PartitionSpec, mesh: AbstractMesh | None
 ) -> QuantizedArray:
     """Says where codes lie on a mesh: where the array lies that they stand for, in whole blocks.
+
+    Mesh axes that do not divide the blocks of the axis that they divide in the array divide
+    another axis of an item, if they can.
 
     Args:
       quantized: the array in codes, or its shapes.
       spec: that of the array, with an entry for each axis.
-      fitting: returns those of some mesh axes that divide a number of blocks.
+      mesh: the mesh, or None where anything can be divided.
 
     Returns:
       A quantized array with a ``PartitionSpec`` in the place of each array.
     """
     item, size = quantized.item_shape, quantized.block_size
-    batch, of_item = spec[: len(spec) - len(item)], spec[len(spec) - len(item) :]
-    stored = _stored_shape(item, size)
-    leading = of_item[:-1] if stored == item else ()
-    divided = fitting(of_item[len(leading) :], stored[-1] // size)
-    where = PartitionSpec(*batch, *leading, divided)
+    cut = len(spec) - len(item)
+    stored, wanted = _stored_shape(item, size), tuple(map(names_of, spec[cut:]))
+    if stored != item:
+        wanted = (tuple(itertools.chain.from_iterable(wanted)),)
+    counts = (*stored[:-1], stored[-1] // size)
+    axes = [fitting(mesh, [names], count) for names, count in zip(wanted, counts, strict=True)]
+    for k, count in enumerate(counts):
+        used = set(itertools.chain.from_iterable(map(names_of, axes)))
+        left = [name for name in itertools.chain.from_iterable(wanted) if name not in used]
+        axes[k] = fitting(mesh, [axes[k], *left], count)
+    where = PartitionSpec(*spec[:cut], *axes)
     parts = jax.tree.map(lambda _: where, (quantized.codes, quantized.scales, quantized.zeros))
     return dataclasses.replace(quantized, codes=parts[0], scales=parts[1], zeros=parts[2])
 

@@ -5,8 +5,10 @@ from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, PyTree
+
+from galore_optax._quantized import is_quantized
 
 Result = TypeVar("Result")
 
@@ -55,6 +57,25 @@ def in_auto(function: Callable[..., Result], places: PyTree, *arguments: PyTree)
 def reshard(tree: PyTree, specs: PyTree) -> PyTree:
     """Returns a tree whose arrays are sharded as the specs say."""
     return jax.tree.map(jax.sharding.reshard, tree, specs)
+
+
+def auto_sharding(leaf: PyTree) -> NamedSharding | None:
+    """Returns the sharding of an array on a mesh of Auto axes, of several devices; else None.
+
+    It is None for what is traced too, of which no sharding is known.
+    """
+    if is_quantized(leaf):
+        return auto_sharding(leaf.codes)
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return None
+    sharding = leaf.sharding
+    is_named = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    return sharding if is_named and not sharding.mesh.abstract_mesh.explicit_axes else None
+
+
+def put(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+    """Returns a tree whose arrays lie on a mesh of Auto axes as the specs say."""
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
 def zeros_like(leaf: PyTree) -> Array:

@@ -22,12 +22,14 @@ from galore_optax._inner import Call, Inner
 from galore_optax._leaf import Lift
 from galore_optax._leaves import Leaves, stand_in
 from galore_optax._moments import InnerMoments
+from galore_optax._placement import placement_at_init
 from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._ranks import RankByRole
 from galore_optax._refresh import ONLY, Gap, gap_at
 from galore_optax._residual import Projected
 from galore_optax._select import Selection
-from galore_optax._sharding import check_mesh, reshard, zeros_like
+from galore_optax._sharding import check_mesh, put, reshard, zeros_like
+from galore_optax._specs import placed_state
 from galore_optax._state import (
     VERSION,
     GaloreState,
@@ -112,6 +114,11 @@ class _Galore:
             if place is not None:
                 values[i] = reshard(values[i], place.low_rank)
                 subspaces[i] = reshard(subspaces[i], place.subspace(subspaces[i]))
+            elif at_init := placement_at_init(leaves.views[i], leaves.gradients[i]):
+                # Each is put in its place before the next one is made.
+                place, mesh = at_init
+                values[i] = put(values[i], place.low_rank, mesh)
+                subspaces[i] = put(subspaces[i], place.subspace(subspaces[i]), mesh)
         low_rank = leaves.structure.unflatten(values)
         projected = [isinstance(v, MatrixView) for v in leaves.views]
         if self._caution is None:
@@ -131,7 +138,7 @@ class _Galore:
             self._inner.warn(low_rank, state.inner, leaves.views, stacklevel=2)
             if self._caution is not None:
                 warnings.warn(self._caution, UserWarning, stacklevel=2)
-        return boxed_state(state, given)
+        return boxed_state(placed_state(state, params, leaves.views), given)
 
     def update(
         self,

@@ -248,7 +248,7 @@ class _LowBit:
         ]
         rounds = jnp.zeros([], jnp.int32) if self.rules.bits == 16 else optax.MaskedNode()
         state = LowBitState(treedef.unflatten(stored), rounds)
-        return boxed_state(placed_state(state, bare(given), []), given)
+        return boxed_state(placed_state(state, bare(given), []), given, [])
 
     def update(
         self,

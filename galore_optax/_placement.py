@@ -37,11 +37,14 @@ class Placement:
       view: the view of the leaf.
       leaf: the spec of the leaf: over which axes of the mesh each of its axes is divided.
       mesh: the mesh, whose sizes say what can be divided; where it is None, all can.
+      shares: whether one side of a matrix may be divided over the mesh axes of both. Else it is so
+        only where it is not divided itself, and where the mesh is known.
     """
 
     view: MatrixView
     leaf: PartitionSpec
     mesh: AbstractMesh | None
+    shares: bool = True
 
     @property
     def batch(self) -> tuple[MeshAxes, ...]:
@@ -115,6 +118,8 @@ class Placement:
     def _divided(self, side: int) -> MeshAxes:
         """Returns what a side of a matrix is divided over where the other has r directions."""
         own, other = self._sides[side], self._sides[1 - side]
+        if not self.shares and (own is not None or self.mesh is None):
+            return own
         return fitting(self.mesh, (own, other), (self.view.m, self.view.n)[side])
 
     def _of_residual(self, state: PyTree) -> PyTree:

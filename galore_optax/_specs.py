@@ -137,6 +137,8 @@ def specs_of(
     views: Mapping[str, Sequence[LeafView]],
     specs: Sequence[PartitionSpec],
     mesh: AbstractMesh | None,
+    *,
+    shares: bool = True,
 ) -> State:
     """Returns the specs of a state, by the rules of :func:`state_partition_specs`.
 
@@ -146,6 +148,7 @@ def specs_of(
       views: how the leaves of the parameters are seen, by path; by each galore that sees them.
       specs: those of the leaves of the parameters, with an entry for each axis.
       mesh: the mesh, or None where anything can be divided.
+      shares: see `Placement`.
     """
     leaves = leaves_with_paths(logical(params))
     found = []
@@ -155,7 +158,7 @@ def specs_of(
             continue
         (path, leaf), spec = leaves[part.owner], specs[part.owner]
         matrices = [view for view in views.get(path, ()) if isinstance(view, MatrixView)]
-        placements = [Placement(view, spec, mesh) for view in matrices]
+        placements = [Placement(view, spec, mesh, shares) for view in matrices]
         found.append(_of_part(part, jnp.shape(leaf), spec, placements, mesh))
     return jax.tree.structure(state, is_leaf=is_quantized).unflatten(found)
 

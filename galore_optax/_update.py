@@ -138,7 +138,7 @@ class _Galore:
             self._inner.warn(low_rank, state.inner, leaves.views, stacklevel=2)
             if self._caution is not None:
                 warnings.warn(self._caution, UserWarning, stacklevel=2)
-        return boxed_state(placed_state(state, params, leaves.views), given)
+        return boxed_state(placed_state(state, params, leaves.views), given, leaves.views)
 
     def update(
         self,

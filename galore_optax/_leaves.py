@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree, PyTreeDef
 
-from galore_optax._placement import Placement, placement
+from galore_optax._ownership import ownership
+from galore_optax._placement import Placement, following, placement
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import dequantize_params
 from galore_optax._state import leaves_like
-from galore_optax._types import Params, Updates
+from galore_optax._subspace import Subspace
+from galore_optax._types import Params, State, Updates
 from galore_optax._view import LeafView, MatrixView, moment_dtype, wide
 
 
@@ -70,6 +72,27 @@ class Leaves:
     ) -> "Leaves":
         placements = [placement(v, x) for v, x in zip(views, weights or gradients, strict=True)]
         return cls(list(views), gradients, weights, placements, treedef)
+
+    def following(self, subspaces: Sequence[Subspace], state: State) -> "Leaves":
+        """Returns the leaves with placements by which the state stays where it is.
+
+        Args:
+          subspaces: the subspaces of all leaves.
+          state: the state of the inner transformation.
+        """
+        if not any(self.placements):
+            return self
+        arrays = jax.tree.leaves(state, is_leaf=is_quantized)
+        own: list[list[PyTree]] = [[] for _ in self.views]
+        tree = self.structure.unflatten(self.gradients)
+        for array, owned in zip(arrays, ownership(state, tree, self.views), strict=True):
+            if owned.owner is not None:
+                own[owned.owner].append(array)
+        placements = [
+            place and following(place, subspace, moments)
+            for place, subspace, moments in zip(self.placements, subspaces, own, strict=True)
+        ]
+        return dataclasses.replace(self, placements=placements)
 
     @property
     def projected(self) -> list[tuple[int, MatrixView]]:

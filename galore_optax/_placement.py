@@ -13,6 +13,7 @@ There is one rule for each kind of array in a state:
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +40,16 @@ class Placement:
       mesh: the mesh, whose sizes say what can be divided; where it is None, all can.
       shares: whether one side of a matrix may be divided over the mesh axes of both. Else it is so
         only where it is not divided itself, and where the mesh is known.
+      moments: where the moments of the shape of R lie that there are already, if this is known.
+      bases: the same of stored bases of rows and of columns.
     """
 
     view: MatrixView
     leaf: PartitionSpec
     mesh: AbstractMesh | None
     shares: bool = True
+    moments: PartitionSpec | None = None
+    bases: tuple[PartitionSpec | None, PartitionSpec | None] = (None, None)
 
     @property
     def batch(self) -> tuple[MeshAxes, ...]:
@@ -59,6 +64,8 @@ class Placement:
     @property
     def low_rank(self) -> PartitionSpec:
         """The spec of R and of its moments."""
+        if self.moments is not None:
+            return self.moments
         m, n = (
             None if projected else self._divided(side)
             for side, projected in enumerate((self.view.left, self.view.right))
@@ -67,6 +74,8 @@ class Placement:
 
     def basis(self, side: int) -> PartitionSpec:
         """The spec of the stored basis of the rows, 0, or of the columns, 1."""
+        if (there := self.bases[side]) is not None:
+            return there
         return PartitionSpec(*self.batch, self._divided(side), None)
 
     def of_down(self, subspace: Subspace, moments: Held, basis: type[Basis]) -> PyTree:
@@ -151,6 +160,30 @@ def placement(view: LeafView, leaf: PyTree) -> Placement | None:
     typed = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
     spec = getattr(typed.sharding, "spec", PartitionSpec())
     return Placement(view, padded(spec, len(view.shape)), mesh)
+
+
+def following(place: Placement, subspace: Subspace, moments: Sequence[PyTree]) -> Placement:
+    """Returns a placement by which the state of a leaf stays where it is.
+
+    Trainers have rules of their own for where state lies, and types must agree with what is there.
+
+    Args:
+      place: the placement of the leaf by the rules of this library, on a mesh of Explicit axes.
+      subspace: the subspaces as they are stored.
+      moments: what the inner state has of the leaf.
+    """
+    shape = place.view.low_rank_shape
+    like_r = (x for x in moments if not is_quantized(x) and jnp.shape(x) == shape)
+    found = next((_spec_of(x) for x in like_r), None)
+    bases = [
+        _spec_of(x) if isinstance(x, jax.Array) and x.ndim == len(shape) else None
+        for x in subspace[:2]
+    ]
+    return dataclasses.replace(place, moments=found, bases=(bases[0], bases[1]))
+
+
+def _spec_of(array: jax.Array) -> PartitionSpec:
+    return padded(jax.typeof(array).sharding.spec, array.ndim)
 
 
 def placement_at_init(view: LeafView, leaf: PyTree) -> tuple[Placement, Mesh] | None:

@@ -158,6 +158,7 @@ class _Galore:
         views = self._views(updates, None if excerpt is None else excerpt.ranks)
         leaves = Leaves.of_update(views, updates, params)
         subspaces = subspaces_of_tree(leaves.structure, leaves.views, state, self._shapes)
+        leaves = leaves.following(subspaces, state.inner)
         only = isinstance(refresh, str)
         below = self._down(leaves, subspaces, state, _checked(refresh), only, excerpt)
         if only:

@@ -1,0 +1,135 @@
+"""Where optimizer state lies on a mesh: by shapes, for every optimizer and layout."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+import galore_optax
+from galore_optax import DimensionNumbers, state_partition_specs
+
+P = PartitionSpec
+EIGHT = {"fsdp": (8, 1), "tensor": (1, 8), "both": (2, 4)}
+OPTIMIZERS = (
+    *("galore_adamw", "galore_adamw_8bit", "q_galore_adamw", "fira_adamw_8bit", "apollo_adamw"),
+    *("ldadamw", "tracked_adamw_8bit", "dct_adamw", "grass_adamw", "flora", "galore_muon"),
+    *("galore_adafactor", "frugal_adamw", "adamw_8bit"),
+)
+
+
+def is_spec(x):
+    return isinstance(x, PartitionSpec)
+
+
+@functools.cache
+def of_7b():
+    """The shapes of LLaMA-7B, its layers stacked, and where they lie."""
+    layers, width, hidden, vocabulary = 32, 4096, 11008, 32000
+    shapes = {
+        "embed/embedding": (vocabulary, width),
+        "blocks/q": (layers, width, width),
+        "blocks/o": (layers, width, width),
+        "blocks/up": (layers, width, hidden),
+        "blocks/down": (layers, hidden, width),
+        "blocks/norm/scale": (layers, width),
+        "lm_head/kernel": (width, vocabulary),
+    }
+    params = {k: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for k, shape in shapes.items()}
+    into, out = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+    specs = {"blocks/q": into, "blocks/up": into, "blocks/o": out, "blocks/down": out}
+    rest = {"blocks/norm/scale": P(), "embed/embedding": P("fsdp", "tensor")}
+    return params, {**specs, **rest, "lm_head/kernel": P("fsdp", "tensor")}
+
+
+def nbytes(shape, dtype):
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+@pytest.mark.filterwarnings("ignore:the inner transformation:UserWarning")  # of Adafactor
+@pytest.mark.parametrize("layout", EIGHT)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_device_has_an_eighth_of_the_state_of_7b(name, layout):
+    options = {} if name == "adamw_8bit" else {"rank": 1024}
+    if options:
+        options["weight_dimension_numbers"] = DimensionNumbers(-2, -1)
+    tx = getattr(galore_optax, name)(1e-3, **options)
+    params, specs = of_7b()
+    mesh = AbstractMesh(EIGHT[layout], ("fsdp", "tensor"))
+    found = state_partition_specs(tx, params, specs, mesh=mesh)
+    state = jax.eval_shape(tx.init, params)
+    places = jax.tree.leaves(found, is_leaf=is_spec)
+    total = of_device = 0
+    for x, place in zip(jax.tree.leaves(state), places, strict=True):
+        parts = [math.prod(mesh.shape[a] for a in np.atleast_1d(axes or ())) for axes in place]
+        assert all(size % k == 0 for size, k in zip(x.shape, parts, strict=False))
+        total += nbytes(x.shape, x.dtype)
+        of_device += nbytes(x.shape, x.dtype) / math.prod(parts)
+    assert of_device <= 1.01 * total / 8
+
+
+MATRIX = {"kernel": jax.ShapeDtypeStruct((64, 512), jnp.float32)}
+
+
+def specs_of(tx, spec, params=MATRIX, **options):
+    return state_partition_specs(tx, params, {"kernel": spec}, **options)
+
+
+def test_each_kind_of_array_lies_by_its_rule():
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        galore_optax.fira_adamw(1e-3, rank=16, projector_dtype="int8"),
+        optax.ema(0.9),
+    )
+    found = optax.MultiSteps(tx, 2)
+    found = specs_of(found.gradient_transformation(), P("x", "y"))
+    assert optax.tree.get(found, "mu")["kernel"] == P(None, ("y", "x"))
+    assert found.acc_grads["kernel"] == found.inner_opt_state[2].ema["kernel"] == P("x", "y")
+    galore = next(
+        x
+        for x in jax.tree.leaves(found, is_leaf=lambda x: hasattr(x, "subspace"))
+        if hasattr(x, "subspace")
+    )
+    # (64, 16) in blocks of 256 straddles rows, so that there is one axis.
+    assert galore.subspace.left["kernel"].codes == P(("x", "y"))
+    assert galore.subspace.due["kernel"] == galore.step == found.mini_step == P()
+
+
+def test_a_factored_moment_has_the_axes_that_are_left():
+    tx = galore_optax.galore(optax.scale_by_factored_rms(min_dim_size_to_factor=8), rank=16)
+    found = specs_of(tx, P("x", "y")).inner
+    shapes = jax.eval_shape(tx.init, MATRIX).inner
+    of_size = {512: P(("y", "x")), 16: P(None)}
+    for name in ("v_row", "v_col"):
+        shape = getattr(shapes, name)["kernel"].shape
+        assert getattr(found, name)["kernel"] == of_size[shape[0]]
+
+
+def test_mesh_axes_that_do_not_divide_are_left_out():
+    params = {"kernel": jax.ShapeDtypeStruct((64, 510), jnp.float32)}
+    mesh = AbstractMesh((4, 2), ("x", "y"))
+    tx = galore_optax.galore_adamw(1e-3, rank=16)
+    found = specs_of(tx, P("x", "y"), params, mesh=mesh)
+    assert found.inner[0].mu["kernel"] == P(None, "y")
+    assert found.subspace.left["kernel"] == P(("x", "y"), None)
+
+
+@pytest.mark.parametrize(
+    ("specs", "error", "says"),
+    [
+        ({"kernel": P("z")}, ValueError, "'kernel' has the mesh axis 'z'; the mesh has 'x', 'y'"),
+        ({"other": P("x")}, ValueError, "specs must have the structure of the parameters"),
+        ({"kernel": P("x", None, None)}, ValueError, "more axes than its shape"),
+        ({"kernel": P(("x", "y"))}, ValueError, "64 of its shape .* which are 6 devices"),
+        ({"kernel": "x"}, TypeError, "must be jax.sharding.PartitionSpec"),
+    ],
+    ids=str,
+)
+def test_specs_that_cannot_be_right(specs, error, says):
+    mesh = AbstractMesh((3, 2), ("x", "y"))
+    with pytest.raises(error, match=says):
+        state_partition_specs(galore_optax.galore_adamw(1e-3, rank=4), MATRIX, specs, mesh=mesh)

@@ -186,7 +186,7 @@ def _spec_of(array: jax.Array) -> PartitionSpec:
     return padded(jax.typeof(array).sharding.spec, array.ndim)
 
 
-def placement_at_init(view: LeafView, leaf: PyTree) -> tuple[Placement, Mesh] | None:
+def placement_at_init(view: LeafView, leaf: PyTree) -> tuple[Placement, Mesh | AbstractMesh] | None:
     """Returns the placement of what belongs to an array on a mesh of Auto axes, and that mesh.
 
     None stands for what lies on no such mesh, or is traced, and for a leaf that is not projected.

@@ -73,7 +73,7 @@ def auto_sharding(leaf: PyTree) -> NamedSharding | None:
     return sharding if is_named and not sharding.mesh.abstract_mesh.explicit_axes else None
 
 
-def put(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+def put(tree: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """Returns a tree whose arrays lie on a mesh of Auto axes as the specs say."""
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 

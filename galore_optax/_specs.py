@@ -265,8 +265,10 @@ def _checked(specs: PyTree, params: Params, mesh: AbstractMesh | None) -> list[P
 def _check_divides(
     path: str, shape: Shape, size: int, axes: MeshAxes, mesh: AbstractMesh | None
 ) -> None:
+    if mesh is None:
+        return
     parts = 1
-    for axis in names_of(axes) if mesh is not None else ():
+    for axis in names_of(axes):
         if axis not in mesh.shape:
             raise ValueError(
                 f"the spec of {path!r} has the mesh axis {axis!r}; the mesh has "

@@ -11,7 +11,10 @@ def logical(tree: PyTree) -> PyTree:
     """Returns the tree with a ``jax.ShapeDtypeStruct`` in the place of each quantized array."""
 
     def stand_in(leaf: PyTree) -> PyTree:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf
+        if not is_quantized(leaf):
+            return leaf
+        leaf = bare(leaf)  # each of its arrays may be in a box.
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     return jax.tree.map(stand_in, tree, is_leaf=is_quantized)
 

@@ -97,9 +97,12 @@ def test_numbers_given_for_a_leaf_have_the_last_word():
     assert projected(params, weight_dimension_numbers=DimensionNumbers(0, 1)) == {"rows", "stack"}
 
 
-def test_the_warning_about_axes_names_what_it_takes_for_vectors():
-    params = {"a": shapes(gain=(12, 32), stack=(12, 32, 64)), "b": shapes(matrix=(32, 64))}
-    with pytest.warns(UserWarning, match=r"a/stack at full .* a/gain seem to be stacks of vectors"):
+@pytest.mark.parametrize("name", ["stack", "embed"])
+def test_a_warning_names_what_is_taken_for_vectors(name):
+    """Also where the matrices beside them are excluded, and so in no warning themselves."""
+    params = {"a": shapes(gain=(12, 32), **{name: (12, 32, 64)}), "b": shapes(matrix=(32, 64))}
+    says = "leaves a/gain at full" if name == "embed" else "leaves a/stack at full .*and a/gain at"
+    with pytest.warns(UserWarning, match=says + r".* they are stacks of vectors.*weight_dimension"):
         jax.eval_shape(galore_optax.galore(optax.sgd(1.0), rank=4).init, params)
 
 

@@ -14,6 +14,8 @@ from flax import nnx
 
 import galore_optax
 from galore_optax import DEFAULT_EXCLUDE, DimensionNumbers
+from galore_optax._select import Selection
+from galore_optax._view import MatrixView
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "leaves.md"
 ROWS = re.findall(r"^\| (.+) \| `(.+)` \| (full size|projected) \|$", PAGE.read_text(), re.M)
@@ -95,6 +97,18 @@ def test_numbers_given_for_a_leaf_have_the_last_word():
     assert projected(params, weight_dimension_numbers=by_path) == {"rows", "stack"}
     # The leading axis of the leaf of three is its matrix', and so no stack.
     assert projected(params, weight_dimension_numbers=DimensionNumbers(0, 1)) == {"rows", "stack"}
+
+
+def test_of_a_part_of_a_tree_the_whole_tree_says_what_is_projected():
+    """As layerwise updates it: beside the last leaf there is nothing then."""
+    whole = {"blocks": shapes(kernel=(4, 8, 16)), "last": shapes(gain=(4, 16))}
+    selection = Selection(rank=2, weight_dimension_numbers=LAST)
+    known = [v.path for v in selection.views(whole) if isinstance(v, MatrixView)]
+    assert known == ["blocks/kernel"]
+    (of_part,) = selection.views({"last": whole["last"]}, projected=known)
+    assert not isinstance(of_part, MatrixView)
+    (alone,) = selection.views({"last": whole["last"]})
+    assert isinstance(alone, MatrixView)
 
 
 @pytest.mark.parametrize("name", ["stack", "embed"])

@@ -24,7 +24,7 @@ SIDES = ("short", "long", "left", "right", "both")
 
 ExcludeSpec: TypeAlias = str | re.Pattern[str] | Callable[[str, Shape], bool] | PyTree | None
 DimensionNumbersSpec: TypeAlias = (
-    PyTree | Callable[[Params], PyTree] | Callable[[str, Shape], "DimensionNumbers | None"]
+    PyTree | Callable[[Params], PyTree] | Callable[[str, Shape], DimensionNumbers | None]
 )
 _NumbersOfLeaf: TypeAlias = tuple[DimensionNumbers | None, bool]
 

@@ -45,8 +45,8 @@ class Excerpt:
       micro_batches: how many gradients make one step; a galore that accumulates must agree.
       complete: whether the gradient is the mean of all of them already.
       ranks: the ranks of all leaves, also of those that are not in the excerpt: where ranks go by
-        role they depend on all of these, and so does what is taken for a stack of vectors. None says
-        that they are not known, and that the excerpt itself shows it.
+        role they depend on all of these, as does what is taken for a stack of vectors. None where
+        they are not known, and the excerpt is seen by itself.
     """
 
     layer: Int[Array, ""] | None

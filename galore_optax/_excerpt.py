@@ -45,7 +45,8 @@ class Excerpt:
       micro_batches: how many gradients make one step; a galore that accumulates must agree.
       complete: whether the gradient is the mean of all of them already.
       ranks: the ranks of all leaves, also of those that are not in the excerpt: where ranks go by
-        role they depend on all of these.
+        role they depend on all of these, as does what is taken for a stack of vectors. None where
+        they are not known, and the excerpt is seen by itself.
     """
 
     layer: Int[Array, ""] | None
@@ -54,7 +55,7 @@ class Excerpt:
     ordinals: Ordinals = dataclasses.field(metadata={"static": True})
     micro_batches: int = dataclasses.field(metadata={"static": True})
     complete: bool = dataclasses.field(metadata={"static": True})
-    ranks: Ranks = dataclasses.field(default=(), metadata={"static": True})
+    ranks: Ranks | None = dataclasses.field(default=None, metadata={"static": True})
 
     def ordinal(self, path: str, count: int) -> Ordinal:
         """Returns where the matrices of a leaf of the excerpt stand, ``count`` of them here."""

@@ -24,7 +24,7 @@ SIDES = ("short", "long", "left", "right", "both")
 
 ExcludeSpec: TypeAlias = str | re.Pattern[str] | Callable[[str, Shape], bool] | PyTree | None
 DimensionNumbersSpec: TypeAlias = (
-    PyTree | Callable[[Params], PyTree] | Callable[[str, Shape], "DimensionNumbers | None"]
+    PyTree | Callable[[Params], PyTree] | Callable[[str, Shape], DimensionNumbers | None]
 )
 _NumbersOfLeaf: TypeAlias = tuple[DimensionNumbers | None, bool]
 
@@ -79,7 +79,7 @@ class Selection:
         leaves = leaves_with_paths(tree)
         if not leaves:  # nothing to look at, or the placeholder of optax.tree.map_params
             return []
-        numbers = self._dimension_numbers(tree)
+        numbers = self._dimension_numbers(leaves, tree)
         excluded = self._excluded(leaves, tree)
         vectors = self._vectors(leaves, numbers) if projected is None else {}
         views = []
@@ -97,14 +97,17 @@ class Selection:
         stacklevel += 1
         full_size = [view for view in views if isinstance(view, Unprojected)]
         ambiguous = [view.path for view in full_size if view.reason == _AMBIGUOUS]
-        if ambiguous:
-            vectors = [view.path for view in full_size if view.reason.startswith(_STACKED)]
-            like = f" {', '.join(vectors)} seem to be stacks of vectors." if vectors else ""
+        vectors = [view.path for view in full_size if view.reason.startswith(_STACKED)]
+        if self.weight_dimension_numbers is None and (ambiguous or vectors):
+            reasons = [
+                f"{', '.join(paths)} at full size: {why}"
+                for paths, why in ((ambiguous, _AXES_NOT_KNOWN), (vectors, _SEEM_VECTORS))
+                if paths
+            ]
             warnings.warn(
-                f"galore leaves {', '.join(ambiguous)} at full size: shape alone cannot tell the "
-                "axes of a matrix from layers or heads. Pass weight_dimension_numbers, e.g. "
+                f"galore leaves {'; and '.join(reasons)}. Pass weight_dimension_numbers, e.g. "
                 "DimensionNumbers(reduction_axis=1, output_axis=2) for kernels stacked over "
-                f"layers, or add these leaves to exclude.{like}",
+                "layers, or add these leaves to exclude.",
                 UserWarning,
                 stacklevel,
             )
@@ -158,12 +161,13 @@ class Selection:
             )
         return mask
 
-    def _dimension_numbers(self, tree: Params) -> list[_NumbersOfLeaf]:
+    def _dimension_numbers(
+        self, leaves: Sequence[tuple[str, PyTree]], tree: Params
+    ) -> list[_NumbersOfLeaf]:
         """Returns each leaf's dimension numbers, and whether a whole subtree was given them."""
         given = self.weight_dimension_numbers
         if callable(given) and _takes_path_and_shape(given):
             of_leaf = cast(Callable[[str, Shape], DimensionNumbers | None], given)
-            leaves = leaves_with_paths(tree)
             pairs = [(of_leaf(path, jnp.shape(leaf)), False) for path, leaf in leaves]
         else:
             if callable(given):
@@ -286,6 +290,8 @@ class Selection:
 
 _AMBIGUOUS = "more than two axes and no dimension numbers"
 _STACKED = "vectors stacked like the matrices of"
+_AXES_NOT_KNOWN = "shape alone cannot tell the axes of a matrix from layers or heads"
+_SEEM_VECTORS = "by what lies beside them they are stacks of vectors"
 
 
 def _takes_path_and_shape(function: Callable[..., object]) -> bool:

@@ -149,7 +149,7 @@ def wide(array: ArrayLike) -> Inexact[Array, "..."]:
 
 
 def unit_of(
-    array: Inexact[Array, "..."], axis: int | None = None, *, keepdims: bool = False
+    array: Float[Array, "..."], axis: int | None = None, *, keepdims: bool = False
 ) -> Float[Array, "..."]:
     """Returns by what to divide an array before its entries are squared, lest that overflow.
 

@@ -14,6 +14,8 @@ from flax import nnx
 
 import galore_optax
 from galore_optax import DEFAULT_EXCLUDE, DimensionNumbers
+from galore_optax._select import Selection
+from galore_optax._view import MatrixView
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "leaves.md"
 ROWS = re.findall(r"^\| (.+) \| `(.+)` \| (full size|projected) \|$", PAGE.read_text(), re.M)
@@ -97,9 +99,24 @@ def test_numbers_given_for_a_leaf_have_the_last_word():
     assert projected(params, weight_dimension_numbers=DimensionNumbers(0, 1)) == {"rows", "stack"}
 
 
-def test_the_warning_about_axes_names_what_it_takes_for_vectors():
-    params = {"a": shapes(gain=(12, 32), stack=(12, 32, 64)), "b": shapes(matrix=(32, 64))}
-    with pytest.warns(UserWarning, match=r"a/stack at full .* a/gain seem to be stacks of vectors"):
+def test_of_a_part_of_a_tree_the_whole_tree_says_what_is_projected():
+    """As layerwise updates it: beside the last leaf there is nothing then."""
+    whole = {"blocks": shapes(kernel=(4, 8, 16)), "last": shapes(gain=(4, 16))}
+    selection = Selection(rank=2, weight_dimension_numbers=LAST)
+    known = [v.path for v in selection.views(whole) if isinstance(v, MatrixView)]
+    assert known == ["blocks/kernel"]
+    (of_part,) = selection.views({"last": whole["last"]}, projected=known)
+    assert not isinstance(of_part, MatrixView)
+    (alone,) = selection.views({"last": whole["last"]})
+    assert isinstance(alone, MatrixView)
+
+
+@pytest.mark.parametrize("name", ["stack", "embed"])
+def test_a_warning_names_what_is_taken_for_vectors(name):
+    """Also where the matrices beside them are excluded, and so in no warning themselves."""
+    params = {"a": shapes(gain=(12, 32), **{name: (12, 32, 64)}), "b": shapes(matrix=(32, 64))}
+    says = "leaves a/gain at full" if name == "embed" else "leaves a/stack at full .*and a/gain at"
+    with pytest.warns(UserWarning, match=says + r".* they are stacks of vectors.*weight_dimension"):
         jax.eval_shape(galore_optax.galore(optax.sgd(1.0), rank=4).init, params)
 
 

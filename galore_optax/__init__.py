@@ -9,7 +9,7 @@ from galore_optax._learning_rate import learning_rate_from_adamw
 from galore_optax._limiter import LimitNormGrowthState, limit_norm_growth
 from galore_optax._low_bit import LowBitState, low_bit
 from galore_optax._memory import memory_report
-from galore_optax._memory_report import LeafGroup, MemoryReport, compare_memory
+from galore_optax._memory_report import DeviceBytes, LeafGroup, MemoryReport, compare_memory
 from galore_optax._migrate import as_version, migrate
 from galore_optax._optimizers import flora, galore_adafactor, galore_lion, galore_muon, galore_sgd
 from galore_optax._presets import (
@@ -55,6 +55,7 @@ __all__ = [
     "DEFAULT_EXCLUDE",
     "MOARA",
     "CombinationError",
+    "DeviceBytes",
     "DimensionNumbers",
     "Discard",
     "ErrorFeedback",

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -9,18 +10,28 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import PyTree
 
 from galore_optax._codecs import CODECS
-from galore_optax._memory_report import LeafGroup, MemoryReport
+from galore_optax._memory_report import DeviceBytes, LeafGroup, MemoryReport
+from galore_optax._mesh_axes import names_of
 from galore_optax._parts import parts
 from galore_optax._quantized import QuantizedArray, is_quantized
+from galore_optax._specs import state_partition_specs
 from galore_optax._state import Inspection, inspecting
-from galore_optax._trees import leaves_with_paths, logical
+from galore_optax._trees import bare, leaves_with_paths, logical
 from galore_optax._types import Params, Shape
 from galore_optax._view import LeafView, MatrixView, Unprojected
 
 
-def memory_report(tx: optax.GradientTransformation, params: Params) -> MemoryReport:
+def memory_report(
+    tx: optax.GradientTransformation,
+    params: Params,
+    specs: PyTree = None,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> MemoryReport:
     """Says what parameters and optimizer state cost, without allocating anything.
 
     All bytes are those of the arrays that ``tx.init(params)`` makes. Moments in galore are float32
@@ -31,9 +42,16 @@ def memory_report(tx: optax.GradientTransformation, params: Params) -> MemoryRep
     Args:
       tx: any transformation; galore may be anywhere in it.
       params: the parameters, or their ``jax.ShapeDtypeStruct``.
+      specs: where the parameters lie on ``mesh``, as for :func:`state_partition_specs`, by whose
+        rules the report then says too what each device has. Without them it does not.
+      mesh: the mesh, of which a ``jax.sharding.AbstractMesh`` is enough; by default the one of
+        ``jax.set_mesh``.
 
     Returns:
       A `MemoryReport`: a plain dataclass that prints as a table.
+
+    Raises:
+      ValueError: there are specs and no mesh, or as :func:`state_partition_specs` says.
 
     Examples:
       >>> import galore_optax, jax, jax.numpy as jnp
@@ -78,7 +96,40 @@ def memory_report(tx: optax.GradientTransformation, params: Params) -> MemoryRep
         counters_without_galore=without.counters,
         moment_dtype=state.moment_dtype,
         moment_dtype_without_galore=without.moment_dtype,
+        of_device=None if specs is None else _of_device(tx, params, specs, mesh),
     )
+
+
+def _of_device(
+    tx: optax.GradientTransformation,
+    params: Params,
+    specs: PyTree,
+    mesh: Mesh | AbstractMesh | None,
+) -> DeviceBytes:
+    """Returns the bytes of one device of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if not mesh.shape:
+        raise ValueError("memory_report needs the mesh of specs: pass mesh, or use jax.set_mesh")
+    of_state = state_partition_specs(tx, params, specs, mesh=mesh)
+    of_params = state_partition_specs(_PARAMS, params, specs, mesh=mesh)
+    state = jax.eval_shape(lambda p: tx.init(p), _unsharded(params))
+
+    def nbytes(tree: PyTree, places: PyTree) -> int:
+        total = 0
+        for x, spec in zip(
+            jax.tree.leaves(tree),
+            jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, PartitionSpec)),
+            strict=True,
+        ):
+            axes = itertools.chain.from_iterable(map(names_of, spec))
+            total += _bytes(x) // math.prod(mesh.shape[axis] for axis in axes)
+        return total
+
+    return DeviceBytes(mesh.size, nbytes(params, of_params), nbytes(state, of_state))
+
+
+# Its state is the parameters, which lie by the same rules where they are in codes.
+_PARAMS = optax.GradientTransformation(lambda params: bare(params), optax.identity().update)
 
 
 @dataclasses.dataclass

@@ -33,6 +33,21 @@ class LeafGroup:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeviceBytes:
+    """What one device of a mesh has. Sizes are bytes.
+
+    Attributes:
+      devices: how many devices the mesh has.
+      parameters: the bytes of its part of the parameters.
+      state: the bytes of its part of the optimizer state.
+    """
+
+    devices: int
+    parameters: int
+    state: int
+
+
+@dataclasses.dataclass(frozen=True)
 class MemoryReport:
     """What :func:`memory_report` found; ``print`` it for a table. Sizes are bytes.
 
@@ -42,6 +57,7 @@ class MemoryReport:
       counters_without_galore: the same for the inner optimizer without galore around it.
       moment_dtype: what most bytes of the moments are: a dtype, or codes such as "8-bit codes".
       moment_dtype_without_galore: the same for the inner optimizer without galore around it.
+      of_device: what one device of the mesh has that :func:`memory_report` was given, or None.
     """
 
     groups: tuple[LeafGroup, ...]
@@ -49,6 +65,7 @@ class MemoryReport:
     counters_without_galore: int
     moment_dtype: str | None
     moment_dtype_without_galore: str | None
+    of_device: DeviceBytes | None = None
 
     @property
     def parameters(self) -> int:
@@ -133,6 +150,12 @@ class MemoryReport:
             f"without galore {size(self.total_without_galore)} {name}",
             f"({name} = {unit:,} bytes; counters included: {self.counters:,} bytes)",
         ]
+        if (one := self.of_device) is not None:
+            lines.insert(
+                -1,
+                f"on each of {one.devices} devices  optimizer state {size(one.state)} {name}, "
+                f"with the parameters {size(one.parameters + one.state)} {name}",
+            )
         if self.moment_dtype != self.moment_dtype_without_galore:
             lines.append(
                 f"(moments are {self.moment_dtype} with galore, and would be "

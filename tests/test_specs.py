@@ -70,6 +70,13 @@ def test_a_device_has_an_eighth_of_the_state_of_7b(name, layout):
         total += nbytes(x.shape, x.dtype)
         of_device += nbytes(x.shape, x.dtype) / math.prod(parts)
     assert of_device <= 1.01 * total / 8
+    if name == "q_galore_adamw":  # whose codes, scales and counters are of all kinds.
+        report = galore_optax.memory_report(tx, params, specs, mesh=mesh)
+        assert report.of_device.devices == 8
+        assert report.of_device.state == of_device
+        assert 8 * report.of_device.parameters == pytest.approx(report.parameters, rel=1e-3)
+        size = of_device / 1e9
+        assert f"on each of 8 devices  optimizer state {size:.3f} GB, with the" in str(report)
 
 
 MATRIX = {"kernel": jax.ShapeDtypeStruct((64, 512), jnp.float32)}
@@ -116,6 +123,15 @@ def test_mesh_axes_that_do_not_divide_are_left_out():
     found = specs_of(tx, P("x", "y"), params, mesh=mesh)
     assert found.inner[0].mu["kernel"] == P(None, "y")
     assert found.subspace.left["kernel"] == P(("x", "y"), None)
+
+
+def test_bytes_of_a_device_need_a_mesh():
+    tx, specs = galore_optax.galore_adamw(1e-3, rank=4), {"kernel": P("x")}
+    with pytest.raises(ValueError, match="needs the mesh of specs"):
+        galore_optax.memory_report(tx, MATRIX, specs)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((4,), ("x",))):
+        report = galore_optax.memory_report(tx, MATRIX, specs)
+    assert report.of_device.parameters == 64 * 512 * 4 / 4
 
 
 @pytest.mark.parametrize(

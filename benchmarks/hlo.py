@@ -15,14 +15,15 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-NAME = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ")
+NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+OPERAND = re.compile(r"%([\w.\-]+)")
 OPERATION = re.compile(r"\s*([\w\-]+)\(")
 ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,<=]*)\]")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
@@ -37,12 +38,14 @@ class Instruction:
     Attributes:
       operation: such as "all-reduce-start".
       size: bytes of the result, on one device.
+      operands: names of the instructions whose results it takes.
       called: names of the computations that it runs.
       trips: how often, where the compiler says so.
     """
 
     operation: str
     size: int
+    operands: tuple[str, ...]
     called: tuple[str, ...]
     trips: int | None
 
@@ -60,48 +63,66 @@ class Moved:
     Attributes:
       count: how many one device takes part in, those of a loop times its trips.
       bytes: of their results on one device.
+      operands: bytes of their operands on one device.
     """
 
     count: int = 0
     bytes: int = 0
+    operands: int = 0
 
     def plus(self, other: "Moved", times: int = 1) -> "Moved":
-        return Moved(self.count + times * other.count, self.bytes + times * other.bytes)
+        return Moved(
+            self.count + times * other.count,
+            self.bytes + times * other.bytes,
+            self.operands + times * other.operands,
+        )
 
 
 Traffic = dict[str, Moved]
 
 
-def collectives(text: str) -> Traffic:
+def collectives(text: str, unknown: Sequence[int] = ()) -> Traffic:
     """What one device takes part in while a program runs once, by kind.
 
     Of the branches of a conditional the one with the most bytes counts.
 
+    Args:
+      text: of the compiled program.
+      unknown: trips of loops of which the compiler does not say it: of an outer one, of those that
+        are in it, and so on.
+
     Raises:
-      ValueError: a collective is in a loop whose trips the compiler does not say, or there is no
-        program in the text.
+      ValueError: a collective is in a loop whose trips nobody says, or there is no program in the
+        text.
     """
     programs, entry = computations(text)
 
     @functools.cache
-    def of(name: str) -> Traffic:
+    def of(name: str, unknown: tuple[int, ...]) -> Traffic:
         total: dict[str, Moved] = collections.defaultdict(Moved)
-        for instruction in programs[name]:
-            inner = [of(called) for called in instruction.called if called in programs]
+        by_name = programs[name]
+        for instruction in by_name.values():
+            is_unknown = instruction.operation == "while" and instruction.trips is None
+            deeper = unknown[1:] if is_unknown else unknown
+            inner = [of(called, deeper) for called in instruction.called if called in programs]
             if instruction.collective:
-                kind = instruction.collective
-                total[kind] = total[kind].plus(Moved(1, instruction.size))
+                kind, start = instruction.collective, instruction
+                if instruction.operation.endswith("-done"):
+                    start = by_name[instruction.operands[0]]
+                operands = sum(by_name[x].size for x in start.operands if x in by_name)
+                total[kind] = total[kind].plus(Moved(1, instruction.size, operands))
             elif instruction.operation == "conditional":
                 inner = sorted(inner, key=lambda found: sum(x.bytes for x in found.values()))[-1:]
-            elif instruction.operation == "while" and any(inner) and instruction.trips is None:
+            elif is_unknown and any(inner) and not unknown:
                 raise ValueError(f"a loop in {name} has collectives, but no known_trip_count")
             times = 1 if instruction.trips is None else instruction.trips
+            times = (*unknown, 1)[0] if is_unknown else times
             for found in inner:
                 for kind, moved in found.items():
                     total[kind] = total[kind].plus(moved, times)
         return dict(total)
 
-    return of(entry)
+    return of(entry, tuple(unknown))
 
 
 def custom_calls(text: str) -> dict[str, int]:
@@ -109,21 +130,21 @@ def custom_calls(text: str) -> dict[str, int]:
     return dict(sorted(collections.Counter(TARGET.findall(text)).items()))
 
 
-def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of each computation, and the name of the one that the program starts with.
+def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """The instructions of each computation by name, and the one that the program starts with.
 
     Raises:
       ValueError: there is none.
     """
-    found: dict[str, list[Instruction]] = {}
+    found: dict[str, dict[str, Instruction]] = {}
     entry, into = None, None
     for line in text.splitlines():
         header = HEADER.match(line)
         if header:
-            into = found.setdefault(header[2], [])
+            into = found.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif into is not None and (name := NAME.match(line)):
-            into.append(instruction(line[name.end() :]))
+            into[name[1]] = instruction(line[name.end() :])
     if entry is None:
         raise ValueError(f"no ENTRY computation in {text[:80]!r}")
     return found, entry
@@ -139,9 +160,11 @@ def instruction(line: str) -> Instruction:
     # What an async-start calls stands at its end again.
     is_end = operation[1] in ("async-update", "async-done")
     trips = TRIPS.search(line)
+    operands = line[operation.end() :].split(")")[0]
     return Instruction(
         operation=operation[1],
         size=sum(sizes(line[:end])),
+        operands=tuple(OPERAND.findall(operands)),
         called=() if is_end else tuple(filter(None, names.split(","))),
         trips=int(trips[1]) if trips else None,
     )

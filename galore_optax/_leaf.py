@@ -23,10 +23,10 @@ from galore_optax._excerpt import Excerpt, Ordinal
 from galore_optax._placement import Placement
 from galore_optax._refresh import Clock, phase
 from galore_optax._residual import Projected
-from galore_optax._sharding import in_auto
+from galore_optax._sharding import each_its_own, in_auto
 from galore_optax._subspace import Subspace
 from galore_optax._transport import Held
-from galore_optax._types import DType, Scalar, Shape, Step
+from galore_optax._types import DType, MeshAxes, Scalar, Shape, Step
 from galore_optax._view import MatrixView
 
 
@@ -231,7 +231,7 @@ class Lift:
                 )
                 due = allowed if refresh else jnp.any(step >= subspace.due) & allowed
                 subspace, moments, step = _refreshed(
-                    one, due, matrices, subspace, moments, clock, identity, total, view.batch
+                    one, due, matrices, subspace, moments, clock, identity, total, divided
                 )
             over = functools.partial(_over, view.batch)
             if method.residual.absorbs:
@@ -239,14 +239,17 @@ class Lift:
                 subspace = subspace._replace(residual=kept)
             load = functools.partial(core.load, matrix=matrix, method=method)
             bases = over(load)(subspace, identity.keys)
+            if places is not None:  # They are gathered once, for all products of this step.
+                bases = jax.lax.with_sharding_constraint(bases, places.bases)
             low_rank = over(functools.partial(core.down, matrix=matrix))(matrices, bases)
             if method.diagnostics:
                 energy = over(core.captured_energy)(matrices, low_rank)
                 subspace = subspace._replace(energy=energy)
             return Down(subspace, moments, step, bases, low_rank)
 
-        places = None
+        places, divided = None, ()
         if placement is not None:
+            divided = placement.batch
             places = placement.of_down(subspace, moments, method.projector.basis)
             places = Down(*places)._replace(bases=Bases(*places[3]))
         return in_auto(body, places, gradient, subspace, moments, clock, identity, allowed)
@@ -316,7 +319,7 @@ def _refreshed(
     clock: tuple[Step, Int[Array, ""]],
     identity: Identity,
     total: int,
-    batch: Shape,
+    divided: tuple[MeshAxes, ...],
 ) -> tuple[Subspace, Held, Step]:
     """Chooses again the subspaces that are due, and returns the others as they are.
 
@@ -335,11 +338,15 @@ def _refreshed(
       clock: the step, and the gap T.
       identity: what tells the leaf apart from others.
       total: how many matrices there are in all leaves.
-      batch: the axes over which the matrices are stacked.
+      divided: what each of the axes over which matrices are stacked is divided over, as far as
+        this is known.
     """
     step, gap = clock
 
-    def all_of_leaf() -> tuple[Subspace, Held]:
+    def all_of_leaf(
+        matrices: Array, subspace: Subspace, moments: Held, identity: Identity, clock: PyTree
+    ) -> tuple[Subspace, Held]:
+        (step, gap), batch = clock, matrices.shape[:-2]
         order = identity.order
         phases = jnp.zeros(batch, jnp.int32) if order is None else phase(order, total, gap)
         stacked = (matrices, subspace, moments, phases, identity.keys)
@@ -364,8 +371,12 @@ def _refreshed(
         new = jax.lax.fori_loop(0, math.prod(batch), at, (flat[1], flat[2]))
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), new)
 
+    def on_mesh() -> tuple[Subspace, Held]:
+        run = each_its_own(all_of_leaf, divided, (True, True, True, True, False))
+        return run(matrices, subspace, moments, identity, clock)
+
     # JAX would take what both branches pass through out of the conditional, hence the addition.
-    return jax.lax.cond(due, lambda: (*all_of_leaf(), step + 0), lambda: (subspace, moments, step))
+    return jax.lax.cond(due, lambda: (*on_mesh(), step + 0), lambda: (subspace, moments, step))
 
 
 def _over(batch: Shape, function: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -1,14 +1,17 @@
 """Computes on a mesh of Explicit axes what needs Auto axes, and says what is wrong with a mesh."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from galore_optax._mesh_axes import names_of
 from galore_optax._quantized import is_quantized
+from galore_optax._types import MeshAxes
 
 Result = TypeVar("Result")
 
@@ -52,6 +55,32 @@ def in_auto(function: Callable[..., Result], places: PyTree, *arguments: PyTree)
 
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
     return cast(Result, jax.sharding.auto_axes(call, out_sharding=places)(arrays))
+
+
+def each_its_own(
+    function: Callable[..., Result], divided: Sequence[MeshAxes], stacked: Sequence[bool]
+) -> Callable[..., Result]:
+    """Returns a function of stacks by which each device works on those of its part of the stacks.
+
+    Else a loop over a stack that is divided over devices would gather all of it on each of them.
+
+    Args:
+      function: a function of stacks, which returns stacks; axes of its arguments and results that
+        stack come first.
+      divided: what each of these axes is divided over on the current mesh.
+      stacked: which arguments are stacks; the others are on every device.
+    """
+    axes = frozenset(itertools.chain.from_iterable(map(names_of, divided)))
+    if not axes:
+        return function
+    spec = PartitionSpec(*divided)
+    return jax.shard_map(
+        function,
+        in_specs=tuple(spec if stack else PartitionSpec() for stack in stacked),
+        out_specs=spec,
+        axis_names=axes,
+        check_vma=False,
+    )
 
 
 def reshard(tree: PyTree, specs: PyTree) -> PyTree:

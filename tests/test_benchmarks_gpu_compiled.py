@@ -53,6 +53,7 @@ HloModule jit_f, is_scheduled=true
 
 %large (q: bf16[2,4]) -> (bf16[2,4], bf16[8]) {
   %q = bf16[2,4]{1,0} parameter(0)
+  %r = bf16[8]{0} parameter(1)
   ROOT %both = (bf16[2,4]{1,0}, bf16[8]{0}) all-reduce(%q, %r), to_apply=%add
 }
 
@@ -85,9 +86,9 @@ for trips in (3, 4):
 
 def test_collectives_of_a_program_counted_by_hand():
     assert hlo.collectives(PROGRAM) == {
-        "all-gather": Moved(1, 3),
-        "reduce-scatter": Moved(1, 2),
-        "all-reduce": Moved(3 * (4 + 1), 3 * (4 * 32 + 32)),
+        "all-gather": Moved(1, 3, 3),
+        "reduce-scatter": Moved(1, 2, 4),
+        "all-reduce": Moved(3 * (4 + 1), 3 * (4 * 32 + 32), 3 * (4 * 32 + 32)),
     }
     assert hlo.custom_calls(PROGRAM) == {"cusolver_gesvd_ffi": 1}
 
@@ -96,8 +97,11 @@ def test_a_loop_of_unknown_length_is_counted_only_without_collectives():
     unknown = PROGRAM.replace('"known_trip_count":{"n":"4"}', "")
     with pytest.raises(ValueError, match="a loop in outer has collectives, but no known_trip_cou"):
         hlo.collectives(unknown)
+    assert hlo.collectives(unknown, [4]) == hlo.collectives(PROGRAM)
     quiet = unknown.replace("all-reduce-done", "negate").replace("body=%inner", "body=%until")
-    assert hlo.collectives(quiet)["all-reduce"] == Moved(3, 3 * 32)
+    assert hlo.collectives(quiet)["all-reduce"] == Moved(3, 3 * 32, 3 * 32)
+    outer = unknown.replace('"known_trip_count":{"n":"3"}', "")
+    assert hlo.collectives(outer, [3, 4]) == hlo.collectives(PROGRAM)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +158,9 @@ def test_collectives_of_programs_for_eight_devices():
     program, ordinary, layerwise = json.loads(done.stdout.splitlines()[-1])
     size = 4 * 3 * 7
     assert program == {
-        "all-reduce": [2 * 5, 2 * 5 * size],
-        "collective-permute": [2, 2 * size],
-        "all-gather": [1, 8 * size],
+        "all-reduce": [2 * 5, 2 * 5 * size, 2 * 5 * size],
+        "collective-permute": [2, 2 * size, 2 * size],
+        "all-gather": [1, 8 * size, size],
     }
     # All gradients are added up once, in float32, and with them loss and number of targets.
     gradients = 4 * Config(**SMALL).resolve().shape(300).num_params

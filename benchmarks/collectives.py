@@ -134,8 +134,9 @@ def main() -> None:
         )
     found = []
     for row in rows():
-        found.append(dataclasses.asdict(row) | figures(row))
-        refresh, step = found[-1]["refresh"], found[-1]["step"]
+        of_row = figures(row)
+        refresh, step = of_row["refresh"], of_row["step"]
+        found.append(dataclasses.asdict(row) | of_row)
         print(
             f"{row.axes:9}{row.layout:22}{row.projector:17}"
             f"refresh {refresh['per_projector']:7.2f} projectors, "

@@ -341,7 +341,7 @@ def _refreshed(
       divided: what each of the axes over which matrices are stacked is divided over, as far as
         this is known.
     """
-    step, gap = clock
+    step = clock[0]
 
     def all_of_leaf(
         matrices: Array, subspace: Subspace, moments: Held, identity: Identity, clock: PyTree

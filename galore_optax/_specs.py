@@ -104,8 +104,8 @@ def state_shardings(
 
     Examples:
       >>> import galore_optax, jax, jax.numpy as jnp
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
-      >>> mesh = jax.make_mesh((1,), ("fsdp",))
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
       >>> params = {"kernel": jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("fsdp")))}
       >>> tx = galore_optax.galore_adamw(1e-3, rank=4)
       >>> shardings = galore_optax.state_shardings(tx, params)

@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import galore_optax
 
 P = PartitionSpec
+KEY = jax.random.key(0)  # made outside of meshes of no devices.
 SHAPE = (64, 512)  # rows are projected: R is (16, 512), P is (64, 16).
 
 
 def of_linen(names):
     init = nn.with_logical_partitioning(nn.initializers.ones, names)
-    model = nn.Dense(SHAPE[1], kernel_init=init)
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, SHAPE[0])))["params"]
+    model, x = nn.Dense(SHAPE[1], kernel_init=init), jax.ShapeDtypeStruct(SHAPE[:1], jnp.float32)
+    return jax.eval_shape(model.init, KEY, x)["params"]
 
 
 def of_nnx(names):
@@ -76,7 +77,7 @@ def test_the_other_sides_name_is_taken_where_rules_say_that_its_mesh_axis_divide
     """Else the moments of a matrix that is divided along its rows were on every device."""
     tx = galore_optax.galore_adamw(1e-3, rank=16)
     assert of_kernel(named(container, ("embed", None), tx))[1:] == [P(None, None)] * 2
-    mesh = AbstractMesh((size,), ("fsdp",))
+    mesh = AbstractMesh((size,), ("fsdp",), (AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules((("embed", "fsdp"),)):
         found = of_kernel(named(container, ("embed", None), tx))
     name = "fsdp" if container == "nnx" else "embed"  # NNX reads names by the rules.

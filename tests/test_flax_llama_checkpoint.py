@@ -304,6 +304,22 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(copy,
     assert contents(copy.out) == before
 
 
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_a_bit_that_flipped_on_disk_is_found_and_its_array_named(copy, item):
+    """The files hold compressed numbers, most of whose bits make another number when they flip."""
+    broken = copy.out / "checkpoints" / "12"
+    largest = max((broken / item).glob("**/d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    message = (
+        rf"checkpoint {re.escape(str(broken))} cannot be read \({item}/\S+ is not what was saved.*: "
+        r"its checksum is another\). To go on from update 8, move"
+    )
+    with pytest.raises(UsageError, match=message):
+        train.train(copy)
+
+
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", "there")

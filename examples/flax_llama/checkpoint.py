@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_manager, checkpoint_managers
 
 import galore_optax
 from examples.flax_llama.changes import config_of
+from examples.flax_llama.checksums import check, checksums
 from examples.flax_llama.model import Llama
 from examples.flax_llama.run_directory import imported_from, read_settings
 from examples.flax_llama.shapes import LlamaConfig
@@ -190,6 +191,9 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(state.optimizer),
             data=grain.checkpoint.CheckpointSave(batches),
             settings=ocp.args.JsonSave(settings),
+            checksums=ocp.args.JsonSave(
+                checksums({"params": state.params, "optimizer": state.optimizer})
+            ),
         )
         self._writing = step
         try:
@@ -262,10 +266,17 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
-            for name, item in items.items():
-                if isinstance(item, ocp.args.StandardRestore):
-                    check_arrays(self.path / str(step) / name, item.item)
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            trees = [n for n, x in items.items() if isinstance(x, ocp.args.StandardRestore)]
+            for name in trees:
+                check_arrays(self.path / str(step) / name, items[name].item)
+            if (
+                trees and (self.path / str(step) / "checksums").exists()
+            ):  # which those of 0.1 have not.
+                items["checksums"] = ocp.args.JsonRestore()
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            if "checksums" in items:
+                check({name: restored[name] for name in trees}, restored["checksums"])
+            return restored
         except UsageError:
             raise
         except Exception as error:

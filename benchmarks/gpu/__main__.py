@@ -35,6 +35,13 @@ ROOM = 1.02
 # Where the corpus that was packed for the GPU is unpacked, and what is trained on without it.
 PACKED, BUILT_IN = ROOT / ".gpu-unpacked" / "tokens", "austen"
 
+# What the stage of fine-tuning needs, by the flags that name it.
+PRETRAINED = {
+    "smollm2": "SmolLM2-135M-Instruct, as of Hugging Face",
+    "minilm": "MiniLM-L6, as of Hugging Face",
+    "sst2": "SST-2: train, dev and test",
+}
+
 
 def machine_here(rehearsal: bool) -> dict[str, Any]:
     """What device there is.
@@ -134,7 +141,13 @@ def main() -> None:
     parser.add_argument("--again", nargs="+", choices=STAGES, default=[], help="to measure anew")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--data", help="what models are trained on, as in the application")
+    for name, what in PRETRAINED.items():
+        parser.add_argument(f"--{name}", type=pathlib.Path, help=f"directory of {what}")
     args = parser.parse_args()
+    pretrained = {name: path for name in PRETRAINED if (path := getattr(args, name)) is not None}
+    for name, path in pretrained.items():
+        if not path.is_dir():
+            parser.error(f"--{name} must be a directory of {PRETRAINED[name]}; got {path}")
     if args.minutes <= 0:
         parser.error(f"--minutes must be positive; got {args.minutes:g}")
     if args.resume is not None and not args.resume.is_dir():
@@ -145,6 +158,7 @@ def main() -> None:
         rehearsal=args.rehearse,
         data=args.data or (str(PACKED) if PACKED.is_dir() and not args.rehearse else BUILT_IN),
         device_memory=REHEARSED_MEMORY if args.rehearse else found["memory"],
+        pretrained={name: str(path.absolute()) for name, path in pretrained.items()},
     )
     measure(args, size, found, files)
     text, failed = report({stage: file.items for stage, file in files.items()}, size)

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 # In order of value: a run that is cut off has done the first ones.
-STAGES = ("correct", "step", "refresh", "memory", "train", "quality")
+STAGES = ("correct", "step", "refresh", "memory", "train", "quality", "finetune")
 GIB = 2**30
 # Lets a process that JAX starts share the device with others.
 SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -25,11 +25,13 @@ class Size:
       rehearsal: whether shapes are tiny, so that a CPU does all stages in minutes.
       data: what models are trained on, as `--data` of the application.
       device_memory: bytes of the device, which a cap is a part of; made up in a rehearsal.
+      pretrained: directories of models and texts for fine-tuning, by "smollm2", "minilm", "sst2".
     """
 
     rehearsal: bool
     data: str
     device_memory: int
+    pretrained: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, full: Any, tiny: Any) -> Any:
         """The one of two values that belongs to this size."""

@@ -78,23 +78,27 @@ class Naming:
             found.append(axes if len(axes) > 1 else next(iter(axes), None))
         return PartitionSpec(*found)
 
-    def names(self, spec: PartitionSpec, names: Names, *, one_each: bool = False) -> Names:
+    def names(self, spec: PartitionSpec, own: Names, names: Names, several: bool) -> Names:
         """Returns what to call the axes of an array that lies as a spec says.
 
-        That is a name of its parameter, where one stands for the same axes of the mesh, or else
-        these axes themselves, which Flax takes in a tuple. With ``one_each``, for haliax, it is the
-        one of all names that divides most.
+        An axis keeps its own name where this stands for the same axes of the mesh; or else it has
+        another name of the parameter that does, or these axes themselves, which Flax takes in a
+        tuple. Where it can have no more than one name, for haliax, it has the one of all names that
+        divides most.
 
         Args:
           spec: the spec.
+          own: the name of each axis, or None.
           names: those of the parameter.
-          one_each: whether an axis can have no more than one name.
+          several: whether an axis can have several names.
         """
         found: list[MeshAxes] = []
-        for axes in map(names_of, spec):
-            known = next((entry for entry in names if axes and self._alone(entry) == axes), None)
-            other = self._largest(axes) if one_each else axes or None
-            found.append(other if known is None else known)
+        for axes, name in zip(map(names_of, spec), own, strict=True):
+            same = [entry for entry in (name, *names) if self._alone(entry) == axes]
+            if name in same or (axes and same):
+                found.append(same[0])
+            else:
+                found.append((axes or None) if several else self._largest(axes))
         return PartitionSpec(*found)
 
     def _largest(self, axes: tuple[str, ...]) -> str | None:

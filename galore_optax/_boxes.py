@@ -59,19 +59,20 @@ def boxed_state(state: State, params: Params, views: Sequence[LeafView]) -> Stat
         padded(PartitionSpec() if of_leaf is None else of_leaf, len(leaf.shape))
         for of_leaf, leaf in zip(named, leaves, strict=True)
     ]
-    known = naming([box for box in boxes if box is not None], leaves)
-    specs = names if known is None else [known.axes(of_leaf) for of_leaf in names]
-    mesh = None if known is None else known.mesh
     by_path = {view.path: [view] for view in views}
-    places = specs_of(state, inside, by_path, specs, mesh, shares=known is not None)
+    known = naming([box for box in boxes if box is not None], leaves)
+    own = _flat(specs_of(state, inside, by_path, names, None, shares=False))
+    specs, places = names, own
+    if known is not None:
+        specs = [known.axes(of_leaf) for of_leaf in names]
+        places = _flat(specs_of(state, inside, by_path, specs, known.mesh))
     of_arrays = [
         (part.owner, part.array.shape)
         for part in parts(state, inside)
         for _ in jax.tree.leaves(part.array)
     ]
     arrays, treedef = jax.tree.flatten(state)
-    found = jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    for i, ((owner, shape), spec) in enumerate(zip(of_arrays, found, strict=True)):
+    for i, ((owner, shape), spec) in enumerate(zip(of_arrays, places, strict=True)):
         box = None if owner is None else boxes[owner]
         if owner is None or box is None:
             continue
@@ -79,11 +80,17 @@ def boxed_state(state: State, params: Params, views: Sequence[LeafView]) -> Stat
         if is_like and (named[owner] is None or spec == specs[owner]):
             arrays[i] = jax.tree.structure(box).unflatten([arrays[i]])
         elif named[owner] is not None:
-            of_array = padded(spec, arrays[i].ndim)
+            axes = arrays[i].ndim
+            of_array = padded(own[i], axes)
             if known is not None:
-                of_array = known.names(of_array, names[owner], one_each=is_named_array(box))
+                several = not is_named_array(box)
+                of_array = known.names(padded(spec, axes), of_array, names[owner], several)
             arrays[i] = _in_box(box, arrays[i], of_array)
     return treedef.unflatten(arrays)
+
+
+def _flat(specs: PyTree) -> list[PartitionSpec]:
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _in_box(box: PyTree, array: PyTree, names: Names) -> PyTree:

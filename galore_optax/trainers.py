@@ -12,16 +12,26 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from galore_optax._axis_names import mesh_of_names
 from galore_optax._names import stacked_vectors
-from galore_optax._trees import bare, leaves_with_paths, logical
+from galore_optax._trees import bare, leaves_with_paths, logical, path_name
 from galore_optax._types import Params
 from galore_optax._view import DimensionNumbers
 
-__all__ = ["EASYDEL", "GEMMA", "LEVANTER", "MAXTEXT", "TUNIX", "ByPath", "maxtext", "on_mesh"]
+__all__ = [
+    "EASYDEL",
+    "GEMMA",
+    "LEVANTER",
+    "MAXTEXT",
+    "TUNIX",
+    "ByPath",
+    "maxtext",
+    "on_mesh",
+    "partition_rules",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,3 +171,27 @@ def on_mesh(
             return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)
+
+
+def partition_rules(specs: PyTree) -> tuple[tuple[str, PartitionSpec], ...]:
+    """Returns the specs of a state as rules: regular expressions on paths, each with a spec.
+
+    It is for trainers that shard state by such rules, as EasyDeL does: those of a matrix would be
+    taken for its moments and its projector too.
+
+    Args:
+      specs: what :func:`galore_optax.state_partition_specs` returns.
+
+    Examples:
+      >>> import galore_optax, jax, jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> params = {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+      >>> tx = galore_optax.galore_adamw(1e-3, rank=8)
+      >>> specs = galore_optax.state_partition_specs(tx, params, {"kernel": P("fsdp", "tp")})
+      >>> dict(galore_optax.trainers.partition_rules(specs))["^inner/0/mu/kernel(/.*)?$"]
+      P(None, ('tp', 'fsdp'))
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(
+        specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    return tuple((f"^{re.escape(path_name(keys))}(/.*)?$", spec) for keys, spec in leaves)

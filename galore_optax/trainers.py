@@ -58,6 +58,15 @@ class ByPath:
 
     rules: Mapping[str, DimensionNumbers | None]
 
+    def __post_init__(self):
+        for pattern in self.rules:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"rules must have regular expressions as keys; got {pattern!r}: {error}"
+                ) from error
+
     def __call__(self, params: Params) -> PyTree:
         """Returns a tree with the structure of the parameters."""
         params = bare(logical(params))

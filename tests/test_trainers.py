@@ -1,5 +1,6 @@
 """GaLore in the trainers that people use: replays of each on eight devices, and their packages."""
 
+import ast
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ P = PartitionSpec
 ROOT = pathlib.Path(__file__).parents[1]
 # The same trainer again, otherwise set up.
 VARIANTS = ("maxtext_linen", "levanter_tensor", "zero_1")
+TITLE = re.compile("^## (.+)$", re.M)
 FULL_SIZE = "embed|norm|head|logits|hidden_2|/b$|bias|z_loc"
 
 
@@ -202,6 +204,28 @@ def test_what_is_no_mesh_is_refused():
 def test_rules_that_are_no_regular_expressions_are_refused():
     with pytest.raises(ValueError, match=r"rules must have regular expressions as keys; got '\('"):
         trainers.ByPath({"(": None})
+
+
+PAGE = (ROOT / "docs" / "trainers.md").read_text()
+
+
+def test_the_page_names_the_replays_and_what_there_is():
+    """Its code needs the trainers, so that only what it takes from here can be looked up."""
+    rows = re.findall(r"^\| \[.+\]\(#(.+?)\) \|.*\| (`.+`) \| [^|]+ \|$", PAGE, re.M)
+    assert len(rows) == 9 + 1
+    replays = {name for _, names in rows for name in re.findall("`(.+?)`", names)}
+    assert replays | {"zero_1"} == set(REPLAYS)
+    titles = {re.sub("[^a-z-]", "", t.lower().replace(" ", "-")) for t in TITLE.findall(PAGE)}
+    assert {anchor for anchor, _ in rows} == titles
+    blocks = re.findall("^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    assert len(blocks) == 11
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "galore_optax":
+                assert all(hasattr(galore_optax, name.name) for name in node.names)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = {"galore_optax": galore_optax, "trainers": trainers}.get(node.value.id)
+                assert module is None or hasattr(module, node.attr), node.attr
 
 
 # The packages themselves, where they are installed: do they call things as the replays have it?

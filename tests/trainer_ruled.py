@@ -107,7 +107,7 @@ def easydel():
 
     tx = optimizer(trainers.EASYDEL)
     params = jax.device_put(params, shardings(EASYDEL_RULES, params))
-    specs = jax.tree.map(lambda x: x.sharding.spec, bare(params))
+    specs = jax.tree.map(lambda x: x.sharding.spec, params)
     of_state = galore_optax.state_partition_specs(tx, params, specs, mesh=mesh)
     rules = (*trainers.partition_rules(of_state), *EASYDEL_RULES)
     shapes = jax.eval_shape(tx.init, params)

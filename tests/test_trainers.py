@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 import galore_optax
 from galore_optax import DEFAULT_EXCLUDE, DimensionNumbers, trainers
 from galore_optax._trees import leaves_with_paths
+from tests.trainer_levanter import Axis, NamedArray, axis_mapping
 from tests.trainer_models import OUTPUT_FIRST, RANK, STEPS
 from tests.trainer_replays import REPLAYS
 
@@ -194,6 +195,32 @@ def test_rules_of_a_state_are_found_before_those_of_parameters():
         # EasyDeL sees what is in a box behind a further component.
         for seen in (path, f"{path}/value"):
             assert next(spec for rule, spec in rules if re.search(rule, seen)) == spec
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ({"embed": "data"}, "embed"),
+        ({"embed": "data", "mlp": "model"}, "embed"),
+        ({"embed": "model", "mlp": "data"}, "mlp"),
+        ({"embed": "data", "mlp": "model", "both": ("model", "data")}, "both"),
+        ({"embed": "nowhere"}, "mlp"),
+    ],
+    ids=str,
+)
+def test_an_axis_of_haliax_has_the_one_name_that_divides_most(mapping, expected):
+    axes = (Axis("embed", 64), Axis("mlp", 512))
+    params = {"up": NamedArray(jax.ShapeDtypeStruct((64, 512), jnp.float32), axes)}
+    tx = galore_optax.galore_adamw(1e-3, rank=8)
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    with axis_mapping(mapping, jax.sharding.use_abstract_mesh(mesh)):
+        state = jax.eval_shape(tx.init, params)
+    moment, basis = state.inner[0].mu["up"], state.subspace.left["up"]
+    assert moment.axes == (Axis("galore_0", 8), Axis(expected, 512))
+    assert moment.array.shape == (8, 512)
+    assert basis.axes[1] == Axis("galore_1", 8)
+    updates, new = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.structure((updates, new)) == jax.tree.structure((params, state))
 
 
 def test_what_is_no_mesh_is_refused():

@@ -80,7 +80,7 @@ RULES = (("embed", ("fsdp", "expert")), ("mlp", "tensor"), ("heads", ()), ("embe
 
 def on(container, names, sizes, shape=SHAPE):
     """Where the kernel's state lies by its names on a mesh, as Flax reads them."""
-    mesh = AbstractMesh(sizes, ("fsdp", "tensor", "expert"))
+    mesh = AbstractMesh(sizes, ("fsdp", "tensor", "expert"), axis_types=(AxisType.Auto,) * 3)
     tx = galore_optax.galore_adamw(1e-3, rank=16)
     with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(RULES):
         found = of_kernel(named(container, names, tx, shape))

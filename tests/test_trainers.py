@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import galore_optax
 from galore_optax import DEFAULT_EXCLUDE, DimensionNumbers, trainers
@@ -104,75 +104,76 @@ D, N, K, H, F, E, L = 2, 3, 5, 7, 11, 13, 17  # all sizes tell what they are of
 @pytest.mark.parametrize(
     ("table", "path", "shape", "expected"),
     [
-        (trainers.GEMMA, "layer_0/attn/q_einsum/w", (N, D, H), (D, N * H)),
-        (trainers.GEMMA, "layer_0/attn/qkv_einsum/w", (3, N, D, H), (D, N * H)),
-        (trainers.GEMMA, "layer_0/mlp/gating_einsum", (2, D, F), (D, F)),
-        (trainers.GEMMA, "PaliGemma/llm/layers/attn/kv_einsum_1/w", (L, 2, K, D, H), (D, K * H)),
-        (trainers.GEMMA, "PaliGemma/llm/layers/attn/attn_vec_einsum/w", (L, N, H, D), (N * H, D)),
-        (trainers.GEMMA, "PaliGemma/llm/layers/mlp_1/linear", (L, F, D), (F, D)),
+        ("GEMMA", "layer_0/attn/q_einsum/w", (N, D, H), (D, N * H)),
+        ("GEMMA", "layer_0/attn/qkv_einsum/w", (3, N, D, H), (D, N * H)),
+        ("GEMMA", "layer_0/mlp/gating_einsum", (2, D, F), (D, F)),
+        ("GEMMA", "PaliGemma/llm/layers/attn/kv_einsum_1/w", (L, 2, K, D, H), (D, K * H)),
+        ("GEMMA", "PaliGemma/llm/layers/attn/attn_vec_einsum/w", (L, N, H, D), (N * H, D)),
+        ("GEMMA", "PaliGemma/llm/layers/mlp_1/linear", (L, F, D), (F, D)),
         (
-            trainers.GEMMA,
+            "GEMMA",
             "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel",
             (L, D, N, H),
             (D, N * H),
         ),
         (
-            trainers.GEMMA,
+            "GEMMA",
             "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/out/kernel",
             (N, H, D),
             (N * H, D),
         ),
-        (trainers.GEMMA, "PaliGemma/img/embedding/kernel", (14, 14, 3, D), None),
-        (trainers.GEMMA, "action_in_proj/kernel", (D, F), (D, F)),
-        (trainers.GEMMA, "conv/kernel", (3, 3, D, F), None),
-        (trainers.GEMMA, "attn/linear", (F,), None),
-        (trainers.TUNIX, "layers/0/attn/k_proj/w", (D, K, H), (D, K * H)),
-        (trainers.TUNIX, "layers/0/attn/o_proj/w", (N, H, D), (N * H, D)),
-        (trainers.TUNIX, "layers/0/mlp/gate_proj/kernel", (D, F), (D, F)),
-        (trainers.TUNIX, "layers/0/mlp/down_proj", (E, F, D), (F, D)),
-        (trainers.MAXTEXT, "decoder/layers/self_attention/key/kernel", (D, L, K, H), (D, K * H)),
-        (trainers.MAXTEXT, "decoder/layers_0/self_attention/key/kernel", (D, K, H), (D, K * H)),
-        (trainers.MAXTEXT, "decoder/layers/self_attention/out/kernel", (N, L, H, D), (N * H, D)),
-        (trainers.MAXTEXT, "decoder/layers/self_attention/wq_a/kernel", (D, L, F), (D, F)),
-        (trainers.MAXTEXT, "decoder/layers/MoeBlock_0/wi_0", (E, L, D, F), (D, F)),
-        (trainers.MAXTEXT, "decoder/layers/MoeBlock_0/gate/kernel", (D, L, E), None),
-        (trainers.MAXTEXT, "decoder/layers/mlp/wo/kernel", (F, L, D), (F, D)),
-        (trainers.MAXTEXT, "decoder/layers/pre_self_attention_layer_norm/scale", (D, L), None),
-        (trainers.maxtext(0), "decoder/layers/mlp/wo/kernel", (L, F, D), (F, D)),
+        ("GEMMA", "PaliGemma/img/embedding/kernel", (14, 14, 3, D), None),
+        ("GEMMA", "action_in_proj/kernel", (D, F), (D, F)),
+        ("GEMMA", "conv/kernel", (3, 3, D, F), None),
+        ("GEMMA", "attn/linear", (F,), None),
+        ("TUNIX", "layers/0/attn/k_proj/w", (D, K, H), (D, K * H)),
+        ("TUNIX", "layers/0/attn/o_proj/w", (N, H, D), (N * H, D)),
+        ("TUNIX", "layers/0/mlp/gate_proj/kernel", (D, F), (D, F)),
+        ("TUNIX", "layers/0/mlp/down_proj", (E, F, D), (F, D)),
+        ("MAXTEXT", "decoder/layers/self_attention/key/kernel", (D, L, K, H), (D, K * H)),
+        ("MAXTEXT", "decoder/layers_0/self_attention/key/kernel", (D, K, H), (D, K * H)),
+        ("MAXTEXT", "decoder/layers/self_attention/out/kernel", (N, L, H, D), (N * H, D)),
+        ("MAXTEXT", "decoder/layers/self_attention/wq_a/kernel", (D, L, F), (D, F)),
+        ("MAXTEXT", "decoder/layers/MoeBlock_0/wi_0", (E, L, D, F), (D, F)),
+        ("MAXTEXT", "decoder/layers/MoeBlock_0/gate/kernel", (D, L, E), None),
+        ("MAXTEXT", "decoder/layers/mlp/wo/kernel", (F, L, D), (F, D)),
+        ("MAXTEXT", "decoder/layers/pre_self_attention_layer_norm/scale", (D, L), None),
+        ("layers first", "decoder/layers/mlp/wo/kernel", (L, F, D), (F, D)),
         (
-            trainers.maxtext(0),
+            "layers first",
             "decoder/layers/self_attention/query/kernel",
             (L, D, N, H),
             (D, N * H),
         ),
-        (trainers.maxtext(0), "decoder/layers/self_attention/out/kernel", (L, N, H, D), (N * H, D)),
-        (trainers.EASYDEL, "model/layers/0/mlp/experts/up_proj/kernel", (E, D, F), (D, F)),
-        (trainers.EASYDEL, "model/layers/0/self_attn/q_proj/kernel", (D, F), (D, F)),
+        ("layers first", "decoder/layers/self_attention/out/kernel", (L, N, H, D), (N * H, D)),
+        ("EASYDEL", "model/layers/0/mlp/experts/up_proj/kernel", (E, D, F), (D, F)),
+        ("EASYDEL", "model/layers/0/self_attn/q_proj/kernel", (D, F), (D, F)),
         (
-            trainers.LEVANTER,
+            "LEVANTER",
             "transformer/layers/stacked/self_attn/q_proj/weight",
             (L, K, 3, H, D),
             (D, K * 3 * H),
         ),
         (
-            trainers.LEVANTER,
+            "LEVANTER",
             "transformer/layers/stacked/self_attn/o_proj/weight",
             (L, D, N, H),
             (N * H, D),
         ),
-        (trainers.LEVANTER, "transformer/layers/stacked/mlp/up_proj/weight", (L, F, D), (D, F)),
+        ("LEVANTER", "transformer/layers/stacked/mlp/up_proj/weight", (L, F, D), (D, F)),
         (
-            trainers.LEVANTER,
+            "LEVANTER",
             "transformer/blocks/stacked/attn/c_attn/weight",
             (L, D, 3, N, H),
             (D, N * H),
         ),
-        (trainers.LEVANTER, "transformer/blocks/stacked/mlp/c_proj/weight", (L, F, D), (F, D)),
+        ("LEVANTER", "transformer/blocks/stacked/mlp/c_proj/weight", (L, F, D), (F, D)),
     ],
     ids=str,
 )
 def test_the_matrices_of_trainers(table, path, shape, expected):
-    assert matrix(table, path, shape) == expected
+    tables = {**vars(trainers), "layers first": trainers.maxtext(0)}
+    assert matrix(tables[table], path, shape) == expected
 
 
 def test_a_table_of_ones_own_goes_first_and_vectors_beside_matrices_are_none():
@@ -212,7 +213,7 @@ def test_an_axis_of_haliax_has_the_one_name_that_divides_most(mapping, expected)
     axes = (Axis("embed", 64), Axis("mlp", 512))
     params = {"up": NamedArray(jax.ShapeDtypeStruct((64, 512), jnp.float32), axes)}
     tx = galore_optax.galore_adamw(1e-3, rank=8)
-    mesh = AbstractMesh((4, 2), ("data", "model"))
+    mesh = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     with axis_mapping(mapping, jax.sharding.use_abstract_mesh(mesh)):
         state = jax.eval_shape(tx.init, params)
     moment, basis = state.inner[0].mu["up"], state.subspace.left["up"]

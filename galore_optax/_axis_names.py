@@ -157,7 +157,8 @@ def _mesh_that_was_entered() -> Mesh | None:
     """Returns the mesh of ``with mesh:``, which JAX discourages and trainers still write."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        resources = getattr(jax.interpreters.pxla, "thread_resources", None)
+        pxla = getattr(jax.interpreters, "pxla", None)
+        resources = getattr(pxla, "thread_resources", None)
     return None if resources is None else resources.env.physical_mesh
 
 

@@ -21,18 +21,6 @@ from galore_optax._trees import bare, leaves_with_paths, logical, path_name
 from galore_optax._types import Params
 from galore_optax._view import DimensionNumbers
 
-__all__ = [
-    "EASYDEL",
-    "GEMMA",
-    "LEVANTER",
-    "MAXTEXT",
-    "TUNIX",
-    "ByPath",
-    "maxtext",
-    "on_mesh",
-    "partition_rules",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class ByPath:

@@ -24,8 +24,8 @@ from tests.trainer_replays import REPLAYS
 
 P = PartitionSpec
 ROOT = pathlib.Path(__file__).parents[1]
-# The same trainer again, otherwise set up.
-VARIANTS = ("maxtext_linen", "levanter_tensor", "zero_1")
+# The same trainer again, otherwise set up, or one that does as Equinox.
+VARIANTS = ("maxtext_linen", "levanter_tensor", "zero_1", "haiku", "numpyro")
 TITLE = re.compile("^## (.+)$", re.M)
 FULL_SIZE = "embed|norm|head|logits|hidden_2|/b$|bias|z_loc"
 

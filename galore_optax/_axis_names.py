@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from galore_optax._mesh_axes import names_of
-from galore_optax._trees import is_named_array
+from galore_optax._trees import axis_names
 from galore_optax._types import MeshAxes
 
 Names: TypeAlias = PartitionSpec
@@ -43,8 +43,8 @@ def mesh_of_names(mesh: Mesh | AbstractMesh) -> Iterator[None]:
 
 def names_in(box: PyTree) -> Names | None:
     """Returns the names of the axes of what is in a box, or None where it has none."""
-    if is_named_array(box):
-        return PartitionSpec(*(axis.name for axis in box.axes))
+    if (of_axes := axis_names(box)) is not None:
+        return PartitionSpec(*of_axes)
     if hasattr(box, "get_metadata"):
         metadata = box.get_metadata()
         names = next((metadata[key] for key in KEYS if metadata.get(key) is not None), None)
@@ -148,7 +148,7 @@ def naming(boxes: Sequence[PyTree], arrays: Sequence[PyTree]) -> Naming | None:
     for box in boxes:
         of_box = getattr(box, "rules", None) or getattr(box, "sharding_rules", None)
         rules += [rule for rule in of_box or () if rule not in rules]
-    if any(map(is_named_array, boxes)):
+    if any(axis_names(box) is not None for box in boxes):
         rules += _mapping_of_haliax().items()
     return Naming(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh, tuple(rules))
 

@@ -9,7 +9,6 @@ Flax, haliax and the trainers that are built on them shard optimizer state by th
 of galore has other axes than the parameters: its boxes have names for those that it has.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +19,7 @@ from galore_optax._axis_names import KEYS, Names, names_in, naming
 from galore_optax._parts import parts
 from galore_optax._placement import padded
 from galore_optax._specs import specs_of
-from galore_optax._trees import bare, is_box, is_named_array, logical
+from galore_optax._trees import axis_names, bare, is_box, logical
 from galore_optax._types import Params, State
 from galore_optax._view import LeafView
 
@@ -83,7 +82,7 @@ def boxed_state(state: State, params: Params, views: Sequence[LeafView]) -> Stat
             axes = arrays[i].ndim
             of_array = padded(own[i], axes)
             if known is not None:
-                several = not is_named_array(box)
+                several = axis_names(box) is None
                 of_array = known.names(padded(spec, axes), of_array, names[owner], several)
             arrays[i] = _in_box(box, arrays[i], of_array)
     return treedef.unflatten(arrays)
@@ -95,12 +94,12 @@ def _flat(specs: PyTree) -> list[PartitionSpec]:
 
 def _in_box(box: PyTree, array: PyTree, names: Names) -> PyTree:
     """Returns an array in a box like another one, with names of its own axes."""
-    if is_named_array(box):
+    if axis_names(box) is not None:
         # Each axis must have a name of its own, those too that are not divided.
         of_axes = [name or f"galore_{i}" for i, name in enumerate(names)]
         axis = type(box.axes[0])
         axes = tuple(axis(name, size) for name, size in zip(of_axes, array.shape, strict=True))
-        return dataclasses.replace(box, array=array, axes=axes)
+        return type(box)(array, axes)
     entries = tuple(names)
     if not hasattr(box, "get_metadata"):
         return jax.tree.structure(box).unflatten([array]).replace(names=entries)

@@ -60,15 +60,19 @@ def is_box(x: PyTree) -> bool:
     return _has_content(x) and len(jax.tree.leaves(x)) == 1
 
 
-def is_named_array(x: PyTree) -> bool:
-    """Whether this is a ``NamedArray`` of haliax, all of whose axes have a name and a size."""
-    axes = getattr(x, "axes", None)
-    return (
-        hasattr(x, "array")
-        and isinstance(axes, tuple)
-        and all(hasattr(axis, "name") and hasattr(axis, "size") for axis in axes)
-    )
+def axis_names(x: PyTree) -> tuple[str, ...] | None:
+    """Returns the names of the axes of a ``NamedArray`` of haliax, or None for anything else.
+
+    Its later versions keep names, and the axes come of them and of the array that is in it.
+    """
+    if not hasattr(x, "array"):
+        return None
+    names = getattr(x, "axis_names", None)
+    if names is None and isinstance(axes := getattr(x, "axes", None), tuple):
+        names = tuple(getattr(axis, "name", None) for axis in axes)
+    is_named = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    return names if is_named else None
 
 
 def _has_content(x: PyTree) -> bool:
-    return hasattr(x, "get_metadata") or hasattr(x, "replace_boxed") or is_named_array(x)
+    return hasattr(x, "get_metadata") or hasattr(x, "replace_boxed") or axis_names(x) is not None

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 import galore_optax
 from galore_optax import DEFAULT_EXCLUDE, DimensionNumbers, trainers
 from galore_optax._trees import leaves_with_paths
-from tests.trainer_levanter import Axis, NamedArray, axis_mapping
+from tests.trainer_levanter import Axis, LaterNamedArray, NamedArray, axis_mapping
 from tests.trainer_models import OUTPUT_FIRST, RANK, STEPS
 from tests.trainer_replays import REPLAYS
 
@@ -198,6 +198,7 @@ def test_rules_of_a_state_are_found_before_those_of_parameters():
             assert next(spec for rule, spec in rules if re.search(rule, seen)) == spec
 
 
+@pytest.mark.parametrize("named_array", [NamedArray, LaterNamedArray])
 @pytest.mark.parametrize(
     ("mapping", "expected"),
     [
@@ -209,9 +210,9 @@ def test_rules_of_a_state_are_found_before_those_of_parameters():
     ],
     ids=str,
 )
-def test_an_axis_of_haliax_has_the_one_name_that_divides_most(mapping, expected):
+def test_an_axis_of_haliax_has_the_one_name_that_divides_most(mapping, expected, named_array):
     axes = (Axis("embed", 64), Axis("mlp", 512))
-    params = {"up": NamedArray(jax.ShapeDtypeStruct((64, 512), jnp.float32), axes)}
+    params = {"up": named_array(jax.ShapeDtypeStruct((64, 512), jnp.float32), axes)}
     tx = galore_optax.galore_adamw(1e-3, rank=8)
     mesh = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     with axis_mapping(mapping, jax.sharding.use_abstract_mesh(mesh)):

@@ -60,6 +60,26 @@ class NamedArray:
         return new
 
 
+@jax.tree_util.register_pytree_node_class
+class LaterNamedArray:
+    """As later versions of haliax have it: the array says the sizes of what has these names."""
+
+    def __init__(self, array, axes):
+        self.array = array
+        self.axis_names = tuple(axis if isinstance(axis, str) else axis.name for axis in axes)
+
+    @property
+    def axes(self):
+        return tuple(map(Axis, self.axis_names, jnp.shape(self.array)))
+
+    def tree_flatten(self):
+        return (self.array,), self.axis_names
+
+    @classmethod
+    def tree_unflatten(cls, names, children):
+        return cls(*children, names)
+
+
 SIZES = {
     **{"vocab": V, "embed": D, "layers": L, "mlp": F},
     **{"kv_head": N // 2, "q_heads_per_group": 2, "heads": N, "head_size": H},

@@ -1,5 +1,7 @@
 """Finds the leaves of trees of parameters and their paths, whatever boxes or codes they are in."""
 
+from typing import cast
+
 import jax
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
@@ -70,8 +72,9 @@ def axis_names(x: PyTree) -> tuple[str, ...] | None:
     names = getattr(x, "axis_names", None)
     if names is None and isinstance(axes := getattr(x, "axes", None), tuple):
         names = tuple(getattr(axis, "name", None) for axis in axes)
-    is_named = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
-    return names if is_named else None
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        return None
+    return cast(tuple[str, ...], names)
 
 
 def _has_content(x: PyTree) -> bool:

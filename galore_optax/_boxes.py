@@ -61,7 +61,7 @@ def boxed_state(state: State, params: Params, views: Sequence[LeafView]) -> Stat
     by_path = {view.path: [view] for view in views}
     known = naming([box for box in boxes if box is not None], leaves)
     own = _flat(specs_of(state, inside, by_path, names, None, shares=False))
-    specs, places = names, own
+    places = own
     if known is not None:
         specs = [known.axes(of_leaf) for of_leaf in names]
         places = _flat(specs_of(state, inside, by_path, specs, known.mesh))
@@ -75,16 +75,15 @@ def boxed_state(state: State, params: Params, views: Sequence[LeafView]) -> Stat
         box = None if owner is None else boxes[owner]
         if owner is None or box is None:
             continue
-        is_like = shape == arrays[i].shape == leaves[owner].shape
-        if is_like and (named[owner] is None or spec == specs[owner]):
-            arrays[i] = jax.tree.structure(box).unflatten([arrays[i]])
-        elif named[owner] is not None:
+        if named[owner] is not None:
             axes = arrays[i].ndim
             of_array = padded(own[i], axes)
             if known is not None:
                 several = axis_names(box) is None
                 of_array = known.names(padded(spec, axes), of_array, names[owner], several)
             arrays[i] = _in_box(box, arrays[i], of_array)
+        elif shape == arrays[i].shape == leaves[owner].shape:
+            arrays[i] = jax.tree.structure(box).unflatten([arrays[i]])
     return treedef.unflatten(arrays)
 
 

@@ -221,6 +221,9 @@ def test_an_axis_of_haliax_has_the_one_name_that_divides_most(mapping, expected,
     assert moment.axes == (Axis("galore_0", 8), Axis(expected, 512))
     assert moment.array.shape == (8, 512)
     assert basis.axes[1] == Axis("galore_1", 8)
+    specs = jax.tree.map(lambda _: P("data", "model"), params)  # specs in boxes
+    specs = galore_optax.state_partition_specs(tx, params, specs, mesh=mesh)
+    assert specs.inner[0].mu["up"] == P(None, ("model", "data"))
     updates, new = jax.eval_shape(tx.update, params, state, params)
     assert jax.tree.structure((updates, new)) == jax.tree.structure((params, state))
 

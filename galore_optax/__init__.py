@@ -1,6 +1,6 @@
 """GaLore for Optax: all parameters trained with optimizer state in a low-rank subspace."""
 
-from galore_optax import projectors
+from galore_optax import projectors, trainers
 from galore_optax._chain import chain
 from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
@@ -120,5 +120,6 @@ __all__ = [
     "state_shardings",
     "tracked_adamw",
     "tracked_adamw_8bit",
+    "trainers",
     "value_and_grad",
 ]

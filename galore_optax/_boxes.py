@@ -1,32 +1,27 @@
-"""Takes trees out of Flax's boxes, and puts them back.
+"""Takes trees out of the boxes of trainers, and puts them back.
 
-A box is an ``nnx.Variable``, or an ``AxisMetadata`` of Linen such as ``nn.Partitioned``: a node
-around one array that says, among other things, by names how its axes are sharded. Flax hands
-parameters over in boxes at one time and without at another. Here everything is computed without;
-what comes in a box goes out in the same one.
+A box is an ``nnx.Variable``, an ``AxisMetadata`` of Linen such as ``nn.Partitioned``, or a
+``NamedArray`` of haliax: a node around one array that says, among other things, by names how its
+axes are sharded. Flax hands parameters over in boxes at one time and without at another. Here
+everything is computed without; what comes in a box goes out in the same one.
 
-Flax and the trainers that are built on it shard optimizer state by these names. The state of galore
-has other axes than the parameters: its boxes have the names of those that it has.
+Flax, haliax and the trainers that are built on them shard optimizer state by these names. The state
+of galore has other axes than the parameters: its boxes have names for those that it has.
 """
 
-import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from galore_optax._mesh_axes import names_of
+from galore_optax._axis_names import KEYS, Names, names_in, naming
 from galore_optax._parts import parts
 from galore_optax._placement import padded
 from galore_optax._specs import specs_of
-from galore_optax._trees import bare, is_box, logical
-from galore_optax._types import MeshAxes, Params, State
+from galore_optax._trees import axis_names, bare, is_box, logical
+from galore_optax._types import Params, State
 from galore_optax._view import LeafView
-
-# Where an ``nnx.Variable`` has its names; the last is read by ``nnx.Optimizer``.
-_KEYS = ("out_sharding", "sharding_names", "sharding", "optimizer_sharding")
 
 
 def boxed_like(tree: PyTree, like: PyTree) -> PyTree:
@@ -44,6 +39,9 @@ def boxed_like(tree: PyTree, like: PyTree) -> PyTree:
 def boxed_state(state: State, params: Params, views: Sequence[LeafView]) -> State:
     """Returns a new state with what belongs to a parameter in a box like that of the parameter.
 
+    Where it is known what names stand for, they say of each array what
+    :func:`state_partition_specs` says; else each axis has the names of its own side of a matrix.
+
     Args:
       state: the state that an ``init`` makes for the parameters without boxes.
       params: the parameters.
@@ -55,89 +53,60 @@ def boxed_state(state: State, params: Params, views: Sequence[LeafView]) -> Stat
         return state
     inside = bare(params)
     leaves = jax.tree.leaves(logical(inside))
-    names = [_names_in(box) for box in boxes]
-    specs = [
+    named = [None if box is None else names_in(box) for box in boxes]
+    names = [
         padded(PartitionSpec() if of_leaf is None else of_leaf, len(leaf.shape))
-        for of_leaf, leaf in zip(names, leaves, strict=True)
+        for of_leaf, leaf in zip(named, leaves, strict=True)
     ]
-    mesh = _mesh_of_names(specs, boxes)
     by_path = {view.path: [view] for view in views}
-    places = specs_of(state, inside, by_path, specs, mesh, shares=False)
+    known = naming([box for box in boxes if box is not None], leaves)
+    own = _flat(specs_of(state, inside, by_path, names, None, shares=False))
+    places = own
+    if known is not None:
+        specs = [known.axes(of_leaf) for of_leaf in names]
+        places = _flat(specs_of(state, inside, by_path, specs, known.mesh))
     of_arrays = [
         (part.owner, part.array.shape)
         for part in parts(state, inside)
         for _ in jax.tree.leaves(part.array)
     ]
     arrays, treedef = jax.tree.flatten(state)
-    found = jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    for i, ((owner, shape), spec) in enumerate(zip(of_arrays, found, strict=True)):
+    for i, ((owner, shape), spec) in enumerate(zip(of_arrays, places, strict=True)):
         box = None if owner is None else boxes[owner]
         if owner is None or box is None:
             continue
-        if names[owner] is not None:
-            arrays[i] = _in_box(box, arrays[i], spec)
+        if named[owner] is not None:
+            axes = arrays[i].ndim
+            of_array = padded(own[i], axes)
+            if known is not None:
+                several = axis_names(box) is None
+                of_array = known.names(padded(spec, axes), of_array, names[owner], several)
+            arrays[i] = _in_box(box, arrays[i], of_array)
         elif shape == arrays[i].shape == leaves[owner].shape:
             arrays[i] = jax.tree.structure(box).unflatten([arrays[i]])
     return treedef.unflatten(arrays)
 
 
-def _names_in(box: PyTree) -> PartitionSpec | None:
-    """Returns the names of the axes of what is in a box, or None where it has none."""
-    if box is None:
-        return None
-    if hasattr(box, "get_metadata"):
-        metadata = box.get_metadata()
-        names = next((metadata[key] for key in _KEYS if metadata.get(key) is not None), None)
-    else:
-        names = getattr(box, "names", None)
-    if isinstance(names, NamedSharding):
-        names = names.spec
-    return PartitionSpec(*names) if isinstance(names, PartitionSpec | tuple | list) else None
+def _flat(specs: PyTree) -> list[PartitionSpec]:
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def _in_box(box: PyTree, array: PyTree, names: PartitionSpec) -> PyTree:
+def _in_box(box: PyTree, array: PyTree, names: Names) -> PyTree:
     """Returns an array in a box like another one, with names of its own axes."""
-    axes = tuple(padded(names, array.ndim))
-    new = jax.tree.structure(box).unflatten([array])
+    if axis_names(box) is not None:
+        # Each axis must have a name of its own, those too that are not divided.
+        of_axes = [name or f"galore_{i}" for i, name in enumerate(names)]
+        axis = type(box.axes[0])
+        axes = tuple(axis(name, size) for name, size in zip(of_axes, array.shape, strict=True))
+        return type(box)(array, axes)
+    entries = tuple(names)
     if not hasattr(box, "get_metadata"):
-        return new.replace(names=axes)
-    for key in _KEYS:
-        if (old := box.get_metadata().get(key)) is not None:
-            value = NamedSharding(old.mesh, names) if isinstance(old, NamedSharding) else axes
-            new.set_metadata(key, value)
+        return jax.tree.structure(box).unflatten([array]).replace(names=entries)
+    new = jax.tree.structure(box).unflatten([array])
+    for key in KEYS:
+        old = box.get_metadata().get(key)
+        if isinstance(old, NamedSharding):
+            new.set_metadata(key, NamedSharding(old.mesh, names))
+        elif old is not None:
+            new.set_metadata(key, names if isinstance(old, PartitionSpec) else entries)
     return new
-
-
-def _mesh_of_names(specs: Sequence[PartitionSpec], boxes: Sequence[PyTree]) -> AbstractMesh | None:
-    """Returns a mesh whose axes are the names in boxes, each of the size that its axes have.
-
-    A name is that of an axis of the mesh, or the rules of Flax say which axes it stands for. None
-    says that this is not known of all names.
-
-    Args:
-      specs: the names of each leaf of the parameters.
-      boxes: their boxes.
-    """
-    mesh: Mapping[str, int] = jax.sharding.get_abstract_mesh().shape
-    rules = _rules_in_context()
-    for box in boxes:
-        given = getattr(box, "mesh", None)
-        mesh = mesh or (given.shape if given is not None else {})
-        of_box = getattr(box, "rules", None) or getattr(box, "sharding_rules", None)
-        rules |= dict(of_box or ())
-
-    def size(name: str) -> int:
-        axes: MeshAxes = name if name in mesh else rules[name]
-        return math.prod(mesh[axis] for axis in names_of(axes))
-
-    names = sorted({name for spec in specs for axes in spec for name in names_of(axes)})
-    try:
-        return AbstractMesh(tuple(map(size, names)), tuple(names))
-    except KeyError:
-        return None
-
-
-def _rules_in_context() -> dict[str, MeshAxes]:
-    """Returns the rules that Flax was given for names of axes, which it has if it is there."""
-    spmd = sys.modules.get("flax.core.spmd")
-    return dict(spmd.get_logical_axis_rules() or ()) if spmd is not None else {}

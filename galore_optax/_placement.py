@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from galore_optax._basis import Basis
-from galore_optax._mesh_axes import fitting
+from galore_optax._mesh_axes import fitting, names_of
 from galore_optax._quantized import is_quantized, placed
 from galore_optax._sharding import auto_sharding
 from galore_optax._subspace import Subspace
@@ -38,8 +38,9 @@ class Placement:
       view: the view of the leaf.
       leaf: the spec of the leaf: over which axes of the mesh each of its axes is divided.
       mesh: the mesh, whose sizes say what can be divided; where it is None, all can.
-      shares: whether one side of a matrix may be divided over the mesh axes of both. Else it is so
-        only where it is not divided itself, and where the mesh is known.
+      shares: whether one side of a matrix may be divided over the mesh axes of both, and an axis
+        that merges several over those of all. Else specs are names of which it is not known what
+        they stand for, and a side has its own, those of its first axis.
       moments: where the moments of the shape of R lie that there are already, if this is known.
       bases: the same of stored bases of rows and of columns.
     """
@@ -127,7 +128,7 @@ class Placement:
     def _divided(self, side: int) -> MeshAxes:
         """Returns what a side of a matrix is divided over where the other has r directions."""
         own, other = self._sides[side], self._sides[1 - side]
-        if not self.shares and (own is not None or self.mesh is None):
+        if not self.shares:
             return own
         return fitting(self.mesh, (own, other), (self.view.m, self.view.n)[side])
 
@@ -139,12 +140,12 @@ class Placement:
         return self._merged(self.view.reduction_axes), self._merged(self.view.output_axes)
 
     def _merged(self, axes: Shape) -> MeshAxes:
-        """Returns what an axis of the matrix is divided over that merges several axes of the leaf.
-
-        That is what the first of these axes is divided over, or None where another one is divided.
-        """
+        """Returns what an axis of the matrix is divided over that merges axes of the leaf."""
         first, *others = (self.leaf[axis] for axis in axes)
-        return None if any(others) else first
+        if not others or not self.shares:
+            return first
+        merged = tuple(name for entry in (first, *others) for name in names_of(entry))
+        return merged if len(merged) > 1 else next(iter(merged), None)
 
 
 def placement(view: LeafView, leaf: PyTree) -> Placement | None:

@@ -1,5 +1,7 @@
 """Finds the leaves of trees of parameters and their paths, whatever boxes or codes they are in."""
 
+from typing import cast
+
 import jax
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
@@ -27,15 +29,16 @@ def leaves_with_paths(tree: PyTree) -> list[tuple[str, PyTree]]:
 def leaves_with_keys(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
     """Returns the leaves of a tree and the keys that lead to them.
 
-    The keys are the same whether or not the leaf is in a box of Flax: an NNX variable, or Linen's
-    ``Partitioned``. They must be, since leaves are boxed at init and unboxed at update.
+    The keys are the same whether or not the leaf is in a box: an NNX variable, Linen's
+    ``Partitioned``, a ``NamedArray`` of haliax. They must be, since leaves are boxed at init and
+    may be unboxed at update.
     """
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
     return [(path, leaf) for path, boxed in found for leaf in jax.tree.leaves(boxed)]
 
 
 def bare(tree: PyTree) -> PyTree:
-    """Returns a tree with what is in boxes of Flax in the place of each box.
+    """Returns a tree with what is in boxes in the place of each box.
 
     Arrays may be in them, or what a function of trees put in their places.
     """
@@ -55,9 +58,24 @@ def path_name(keys: KeyPath) -> str:
 
 
 def is_box(x: PyTree) -> bool:
-    """Whether this is a box of Flax around one array: an ``nnx.Variable``, or Linen's metadata."""
+    """Whether this is a box around one array: of NNX, of Linen, or a ``NamedArray`` of haliax."""
     return _has_content(x) and len(jax.tree.leaves(x)) == 1
 
 
+def axis_names(x: PyTree) -> tuple[str, ...] | None:
+    """Returns the names of the axes of a ``NamedArray`` of haliax, or None for anything else.
+
+    Its later versions keep names, and the axes come of them and of the array that is in it.
+    """
+    if not hasattr(x, "array"):
+        return None
+    names = getattr(x, "axis_names", None)
+    if names is None and isinstance(axes := getattr(x, "axes", None), tuple):
+        names = tuple(getattr(axis, "name", None) for axis in axes)
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        return None
+    return cast(tuple[str, ...], names)
+
+
 def _has_content(x: PyTree) -> bool:
-    return hasattr(x, "get_metadata") or hasattr(x, "replace_boxed")
+    return hasattr(x, "get_metadata") or hasattr(x, "replace_boxed") or axis_names(x) is not None

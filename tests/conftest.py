@@ -28,6 +28,7 @@ OPEN = {
         "_ranks",
         "_update",
         "projectors",
+        "trainers",
         "_layerwise.__init__",
         "_layerwise.api",
         "_layerwise.settings",

@@ -1,31 +1,36 @@
 """State in the boxes of Flax: their names are those of the axes that the state has."""
 
+import contextlib
+import warnings
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import galore_optax
+from galore_optax._axis_names import naming
 
 P = PartitionSpec
 KEY = jax.random.key(0)  # made outside of meshes of no devices.
 SHAPE = (64, 512)  # rows are projected: R is (16, 512), P is (64, 16).
 
 
-def of_linen(names):
+def of_linen(names, shape):
     init = nn.with_logical_partitioning(nn.initializers.ones, names)
-    model, x = nn.Dense(SHAPE[1], kernel_init=init), jax.ShapeDtypeStruct(SHAPE[:1], jnp.float32)
+    model, x = nn.Dense(shape[1], kernel_init=init), jax.ShapeDtypeStruct(shape[:1], jnp.float32)
     return jax.eval_shape(model.init, KEY, x)["params"]
 
 
-def of_nnx(names):
+def of_nnx(names, shape):
     init = nnx.with_partitioning(nnx.initializers.ones, names)
     with nnx.use_eager_sharding(False):
-        model = nnx.eval_shape(lambda: nnx.Linear(*SHAPE, kernel_init=init, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: nnx.Linear(*shape, kernel_init=init, rngs=nnx.Rngs(0)))
     return nnx.state(model, nnx.Param)
 
 
@@ -33,11 +38,11 @@ CONTAINERS = {"linen": (of_linen, nn.get_partition_spec), "nnx": (of_nnx, nnx.ge
 containers = pytest.mark.parametrize("container", CONTAINERS)
 
 
-def named(container, names, tx):
+def named(container, names, tx, shape=SHAPE):
     """The state of a kernel and a bias, with the names that Flax finds in it."""
     params, read = CONTAINERS[container]
     with nnx.use_eager_sharding(False):
-        state = read(jax.eval_shape(tx.init, params(names)))
+        state = read(jax.eval_shape(tx.init, params(names, shape)))
     # An nnx.Variable has its names inside.
     return nnx.as_pure(state)
 
@@ -71,17 +76,57 @@ def test_what_has_the_shape_of_its_parameter_has_its_names(container):
     assert state.inner[0].mu["kernel"] == state.inner[0].nu["kernel"] == P("embed", "mlp")
 
 
-@containers
-@pytest.mark.parametrize("size", [4, 3], ids=["divides", "does_not"])
-def test_the_other_sides_name_is_taken_where_rules_say_that_its_mesh_axis_divides(container, size):
-    """Else the moments of a matrix that is divided along its rows were on every device."""
+RULES = (("embed", ("fsdp", "expert")), ("mlp", "tensor"), ("heads", ()), ("embed", "fsdp"))
+
+
+def on(container, names, sizes, shape=SHAPE):
+    """Where the kernel's state lies by its names on a mesh, as Flax reads them."""
+    mesh = AbstractMesh(sizes, ("fsdp", "tensor", "expert"), axis_types=(AxisType.Auto,) * 3)
     tx = galore_optax.galore_adamw(1e-3, rank=16)
-    assert of_kernel(named(container, ("embed", None), tx))[1:] == [P(None, None)] * 2
-    mesh = AbstractMesh((size,), ("fsdp",), (AxisType.Auto,))
-    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules((("embed", "fsdp"),)):
-        found = of_kernel(named(container, ("embed", None), tx))
-    name = "fsdp" if container == "nnx" else "embed"  # NNX reads names by the rules.
-    assert found == [P(name, None), *[P(None, name if size == 4 else None)] * 2]
+    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(RULES):
+        found = of_kernel(named(container, names, tx, shape))
+        if container == "linen":  # NNX has read the rules already.
+            found = [nn.logical_to_mesh_axes(spec) for spec in found]
+    size = mesh.shape
+    return [
+        [tuple(a for a in np.atleast_1d(axes or ()) if size[a] > 1) for axes in s] for s in found
+    ]
+
+
+@containers
+def test_where_the_mesh_is_known_names_say_what_specs_say(container):
+    """Else moments are on every device, of all or of one of the axes of the mesh."""
+    none, both = (), ("tensor", "fsdp")
+    assert on(container, ("embed", "mlp"), (4, 2, 1)) == [
+        [("fsdp", "tensor"), none],
+        *[[none, both]] * 2,
+    ]
+    # The name of the other side, where an axis has none, or one that stands for one device.
+    for name, sizes in ((None, (4, 2, 1)), ("heads", (4, 2, 1)), ("mlp", (4, 1, 1))):
+        expected = [[("fsdp",), none], *[[none, ("fsdp",)]] * 2]
+        assert on(container, ("embed", name), sizes) == expected
+    # 4 divides 64 and not 510.
+    expected = [[("fsdp", "tensor"), none], *[[none, ("tensor",)]] * 2]
+    assert on(container, ("embed", "mlp"), (4, 2, 1), (64, 510)) == expected
+
+
+@pytest.mark.parametrize("source", ["on_mesh", "set_mesh", "entered", "array", "box", None])
+def test_the_mesh_of_names_is_known_from_where_it_is(source):
+    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
+    box = nn.Partitioned(jnp.ones(8), ("embed",), mesh=mesh if source == "box" else None)
+    array = jax.device_put(box.value, NamedSharding(mesh, P())) if source == "array" else box.value
+    seen = []
+
+    def init(params):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`with mesh:`", DeprecationWarning)
+            context = {"set_mesh": lambda: jax.set_mesh(mesh), "entered": lambda: mesh}
+            with context.get(source, contextlib.nullcontext)():
+                seen.append(naming([box], [array]))
+
+    tx = optax.GradientTransformation(init, optax.identity().update)
+    (galore_optax.trainers.on_mesh(tx, mesh) if source == "on_mesh" else tx).init({})
+    assert [known and known.mesh for known in seen] == [source and mesh.abstract_mesh]
 
 
 @containers

@@ -125,6 +125,16 @@ def test_mesh_axes_that_do_not_divide_are_left_out():
     assert found.subspace.left["kernel"] == P(("x", "y"), None)
 
 
+def test_an_axis_that_merges_several_is_divided_as_all_of_them():
+    params = {"kernel": jax.ShapeDtypeStruct((64, 8, 16), jnp.float32)}
+    numbers = DimensionNumbers(0, (1, 2))
+    tx = galore_optax.galore_adamw(1e-3, rank=16, weight_dimension_numbers=numbers)
+    for spec, expected in ((P(None, "x", "y"), ("x", "y")), (P(None, None, "y"), "y")):
+        found = specs_of(tx, spec, params)
+        assert found.inner[0].mu["kernel"] == P(None, expected)
+        assert found.subspace.left["kernel"] == P(expected, None)
+
+
 def test_bytes_of_a_device_need_a_mesh():
     tx, specs = galore_optax.galore_adamw(1e-3, rank=4), {"kernel": P("x")}
     with pytest.raises(ValueError, match="needs the mesh of specs"):

@@ -1,0 +1,25 @@
+"""Runs replays of trainers, and prints what is seen of each as JSON."""
+
+import json
+import sys
+
+from tests import trainer_levanter, trainer_named, trainer_ruled, trainer_trees
+
+REPLAYS = {
+    "tunix": trainer_named.tunix,
+    "maxtext": trainer_named.maxtext_nnx,
+    "maxtext_linen": trainer_named.maxtext_linen,
+    "zero_1": trainer_named.zero_1,
+    "levanter": trainer_levanter.levanter,
+    "levanter_tensor": trainer_levanter.levanter_tensor,
+    "easydel": trainer_ruled.easydel,
+    "openpi": trainer_ruled.openpi,
+    "kauldron": trainer_ruled.kauldron,
+    "equinox": trainer_trees.equinox,
+    "haiku": trainer_trees.haiku,
+    "numpyro": trainer_trees.numpyro,
+    "brax": trainer_trees.brax,
+}
+
+if __name__ == "__main__":
+    print(json.dumps({name: REPLAYS[name]() for name in sys.argv[1:]}))

@@ -38,7 +38,7 @@ from benchmarks.gpu.record import commit, write
 from examples.flax_llama.compile_step import lower, placed
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import device_named
-from examples.flax_llama.step import replicated
+from examples.flax_llama.sharding import replicated
 from examples.flax_llama.topology import check_needs_driver, cuda_extra, cuda_packages
 
 DEVICE = "h100_80gb"

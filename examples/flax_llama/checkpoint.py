@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from examples.flax_llama.changes import config_of
 from examples.flax_llama.model import Llama
 from examples.flax_llama.run_directory import imported_from, read_settings
 from examples.flax_llama.shapes import LlamaConfig
+from examples.flax_llama.sharding import on
 from examples.flax_llama.step import State, initial_params
 from examples.flax_llama.stored import check_arrays, has_version
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
@@ -327,25 +328,21 @@ def last_checkpoint(out: Path) -> tuple[int, dict[str, Any]]:
     return 0, read_settings(out)["train"]
 
 
-def on(sharding: jax.sharding.Sharding, tree: Any) -> Any:
-    """The shapes of a tree, to be restored to a placement."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def load_params(directory: Path, step: int | str, sharding: jax.sharding.Sharding) -> Any:
+def load_params(directory: Path, step: int | str, where: Callable[[Any], Any]) -> Any:
     """The parameters of a run's checkpoint, or of an imported model, as they are kept there.
 
     Args:
       directory: the `out` of a run, which may go on meanwhile, or an imported model.
       step: number of updates of a checkpoint; or "last", or "best" for the lowest validation loss.
-      sharding: where to put them.
+      where: says of their shapes where to put them, as `on` has it.
 
     Raises:
       UsageError: there is no such run or checkpoint, or it cannot be read.
     """
     settings = read_settings(directory)
     config, shape = config_of(settings["train"]), model_of(settings)
-    like = on(sharding, jax.eval_shape(lambda: initial_params(config, shape)))
+    shapes = jax.eval_shape(lambda: initial_params(config, shape))
+    like = on(where(shapes), shapes)
     if imported_from(directory):
         if step not in ("last", 0):
             raise UsageError(f"step={step}: {directory} is an imported model, which has but one.")
@@ -373,7 +370,7 @@ def model_of(settings: dict[str, Any]) -> LlamaConfig:
 def load_run(directory: Path, step: int | str = "last") -> tuple[Llama, Tokenizer]:
     """The model, on one device, and the tokenizer of a run; see `load_params`."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = load_params(directory, step, device)
+    params = load_params(directory, step, lambda _: device)
     shape = model_of(read_settings(directory))
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
     model = nnx.merge(graphdef, galore_optax.dequantize_params(params))

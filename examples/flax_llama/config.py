@@ -193,6 +193,10 @@ class Config:
     batch: FromPreset[int] = None
     # Micro-batches that one update's sequences are computed in, one after the other.
     accumulate: int = 1
+    # The devices as a mesh, such as "data=2,fsdp=2,tensor=2": over data they have other sequences,
+    # over fsdp also a part of all parameters and of the optimizer's state each, over tensor each
+    # computes a part of every layer. By default all have other sequences and all parameters.
+    mesh: str | None = None
     # Update each layer inside the backward pass, so that no two layers have gradients at a time:
     # much less memory for the time of computing each layer's activations again.
     layerwise: bool = False

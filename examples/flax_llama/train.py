@@ -53,14 +53,15 @@ from examples.flax_llama.run_directory import (
 )
 from examples.flax_llama.run_log import RunLog
 from examples.flax_llama.shapes import LlamaConfig
+from examples.flax_llama.sharding import make_mesh, part_of_data, share
 from examples.flax_llama.step import (
     State,
     check_divides,
-    data_mesh,
     has_segments,
     initial_params,
     make_update,
     put_batch,
+    state_shardings,
 )
 from examples.flax_llama.tokenizer import Tokenizer, tokenizer_files
 from examples.flax_llama.units import size
@@ -141,7 +142,7 @@ def train(
         beginning = begin(config)
         config = beginning.config
         check_divides(config)
-        optimizer, mesh = make_optimizer(config), data_mesh()
+        optimizer, mesh = make_optimizer(config), make_mesh(config.mesh)
         dataset = open_dataset(own_tokenizer(config, beginning))
         stack.callback(dataset.train.close)
         if not beginning.step:
@@ -163,12 +164,16 @@ def train(
             *(config, beginning, shape, dataset, mesh, log, checkpoints, stop),
             evaluate=over_validation(make_evaluate(graphdef, mesh), dataset.valid, config),
         )
+        if config.mesh is not None:
+            own, whole = map(size, share(state))
+            log.progress.say(f"A device has {own} of {whole} of weights and optimizer state")
         if before is not None and not beginning.step:
             before(nnx.merge(graphdef, state.params), dataset)
         if beginning.finished:
             conclude(run, state)
         else:
-            update = make_update(config, graphdef, optimizer, mesh)
+            where = state_shardings(optimizer, state.params, mesh)
+            update = make_update(config, graphdef, optimizer, mesh, where)
             compiled, needed = compile_update(update, state, config, mesh, log.progress)
             state, stopped = make_updates(run, compiled, state)
         if dataset.reading.bad_lines:
@@ -274,14 +279,15 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 def open_dataset(config: Config) -> Data:
     """This process' part of the data."""
+    part, parts = part_of_data(make_mesh(config.mesh))
     names = ("data", "valid_data", "tokenizer", "batch", "seq", "packing", "seed", "eval_tokens")
     reading = reading_of(config)
     with reading.told():
         return open_data(
             **{name: getattr(config, name) for name in names},
             reading=reading,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part,
+            process_count=parts,
         )
 
 
@@ -304,7 +310,7 @@ def own_tokenizer(config: Config, beginning: Beginning) -> Config:
 
 def any_batch(config: Config) -> dict[str, np.ndarray]:
     """A batch of this process, for its shape."""
-    rows = config.batch // jax.process_count()
+    rows = config.batch // part_of_data(make_mesh(config.mesh))[1]
     tokens = np.zeros((rows, config.seq + 1), np.int32)
     segments = {"segments": np.ones_like(tokens)} if has_segments(config) else {}
     return {"tokens": tokens, "mask": np.ones((rows, config.seq), bool), **segments}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from examples.flax_llama.adapters import LORA, TARGETS
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.reading import reading_of
+from examples.flax_llama.sharding import sizes_of
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def check_values(config: "Config") -> None:
             "int8_weights=True needs an optimizer in GaLore, such as galore_adamw, or lora; "
             f"optimizer={config.optimizer!r} is none."
         )
+    sizes_of(config.mesh)
     if config.optimizer == LORA:
         one_of("lora_targets", config.lora_targets, TARGETS)
         if not 0 < config.lora_alpha < math.inf:

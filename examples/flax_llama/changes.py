@@ -49,6 +49,7 @@ WEIGHTS = "init_from=RUN with weights_only=True starts a new run from the weight
 
 RULES: dict[str, Rule] = {
     **rules(Kind.PROCESS, "out", "resume", "new_data", "distributed", "quiet", "by_default"),
+    **rules(Kind.PROCESS, "coordinator", "processes", "process", "distributed_timeout"),
     **rules(Kind.FREE, "eval_every", "save_every", "keep", "tensorboard", "wandb"),
     **rules(Kind.FREE, "on_bad_line", "max_bad_lines"),
     **rules(Kind.NOW, "steps", "lr", "schedule", "warmup", "cooldown", "final_lr"),

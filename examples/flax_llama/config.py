@@ -247,9 +247,18 @@ class Config:
     tensorboard: bool = True
     # Project at Weights & Biases to send metrics to.
     wandb: str | None = None
-    # One of several processes that train together, started on every host of a cluster or a pod;
-    # JAX finds the others (jax.distributed.initialize).
+    # One of several processes that train together, started on every host of a cluster or a pod.
+    # JAX finds the others in a job of SLURM, of Open MPI or of a TPU pod; elsewhere `coordinator`,
+    # `processes` and `process` say where they are.
     distributed: bool = False
+    # HOST:PORT of the first process, which takes that port and the one before it.
+    coordinator: str | None = None
+    # How many processes there are.
+    processes: int | None = None
+    # Which one this is, from 0.
+    process: int | None = None
+    # Seconds within which all processes must have come.
+    distributed_timeout: float = 300.0
     # Show no progress bar.
     quiet: bool = False
 

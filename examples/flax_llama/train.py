@@ -35,6 +35,7 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.conversation_data import recognise
 from examples.flax_llama.data import Data, open_data
+from examples.flax_llama.distributed import agreed, is_first, processes
 from examples.flax_llama.evaluate import Evaluation, make_evaluate
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import settings_given
@@ -137,7 +138,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if out is not None:
             stack.enter_context(told_of_errors(out))
-            if jax.process_index() == 0:
+            if is_first():
                 check_directory(out, resume=config.resume)
         beginning = begin(config)
         config = beginning.config
@@ -179,7 +180,8 @@ def train(
         if dataset.reading.bad_lines:
             log.progress.say(dataset.reading.summary())
     if stopped is not None:
-        print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
+        if is_first():
+            print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
         raise SystemExit(0)
     model = nnx.merge(graphdef, galore_optax.dequantize_params(state.params))
     return Result(model, dataset.tokenizer, log.train, log.valid, needed, dataset.valid)
@@ -222,7 +224,7 @@ def make_updates(run: Parts, update: jax.stages.Compiled, state: State) -> tuple
 def conclude(run: Parts, state: State) -> None:
     """Ends a run that has no update left, where it has not ended yet."""
     step, valid = run.beginning.step, run.log.valid
-    if not valid or valid[-1]["step"] < step:
+    if agreed(not valid or valid[-1]["step"] < step):
         loss = evaluate_after(step, run, state)
         if run.checkpoints is not None:
             run.checkpoints.add_loss(step, loss)
@@ -322,7 +324,7 @@ def open_checkpoints(
 ) -> Iterator[Checkpoints]:
     """The checkpoints in the run's directory, which is made, and kept from other processes."""
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
+        if is_first():
             make_directory(out)
             stack.enter_context(lock(out))
             # Another run may have come and gone while the data was read.
@@ -343,7 +345,7 @@ def open_log(
     config: Config, shape: LlamaConfig, dataset: Data, beginning: Beginning
 ) -> Iterator[RunLog]:
     """The log of the run, on the first process, and what describes the run beside it."""
-    out, start = config.out if jax.process_index() == 0 else None, beginning.step
+    out, start = config.out if is_first() else None, beginning.step
     with contextlib.ExitStack() as stack:
         services = []
         if out is not None:
@@ -363,7 +365,7 @@ def open_log(
             steps=config.steps,
             flops_per_token=shape.flops_per_token,
             sinks=services,
-            quiet=config.quiet or jax.process_index() > 0,
+            quiet=config.quiet or not is_first(),
         )
         log.progress.say("\n".join([header(config, shape, dataset, start), *beginning.lines()]))
         if start >= config.steps and log.valid:
@@ -386,11 +388,11 @@ def main() -> None:
     hide_abandoned_writes()
     with program(Config, errors=(CheckpointError, FloatingPointError)):
         config = from_command_line()
-        if config.distributed:
-            jax.distributed.initialize()
-        result = train(config)
-        # What else is there to say has been said.
-        print_text(f"Finished: {scores(result.valid[-1])}" if config.quiet else "Finished.")
+        with processes(config):
+            result = train(config)
+            if is_first():
+                # What else is there to say has been said.
+                print_text(f"Finished: {scores(result.valid[-1])}" if config.quiet else "Finished.")
 
 
 if __name__ == "__main__":

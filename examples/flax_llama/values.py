@@ -42,6 +42,12 @@ def check_values(config: "Config") -> None:
         *("eval_every", "save_every", "keep"),
     ):
         at_least_one(name, getattr(config, name))
+    if config.processes is not None:
+        at_least_one("processes", config.processes)
+    if not 0 < config.distributed_timeout < math.inf:
+        raise UsageError(
+            f"distributed_timeout={config.distributed_timeout}: expected a positive number."
+        )
     if config.eval_tokens is not None:
         at_least_one("eval_tokens", config.eval_tokens)
     if config.batch % config.accumulate:

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 from flax_llama_runs import (
+    assert_same_losses,
     finish,
-    metrics,
     start,
     tiny,
     without_checkpoints_after,
@@ -48,15 +48,6 @@ train.train(eval(sys.argv[1]))
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
-
-
-def assert_same_losses(found, expected):
-    for one, other in zip(metrics(found), metrics(expected), strict=True):
-        names = [name for name in ("loss", "valid_loss", "grad_norm") if name in one]
-        assert one["step"] == other["step"]
-        assert names
-        for name in names:
-            assert one[name] == pytest.approx(other[name], rel=1e-5), (one["step"], name)
 
 
 @pytest.mark.long("runs on eight devices, and on one")

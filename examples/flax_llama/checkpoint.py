@@ -329,13 +329,15 @@ def last_checkpoint(out: Path) -> tuple[int, dict[str, Any]]:
     return 0, read_settings(out)["train"]
 
 
-def load_params(directory: Path, step: int | str, where: Callable[[Any], Any]) -> Any:
+def load_params(
+    directory: Path, step: int | str, where: jax.sharding.Sharding | Callable[[Any], Any]
+) -> Any:
     """The parameters of a run's checkpoint, or of an imported model, as they are kept there.
 
     Args:
       directory: the `out` of a run, which may go on meanwhile, or an imported model.
       step: number of updates of a checkpoint; or "last", or "best" for the lowest validation loss.
-      where: says of their shapes where to put them, as `on` has it.
+      where: to put all of them, or says of their shapes where to put each, as `on` has it.
 
     Raises:
       UsageError: there is no such run or checkpoint, or it cannot be read.
@@ -343,7 +345,7 @@ def load_params(directory: Path, step: int | str, where: Callable[[Any], Any]) -
     settings = read_settings(directory)
     config, shape = config_of(settings["train"]), model_of(settings)
     shapes = jax.eval_shape(lambda: initial_params(config, shape))
-    like = on(where(shapes), shapes)
+    like = on(where if isinstance(where, jax.sharding.Sharding) else where(shapes), shapes)
     if imported_from(directory):
         if step not in ("last", 0):
             raise UsageError(f"step={step}: {directory} is an imported model, which has but one.")
@@ -371,7 +373,7 @@ def model_of(settings: dict[str, Any]) -> LlamaConfig:
 def load_run(directory: Path, step: int | str = "last") -> tuple[Llama, Tokenizer]:
     """The model, on one device, and the tokenizer of a run; see `load_params`."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = load_params(directory, step, lambda _: device)
+    params = load_params(directory, step, device)
     shape = model_of(read_settings(directory))
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
     model = nnx.merge(graphdef, galore_optax.dequantize_params(params))

@@ -211,11 +211,11 @@ def open_text(
         held = {"skip_held_out": valid_data is None, "seed": batches.seed}
 
         def groups(stream: int, streams: int) -> DocumentGroups:
-            host = {"process_index": stream, "process_count": streams}
-            return DocumentGroups(train, **held, **host)
+            return DocumentGroups(train, **held, process_index=stream, process_count=streams)
 
+        host = batches.process_index, batches.process_count
         own = batches.batch // batches.process_count
-        dataset = stream_batches(groups, encoder, batch=own, **batches.rows, **batches.host)
+        dataset = stream_batches(groups, encoder, batch=own, **batches.rows, host=host)
     valid = read_valid(held_out, context, num_tokens=eval_tokens, **batches.rows)
     return Data(encoder, iter(dataset), valid, tokens, documents, rows, reading)
 
@@ -331,8 +331,7 @@ def stream_batches(
     batch: int,
     seq: int,
     packing: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    host: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset[Row]:
     """Endless batches of streams of documents, made in a thread; see `interleaved`.
 
@@ -342,12 +341,11 @@ def stream_batches(
       batch: rows of this host.
       seq: targets of a row.
       packing: as of `open_data`.
-      process_index: which host this is.
-      process_count: number of hosts.
+      host: which one this is, and the number of hosts.
     """
     context = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     tokens = rows = 0
-    for text, _ in groups(process_index, process_count).documents(epoch=0):
+    for text, _ in groups(*host).documents(epoch=0):
         (ids,) = tokenizer.encode_documents([text])
         tokens += len(ids)
         rows = (len(context) + tokens - 1) // seq if packing else rows + (len(ids) > 1)
@@ -360,7 +358,7 @@ def stream_batches(
         encoded = groups(stream, streams).map(tokenizer.encode_documents)
         return Rows(encoded, seq=seq, packing=packing, context=context)
 
-    batches = InterleavedRows(rows_of, process_index, process_count).batch(batch)
+    batches = InterleavedRows(rows_of, *host).batch(batch)
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH)
 
 

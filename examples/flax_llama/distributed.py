@@ -50,25 +50,21 @@ def found(config: Config) -> tuple[str, int, int, list[int] | None]:
     Raises:
       UsageError: something is neither given nor can be found.
     """
-    given = {
-        "coordinator": config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "processes": config.processes,
-        "process": config.process,
-    }
-    devices = None
-    if None in given.values():
-        *values, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            *given.values(), None, None, int(config.distributed_timeout)
+    address = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count, number, devices = config.processes, config.process, None
+    if address is None or count is None or number is None:
+        address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            *(address, count, number, None, None), int(config.distributed_timeout)
         )
-        given = dict(zip(given, values, strict=True))
-    if unknown := [name for name, value in given.items() if value is None]:
+    if address is None or count is None or number is None:
+        values = {"coordinator": address, "processes": count, "process": number}
+        unknown = [name for name, value in values.items() if value is None]
         raise UsageError(
             f"distributed=True: {' and '.join(unknown)} must be given, since this is no job of "
             "SLURM, Open MPI, Kubernetes or a TPU pod, of which JAX knows: "
             "coordinator=HOST:PORT, processes=N and process=0 to N - 1."
         )
-    address, count, number = given.values()
-    if not address.rpartition(":")[2].isdecimal() or ":" not in address:
+    if not (":" in address and address.rpartition(":")[2].isdecimal()):
         raise UsageError(f"coordinator={address!r}: expected HOST:PORT of process 0.")
     if not 0 <= number < count:
         raise UsageError(f"process={number}: expected 0 to {count - 1}, of processes={count}.")

@@ -125,10 +125,9 @@ class RollCall:
 
         def listen() -> None:
             while True:
-                try:
+                word = rest = ""
+                with contextlib.suppress(OSError):
                     word, _, rest = read_line(peer).partition(" ")
-                except OSError:
-                    word = ""
                 if word == DONE:
                     self._done.add(number)
                 elif word == ENDED:

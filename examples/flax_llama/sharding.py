@@ -179,7 +179,7 @@ def fitting(spec: PartitionSpec, shape: Sequence[int], mesh: AnyMesh) -> Partiti
     return PartitionSpec(*entries)
 
 
-def shardings_of(init: Callable[[Any], Any], params: Any, mesh: AnyMesh) -> Any:
+def shardings_of(init: optax.TransformInitFn, params: Any, mesh: AnyMesh) -> Any:
     """Where that lies which a function makes of the parameters, such as optimizer state.
 
     Args:
@@ -204,7 +204,7 @@ def shardings_of(init: Callable[[Any], Any], params: Any, mesh: AnyMesh) -> Any:
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     """`shardings_of` the parameters themselves, of which those in codes are several arrays."""
-    return shardings_of(lambda same: same, params, mesh)
+    return shardings_of(lambda params: params, params, mesh)
 
 
 def spread(shardings: Any, tree: Any) -> list[jax.sharding.Sharding]:

@@ -73,7 +73,7 @@ def initial_params(config: Config, shape: LlamaConfig) -> Params:
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Params, mesh: AnyMesh) -> Any:
     """Where the state lies with these parameters, or their shapes; see `shardings_of`."""
-    return shardings_of(lambda same: State(same, optimizer.init(same)), params, mesh)
+    return shardings_of(lambda params: State(params, optimizer.init(params)), params, mesh)
 
 
 def check_divides(config: Config) -> None:

@@ -26,7 +26,8 @@ from benchmarks.train_step import timed
 from examples.flax_llama.config import Config, LlamaConfig
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.step import State, data_mesh, initial_params, make_update, put_batch
+from examples.flax_llama.sharding import make_mesh
+from examples.flax_llama.step import State, initial_params, make_update, put_batch
 from examples.flax_llama.train import any_batch, open_dataset
 
 WAYS: dict[str, dict[str, Any]] = {"ordinary": {"remat": True}, "layer-wise": {"layerwise": True}}
@@ -47,7 +48,7 @@ class Update:
 
 
 def compile_update(config: Config, vocab_size: int) -> Update:
-    shape, optimizer, mesh = config.shape(vocab_size), make_optimizer(config), data_mesh()
+    shape, optimizer, mesh = config.shape(vocab_size), make_optimizer(config), make_mesh()
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
     params = initial_params(config, shape)
     state = State(params, jax.jit(optimizer.init)(params))
@@ -71,7 +72,7 @@ def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     settings = {**settings, "clip": 0.0, "update_proj_gap": steps + 1}
     configs = {way: Config(**settings, **own).resolve() for way, own in WAYS.items()}
     config = configs["ordinary"]
-    dataset, mesh = open_dataset(config), data_mesh()
+    dataset, mesh = open_dataset(config), make_mesh()
     vocab_size = config.vocab_size or dataset.tokenizer.vocab_size
     updates = {way: compile_update(own, vocab_size) for way, own in configs.items()}
     states = {way: update.state for way, update in updates.items()}

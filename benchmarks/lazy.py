@@ -30,14 +30,13 @@ from examples.flax_llama.demo import GALORE
 from examples.flax_llama.evaluate import make_evaluate
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.sharding import make_mesh, replicated
 from examples.flax_llama.step import (
     State,
-    data_mesh,
     initial_params,
     make_gradients,
     make_update,
     put_batch,
-    replicated,
 )
 from examples.flax_llama.train import open_dataset
 
@@ -66,7 +65,7 @@ class Run:
 def train(config: Config, refresh: str | galore_optax.Lazy, means: Sequence[int] = ()) -> Run:
     """Trains as `examples.flax_llama.train` does, and looks at the subspaces after every update."""
     config = dataclasses.replace(config.resolve(), refresh=refresh)
-    dataset, mesh = open_dataset(config), data_mesh()
+    dataset, mesh = open_dataset(config), make_mesh()
     shape = config.shape(dataset.tokenizer.vocab_size)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
     optimizer = make_optimizer(config)

@@ -26,9 +26,9 @@ from benchmarks.machine import machine
 from examples.flax_llama.config import Config
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.sharding import make_mesh
 from examples.flax_llama.step import (
     State,
-    data_mesh,
     initial_params,
     make_gradients,
     make_update,
@@ -50,7 +50,7 @@ def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     """Times in milliseconds of one optimizer."""
     recipe = Config(**settings).resolve()
     config = Config(**settings, update_proj_gap=max(1, steps // REFRESHES)).resolve()
-    dataset, mesh, optimizer = open_dataset(config), data_mesh(), make_optimizer(config)
+    dataset, mesh, optimizer = open_dataset(config), make_mesh(), make_optimizer(config)
     shape = config.shape(dataset.tokenizer.vocab_size)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
     params = initial_params(config, shape)

@@ -93,6 +93,8 @@ def start(*command, cache=None, devices=1):
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
         f"--xla_force_host_platform_device_count={devices}",
     }
+    # As many threads as devices wait for each other, of which there would be one per core.
+    environment.setdefault("NPROC", str(4 * devices))
     if cache is not None:
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     return subprocess.Popen(
@@ -146,3 +148,12 @@ def assert_same_end(one, other, step):
     assert left.keys() == right.keys()
     for path in left:
         np.testing.assert_array_equal(left[path], right[path], err_msg=path)
+
+
+def assert_same_losses(one, other):
+    """Same updates and evaluations, to the round-off of float32 sums in another order."""
+    for found, expected in zip(metrics(one), metrics(other), strict=True):
+        names = [name for name in ("loss", "valid_loss", "grad_norm") if name in found]
+        assert names
+        for name in ("step", *names):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)

@@ -14,7 +14,7 @@ from benchmarks.gpu import compiled
 from benchmarks.hlo import Moved
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import Device
-from examples.flax_llama.step import data_mesh
+from examples.flax_llama.sharding import make_mesh
 from examples.flax_llama.topology import cuda_extra
 
 ROOT = Path(__file__).parents[1]
@@ -119,9 +119,9 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import hlo
 from examples.flax_llama.compile_step import lower
 from examples.flax_llama.config import Config
-from examples.flax_llama.step import data_mesh
+from examples.flax_llama.sharding import make_mesh
 
-mesh = data_mesh()
+mesh = make_mesh()
 
 @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
 def f(x):
@@ -192,7 +192,7 @@ def test_the_rows_are_what_a_cpu_cannot_show():
 @pytest.fixture
 def here(monkeypatch):
     """All is compiled for the devices of the tests."""
-    monkeypatch.setattr(Device, "mesh", lambda self, count=1: data_mesh())
+    monkeypatch.setattr(Device, "mesh", lambda self, count=1: make_mesh())
 
 
 @pytest.mark.parametrize("projector", compiled.PROJECTORS)

@@ -25,6 +25,7 @@ from examples.flax_llama import (
     optimizer_state,
     plan,
     remedies,
+    sharding,
     step,
     train,
 )
@@ -500,7 +501,7 @@ def test_weights_alone_go_into_another_form(root):
     model, _ = load_run(root / "run")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     config = tiny("austen", optimizer="q_galore_adamw", param_dtype="bfloat16").resolve()
-    shape, mesh = config.shape(257), step.data_mesh()
+    shape, mesh = config.shape(257), sharding.make_mesh()
     like = jax.eval_shape(lambda: step.initial_params(config, shape))
     found = initial.in_the_form_of(like, params, config, mesh)
     assert optimizer_state.arrays(found) == optimizer_state.arrays(like)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -39,6 +40,11 @@ from examples.flax_llama.beginning import begin
 from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, load_run
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.evaluate import Evaluation
+
+
+def anywhere():
+    """Some data, to save a position in."""
+    return iter(grain.MapDataset.range(9).to_iter_dataset())
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +116,7 @@ def test_losses_over_other_tokens_are_not_compared(tmp_path):
     for since, losses in {0: {1: 2.0}, 1: {2: 3.0, 3: 3.5}}.items():
         with Checkpoints(tmp_path, validated_since=since) as checkpoints:
             for number, loss in losses.items():
-                checkpoints.save(number, state, checkpoint.Position(), {}, loss)
+                checkpoints.save(number, state, anywhere(), {}, loss)
             checkpoints.wait()
             assert (checkpoints.improves(3.2), checkpoints.improves(1.9)) == (False, True)
     assert checkpoints.steps == [2, 3]
@@ -149,7 +155,7 @@ def test_where_there_is_no_checkpoint_or_none_that_was_evaluated_it_is_said(tmp_
         with pytest.raises(UsageError, match=rf"^There is no checkpoint in {tmp_path} yet\.$"):
             checkpoints.find("last")
         state = step.State({"p": jax.numpy.ones(2)}, {"m": jax.numpy.ones(2)})
-        checkpoints.save(7, state, checkpoint.Position(), {})
+        checkpoints.save(7, state, anywhere(), {})
         checkpoints.wait()
         message = r"^step='best': no checkpoint in .* has a validation loss yet; .*, 7, are named"
         with pytest.raises(UsageError, match=message):

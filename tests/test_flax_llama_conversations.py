@@ -13,7 +13,7 @@ from chat_models import SCRIPT, make_model
 from flax import nnx
 from flax_llama_runs import assert_same_end, tiny, without_checkpoints_after
 
-from examples.flax_llama import conversation_data, evaluate, packing, step, train
+from examples.flax_llama import conversation_data, evaluate, packing, sharding, step, train
 from examples.flax_llama.beginning import begin
 from examples.flax_llama.conversation_data import recognise
 from examples.flax_llama.data import open_data
@@ -519,7 +519,7 @@ def test_the_loss_of_packed_rows_is_that_of_their_conversations(source):
     assert len(parts) > 2 * BATCH
     alone = float(nnx.jit(loss_sum)(model(), tokens, mask)) / mask.sum()
     graphdef, state = nnx.split(model(), nnx.Param)
-    params, mesh = nnx.to_pure_dict(state), step.data_mesh()
+    params, mesh = nnx.to_pure_dict(state), sharding.make_mesh()
     gradients = jax.jit(step.make_gradients(graphdef, mesh))
     packed, _ = gradients(params, step.put_batch(batch, 2, mesh))
     assert float(packed) == pytest.approx(alone, rel=1e-5)

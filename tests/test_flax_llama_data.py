@@ -1,5 +1,6 @@
 """Batches to train on and tokens to validate on, from every kind of source."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import pytest
 from examples.flax_llama import data, documents, stream, validation
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.data import open_data
+from examples.flax_llama.interleaved import merged
 from examples.flax_llama.stream import DocumentGroups
 from examples.flax_llama.tokenizer import train_tokenizer
 from examples.flax_llama.tokens import Tokens, write_tokens
@@ -319,6 +321,42 @@ def test_a_host_has_its_part_of_a_batch(sources, kind):
     ]
     assert rows[0].shape == rows[1].shape == (10, BATCH // 2, SEQ + 1)
     assert not set(texts_of_rows(rows[0])) & set(texts_of_rows(rows[1]))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 6])
+def test_streams_of_three_hosts_go_on_on_any_number_of_them(sources, hosts):
+    """The position of a part of a batch is one of the whole batch."""
+    settings = sources["files"] | {"batch": 12}
+
+    def parts(count):
+        found = [
+            open_data(**settings | {"process_index": host, "process_count": count}).train
+            for host in range(count)
+        ]
+        for train in found:
+            stack.callback(train.close)
+        return found
+
+    def next_rows(trains, batches):
+        rows = [[next(train)["tokens"] for _ in range(batches)] for train in trains]
+        # In any order within a batch.
+        return [
+            np.sort(np.concatenate(batch), axis=0).tolist() for batch in zip(*rows, strict=True)
+        ]
+
+    with contextlib.ExitStack() as stack:
+        three, others = parts(3), parts(hosts)
+        next_rows(three, EPOCH // 2)
+        positions = [json.loads(json.dumps(train.get_state())) for train in three]
+        expected = next_rows(three, EPOCH)
+        for train in others:
+            train.set_state(merged(positions))
+        assert next_rows(others, 2) == expected[:2]
+        # And on from there, with as many as at first.
+        positions = [json.loads(json.dumps(train.get_state())) for train in others]
+        for train in three:
+            train.set_state(merged(positions))
+        assert next_rows(three, EPOCH - 2) == expected[2:]
 
 
 @pytest.mark.parametrize("targets", [1, 11, 24, 25, 47, 48, 49])

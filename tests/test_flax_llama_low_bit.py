@@ -9,7 +9,7 @@ from flax import nnx
 from flax_llama_runs import tiny, write_text
 
 import galore_optax
-from examples.flax_llama import step
+from examples.flax_llama import sharding, step
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.model import Llama, is_quantized
@@ -130,7 +130,7 @@ def test_bfloat16_parameters_rounded_at_random_move_by_updates_too_small_for_the
     monkeypatch.setattr(step, "make_gradients", lambda *_, **__: all_ones)
     # Two of them, clipped, are updates of some 1e-6.
     settings = {"optimizer": "sgd", "lr": 1e-2, "clip": 1e-2, "param_dtype": "bfloat16"}
-    mesh = step.data_mesh()
+    mesh = sharding.make_mesh()
 
     def moved(stochastic_rounding):
         config = tiny("austen", **settings, stochastic_rounding=stochastic_rounding).resolve()
@@ -141,7 +141,7 @@ def test_bfloat16_parameters_rounded_at_random_move_by_updates_too_small_for_the
         update = step.make_update(config, None, optimizer, mesh)
         for _ in range(2):
             batch = step.put_batch(any_batch(config), 1, mesh)
-            state, _ = update(jax.device_put(state, step.replicated(mesh)), batch)
+            state, _ = update(jax.device_put(state, sharding.replicated(mesh)), batch)
         # Entries whose neighbours in bfloat16 are 1e-4 away, far beyond all updates together.
         end = np.array(state.params["head"]["kernel"])
         return np.sum((end != start) & (np.abs(start.astype(np.float32)) > 0.016))

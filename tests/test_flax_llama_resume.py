@@ -40,11 +40,10 @@ from examples.flax_llama import evaluate, history, train
 from examples.flax_llama.interrupts import answered
 from examples.flax_llama.usage import UsageError
 from examples.flax_llama.config import Config
+from examples.flax_llama.sharding import make_mesh
 for devices, config in eval(sys.argv[1]):
-    mesh = jax.make_mesh(
-        (devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-    )
-    train.data_mesh = lambda: mesh
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    train.make_mesh = lambda _: mesh
     train.train(config)
 """
 COMMAND = ("-m", "examples.flax_llama.train")

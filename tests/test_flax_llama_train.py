@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from flax_llama_runs import metrics, tiny, write_text
 
-from examples.flax_llama import progress, step, train
+from examples.flax_llama import progress, sharding, step, train
 from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.config import LlamaConfig, UsageError
 from examples.flax_llama.loss import loss_sum
@@ -164,7 +164,7 @@ def test_gradients_are_those_of_the_mean_over_all_targets(text, accumulate, para
     assert len(set(targets.tolist())) > 1, "rows of one length would not show a mean of means"
     shape = config.shape(257)
     model = Llama(shape, rngs=nnx.Rngs(0))
-    params, mesh = params_of(model), step.data_mesh()
+    params, mesh = params_of(model), sharding.make_mesh()
     gradients_of = jax.jit(step.make_gradients(nnx.graphdef(model), mesh))
     loss, gradients = gradients_of(params, step.put_batch(batch, accumulate, mesh))
     exact = jax.tree.map(lambda p: p.astype(jnp.float32), params)
@@ -185,7 +185,7 @@ def test_gradients_are_those_of_the_mean_over_all_targets(text, accumulate, para
 def test_gradients_of_micro_batches_are_added_in_float32(text):
     config = tiny(text, param_dtype="bfloat16").resolve()
     model = Llama(config.shape(257), rngs=nnx.Rngs(0))
-    params, mesh = params_of(model), step.data_mesh()
+    params, mesh = params_of(model), sharding.make_mesh()
     gradients_of = jax.jit(step.make_gradients(nnx.graphdef(model), mesh))
     row = {name: rows[:1] for name, rows in next(train.open_dataset(config).train).items()}
     copies = {name: np.repeat(rows, 64, axis=0) for name, rows in row.items()}

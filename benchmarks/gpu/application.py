@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from examples.flax_llama.config import Config, LlamaConfig
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.step import State, data_mesh, initial_params, make_update, replicated
+from examples.flax_llama.sharding import make_mesh, replicated
+from examples.flax_llama.step import State, initial_params, make_update
 
 
 class Application(NamedTuple):
@@ -24,7 +25,7 @@ class Application(NamedTuple):
 
 def begin(config: Config, vocab_size: int) -> Application:
     """Makes what a resolved configuration trains, for a tokenizer with so many tokens."""
-    shape, optimizer, mesh = config.shape(vocab_size), make_optimizer(config), data_mesh()
+    shape, optimizer, mesh = config.shape(vocab_size), make_optimizer(config), make_mesh()
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
 
     def initial_state() -> State:

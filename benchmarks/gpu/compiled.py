@@ -35,10 +35,10 @@ from jax.sharding import Mesh
 import galore_optax
 from benchmarks import hlo
 from benchmarks.gpu.record import commit, write
-from examples.flax_llama.compile_step import lower, placed
+from examples.flax_llama.compile_step import lower
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import device_named
-from examples.flax_llama.step import replicated
+from examples.flax_llama.sharding import on, replicated
 from examples.flax_llama.topology import check_needs_driver, cuda_extra, cuda_packages
 
 DEVICE = "h100_80gb"
@@ -81,7 +81,7 @@ def refresh(projector: str, shape: list[int], rank: int) -> dict[str, Any]:
     again = jax.jit(
         lambda grads, state: galore_optax.refresh(tx, grads, state, grads), donate_argnums=1
     )
-    return figures(lambda: again.lower(placed(grads, everywhere), placed(state, everywhere)))
+    return figures(lambda: again.lower(on(everywhere, grads), on(everywhere, state)))
 
 
 def step(settings: dict[str, Any], devices: int, vocab_size: int = VOCAB_SIZE) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from examples.flax_llama.config import Config
 from examples.flax_llama.evaluate import make_evaluate
 from examples.flax_llama.model import Llama, Params, dimension_numbers, stacked_matrices
 from examples.flax_llama.optimizers import learning_rate
-from examples.flax_llama.step import data_mesh, make_gradients, put_batch
+from examples.flax_llama.sharding import make_mesh
+from examples.flax_llama.step import make_gradients, put_batch
 from examples.flax_llama.train import any_batch, open_dataset
 
 Result = dict[str, Any]
@@ -109,7 +110,7 @@ def model_of(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[A
 @functools.lru_cache(maxsize=2)
 def program(config: Config, run: Run, vocab_size: int) -> Program:
     """Compiles what a run needs; its learning rates and seed, and those of `config`, are any."""
-    mesh, optimizer = data_mesh(), optimizer_of(config, run)
+    mesh, optimizer = make_mesh(), optimizer_of(config, run)
     graphdef, draw = model_of(config, vocab_size)
     gradients_of = make_gradients(graphdef, mesh)
 

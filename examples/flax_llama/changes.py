@@ -49,13 +49,14 @@ WEIGHTS = "init_from=RUN with weights_only=True starts a new run from the weight
 
 RULES: dict[str, Rule] = {
     **rules(Kind.PROCESS, "out", "resume", "new_data", "distributed", "quiet", "by_default"),
+    **rules(Kind.PROCESS, "coordinator", "processes", "process", "distributed_timeout"),
     **rules(Kind.FREE, "eval_every", "save_every", "keep", "tensorboard", "wandb"),
     **rules(Kind.FREE, "on_bad_line", "max_bad_lines"),
     **rules(Kind.NOW, "steps", "lr", "schedule", "warmup", "cooldown", "final_lr"),
     **rules(Kind.NOW, "matrix_lr_ratio", "weight_decay", "b1", "b2", "eps", "momentum"),
     **rules(Kind.NOW, "clip", "clip_by", "on_nan", "batch"),
     **rules(Kind.NOW, "scale", "update_proj_gap", "stochastic_rounding", "dtype"),
-    **rules(Kind.NOW, "accumulate", "layerwise", "remat", "attention", note=ROUND_OFF),
+    **rules(Kind.NOW, "accumulate", "layerwise", "remat", "attention", "mesh", note=ROUND_OFF),
     **rules(Kind.NOW, "eval_tokens"),
     **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "moment_dtype"),
     **rules(Kind.ANEW, "transport", "residual", "refresh", "stagger"),

@@ -7,10 +7,11 @@ projectors and rounding are functions of the seed, which is in the configuration
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from orbax.checkpoint import checkpoint_manager, checkpoint_managers
 import galore_optax
 from examples.flax_llama.changes import config_of
 from examples.flax_llama.checksums import check, checksums
+from examples.flax_llama.interleaved import merged
 from examples.flax_llama.model import Llama
 from examples.flax_llama.run_directory import imported_from, read_settings
 from examples.flax_llama.shapes import LlamaConfig
+from examples.flax_llama.sharding import on
 from examples.flax_llama.step import State, initial_params
 from examples.flax_llama.stored import check_arrays, has_version
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
@@ -58,23 +61,6 @@ def hide_abandoned_writes() -> None:
     logging.getLogger("asyncio").addFilter(
         lambda record: "exception was never retrieved" not in record.getMessage()
     )
-
-
-class Position(grain.DatasetIterator):
-    """Takes a position in the data out of a checkpoint, and goes nowhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._state: Any = None
-
-    def __next__(self) -> Any:
-        raise StopIteration
-
-    def get_state(self) -> Any:
-        return self._state
-
-    def set_state(self, state: Any) -> None:
-        self._state = state
 
 
 class Checkpoints:
@@ -248,17 +234,30 @@ class Checkpoints:
         Raises:
           UsageError: the checkpoint cannot be read, or holds other arrays than these.
         """
-        optimizer, position = like.optimizer, Position()
+        optimizer = like.optimizer
         if not has_version(self.path / str(step) / "optimizer"):
             optimizer = galore_optax.as_version(optimizer, 1)
         items = self._restore(
             step,
             params=ocp.args.StandardRestore(like.params),
             optimizer=ocp.args.StandardRestore(optimizer),
-            data=grain.checkpoint.CheckpointRestore(position),
         )
         state = State(items["params"], galore_optax.migrate(items["optimizer"]))
-        return state, position.get_state()
+        return state, self._position(step)
+
+    def _position(self, step: int) -> Any:
+        """The position in the data, out of the files that the processes of the run wrote.
+
+        These may have been more or fewer than there are now, so that grain does not find them.
+        """
+        directory = self.path / str(step) / "data"
+        try:
+            files = sorted(directory.glob("process_*-of-*.json"))
+            if not files:
+                raise FileNotFoundError(f"{directory} has no position in the data")
+            return merged([json.loads(path.read_text()) for path in files])
+        except (OSError, ValueError) as error:
+            raise self._unreadable(step, error) from error
 
     def restore_params(self, step: int, like: Any) -> Any:
         """The parameters alone; otherwise as `restore`."""
@@ -280,21 +279,24 @@ class Checkpoints:
         except UsageError:
             raise
         except Exception as error:
-            if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):
-                raise UsageError(
-                    f"checkpoint {self.path / str(step)} cannot be read: Permission denied "
-                    f"({first_line(error)}). Nothing has been changed."
-                ) from error
-            others = [other for other in self.steps if other != step]
-            advice = (
-                f"To go on from update {others[-1]}, move that directory out of {self.path} first"
-                if others
-                else "There is no other checkpoint"
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> UsageError:
+        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):
+            return UsageError(
+                f"checkpoint {self.path / str(step)} cannot be read: Permission denied "
+                f"({first_line(error)}). Nothing has been changed."
             )
-            raise UsageError(
-                f"checkpoint {self.path / str(step)} cannot be read ({first_line(error)}). "
-                f"{advice}; nothing has been changed."
-            ) from error
+        others = [other for other in self.steps if other != step]
+        advice = (
+            f"To go on from update {others[-1]}, move that directory out of {self.path} first"
+            if others
+            else "There is no other checkpoint"
+        )
+        return UsageError(
+            f"checkpoint {self.path / str(step)} cannot be read ({first_line(error)}). "
+            f"{advice}; nothing has been changed."
+        )
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -338,25 +340,23 @@ def last_checkpoint(out: Path) -> tuple[int, dict[str, Any]]:
     return 0, read_settings(out)["train"]
 
 
-def on(sharding: jax.sharding.Sharding, tree: Any) -> Any:
-    """The shapes of a tree, to be restored to a placement."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def load_params(directory: Path, step: int | str, sharding: jax.sharding.Sharding) -> Any:
+def load_params(
+    directory: Path, step: int | str, where: jax.sharding.Sharding | Callable[[Any], Any]
+) -> Any:
     """The parameters of a run's checkpoint, or of an imported model, as they are kept there.
 
     Args:
       directory: the `out` of a run, which may go on meanwhile, or an imported model.
       step: number of updates of a checkpoint; or "last", or "best" for the lowest validation loss.
-      sharding: where to put them.
+      where: to put all of them, or says of their shapes where to put each, as `on` has it.
 
     Raises:
       UsageError: there is no such run or checkpoint, or it cannot be read.
     """
     settings = read_settings(directory)
     config, shape = config_of(settings["train"]), model_of(settings)
-    like = on(sharding, jax.eval_shape(lambda: initial_params(config, shape)))
+    shapes = jax.eval_shape(lambda: initial_params(config, shape))
+    like = on(where if isinstance(where, jax.sharding.Sharding) else where(shapes), shapes)
     if imported_from(directory):
         if step not in ("last", 0):
             raise UsageError(f"step={step}: {directory} is an imported model, which has but one.")

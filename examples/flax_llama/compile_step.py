@@ -13,19 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import Device
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.sharding import AnyMesh, by_rows, on
 from examples.flax_llama.step import (
     Batch,
     State,
     has_segments,
     initial_params,
     make_update,
-    replicated,
+    state_shardings,
 )
 from examples.flax_llama.topology import cuda_packages
 
@@ -119,11 +120,7 @@ def lower(config: Config, vocab_size: int, mesh: Mesh) -> jax.stages.Lowered:
         return llama
 
     graphdef = nnx.graphdef(nnx.eval_shape(model))
-    optimizer = make_optimizer(config)
-    params = jax.eval_shape(lambda: initial_params(config, shape))
-    state = State(params, jax.eval_shape(optimizer.init, params))
     rows = config.accumulate, config.batch // config.accumulate
-    by_rows = NamedSharding(mesh, PartitionSpec(None, "data"))
 
     def example() -> Batch:
         tokens = jnp.zeros((*rows, config.seq + 1), jnp.int32)
@@ -131,12 +128,18 @@ def lower(config: Config, vocab_size: int, mesh: Mesh) -> jax.stages.Lowered:
         return Batch(tokens, mask, tokens if has_segments(config) else None)
 
     batch = jax.eval_shape(example)
-    update = make_update(config, graphdef, optimizer, mesh)
-    return update.lower(placed(state, replicated(mesh)), placed(batch, by_rows))
+    update = make_update(config, graphdef, make_optimizer(config), mesh)
+    state = planned_state(config, vocab_size, mesh)
+    return update.lower(state, on(by_rows(mesh, axis=1), batch))
 
 
-def placed(tree: Any, sharding: NamedSharding) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def planned_state(config: Config, vocab_size: int, mesh: AnyMesh) -> Any:
+    """The shapes of the state of a resolved configuration, on a mesh that need not be here."""
+    shape = dataclasses.replace(config.shape(vocab_size), attention="xla")
+    optimizer = make_optimizer(config)
+    params = jax.eval_shape(lambda: initial_params(config, shape))
+    state = State(params, jax.eval_shape(optimizer.init, params))
+    return on(state_shardings(optimizer, params, mesh), state)
 
 
 @contextlib.contextmanager

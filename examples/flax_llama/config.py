@@ -193,6 +193,10 @@ class Config:
     batch: FromPreset[int] = None
     # Micro-batches that one update's sequences are computed in, one after the other.
     accumulate: int = 1
+    # The devices as a mesh, such as "data=2,fsdp=2,tensor=2": over data they have other sequences,
+    # over fsdp also a part of all parameters and of the optimizer's state each, over tensor each
+    # computes a part of every layer. By default all have other sequences and all parameters.
+    mesh: str | None = None
     # Update each layer inside the backward pass, so that no two layers have gradients at a time:
     # much less memory for the time of computing each layer's activations again.
     layerwise: bool = False
@@ -243,9 +247,18 @@ class Config:
     tensorboard: bool = True
     # Project at Weights & Biases to send metrics to.
     wandb: str | None = None
-    # One of several processes that train together, started on every host of a cluster or a pod;
-    # JAX finds the others (jax.distributed.initialize).
+    # One of several processes that train together, started on every host of a cluster or a pod.
+    # JAX finds the others in a job of SLURM, of Open MPI or of a TPU pod; elsewhere `coordinator`,
+    # `processes` and `process` say where they are.
     distributed: bool = False
+    # HOST:PORT of the first process, which takes that port and the one before it.
+    coordinator: str | None = None
+    # How many processes there are.
+    processes: int | None = None
+    # Which one this is, from 0.
+    process: int | None = None
+    # Seconds within which all processes must have come.
+    distributed_timeout: float = 300.0
     # Show no progress bar.
     quiet: bool = False
 

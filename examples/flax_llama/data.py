@@ -8,7 +8,7 @@ Either way, the seed gives all batches and their order.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from examples.flax_llama.conversation_data import (
     recognise,
 )
 from examples.flax_llama.documents import BUILT_IN, open_shards, read_split, texts
+from examples.flax_llama.interleaved import InterleavedRows
 from examples.flax_llama.packing import ConversationRows
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.rows import Row, Rows, TokenRows
@@ -208,9 +209,13 @@ def open_text(
         rows = len(TokenRows(train, **batches.rows))
     else:
         held = {"skip_held_out": valid_data is None, "seed": batches.seed}
-        groups = DocumentGroups(train, **held, **batches.host)
+
+        def groups(stream: int, streams: int) -> DocumentGroups:
+            return DocumentGroups(train, **held, process_index=stream, process_count=streams)
+
+        host = batches.process_index, batches.process_count
         own = batches.batch // batches.process_count
-        dataset = stream_batches(groups, encoder, batch=own, **batches.rows)
+        dataset = stream_batches(groups, encoder, batch=own, **batches.rows, host=host)
     valid = read_valid(held_out, context, num_tokens=eval_tokens, **batches.rows)
     return Data(encoder, iter(dataset), valid, tokens, documents, rows, reading)
 
@@ -320,12 +325,27 @@ def position_in_batches(position: Any, was: int, now: int) -> tuple[Any, int]:
 
 
 def stream_batches(
-    groups: DocumentGroups, tokenizer: Tokenizer, *, batch: int, seq: int, packing: bool = True
+    groups: Callable[[int, int], DocumentGroups],
+    tokenizer: Tokenizer,
+    *,
+    batch: int,
+    seq: int,
+    packing: bool = True,
+    host: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset[Row]:
-    """Endless batches of a stream of documents, made in a thread."""
+    """Endless batches of streams of documents, made in a thread; see `interleaved`.
+
+    Args:
+      groups: makes the stream of a number, out of so many.
+      tokenizer: of the texts.
+      batch: rows of this host.
+      seq: targets of a row.
+      packing: as of `open_data`.
+      host: which one this is, and the number of hosts.
+    """
     context = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     tokens = rows = 0
-    for text, _ in groups.documents(epoch=0):
+    for text, _ in groups(*host).documents(epoch=0):
         (ids,) = tokenizer.encode_documents([text])
         tokens += len(ids)
         rows = (len(context) + tokens - 1) // seq if packing else rows + (len(ids) > 1)
@@ -333,8 +353,12 @@ def stream_batches(
             break
     else:
         raise too_small(batch, seq, f"{tokens} tokens are {rows} rows")
-    encoded = groups.map(tokenizer.encode_documents)
-    batches = Rows(encoded, seq=seq, packing=packing, context=context).batch(batch)
+
+    def rows_of(stream: int, streams: int) -> grain.IterDataset[Row]:
+        encoded = groups(stream, streams).map(tokenizer.encode_documents)
+        return Rows(encoded, seq=seq, packing=packing, context=context)
+
+    batches = InterleavedRows(rows_of, *host).batch(batch)
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH)
 
 

@@ -8,7 +8,7 @@ prints a table of them.
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 from examples.flax_llama.attention import capability_here
 from examples.flax_llama.config import UsageError, one_of
+from examples.flax_llama.sharding import AXES
 from examples.flax_llama.topology import cuda_devices, tpu_devices
 from examples.flax_llama.units import GIB
 
@@ -63,7 +64,7 @@ class Device:
         return self.memory - self.context
 
     def mesh(self, count: int = 1) -> Mesh:
-        """A mesh like `step.data_mesh`, of so many such devices, none of which need be here.
+        """A mesh like `sharding.make_mesh`, of so many such devices, none of which need be here.
 
         Functions are compiled for it as for any mesh, but neither run nor given arrays.
 
@@ -83,7 +84,7 @@ class Device:
             found = cuda_devices(self.name, self.target(), count)
         if not 1 <= count <= len(found):
             raise ValueError(f"count={count}: expected 1 to {len(found)} of {self.name}")
-        return Mesh(np.array(found[:count]), ("data",), axis_types=(AxisType.Auto,))
+        return along_data(found[:count])
 
     def target(self) -> str:
         """XLA's description of a GPU (`GpuTargetConfigProto`), with the memory that is usable.
@@ -104,7 +105,13 @@ class Here(Device):
 
     def mesh(self, count: int = 1) -> Mesh:
         """Likewise, of the first devices that are here."""
-        return Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
+        return along_data(jax.devices()[:count])
+
+
+def along_data(devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of some devices that all have whole parameters."""
+    kinds = (AxisType.Auto,) * len(AXES)
+    return Mesh(np.array(devices).reshape(-1, 1, 1), AXES, axis_types=kinds)
 
 
 def device_here() -> Device:

@@ -119,6 +119,12 @@ NEEDS = (
         "on_bad_line='skip'",
     ),
     Need(("keep", "save_every", "wandb"), lambda config: config.out is not None, "out", "out=RUN"),
+    Need(
+        ("coordinator", "processes", "process", "distributed_timeout"),
+        lambda config: config.distributed,
+        "distributed",
+        "distributed=True",
+    ),
     Need(("new_data",), lambda config: config.resume, "resume", "resume=True"),
     Need(
         ("init_step", "weights_only"),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from examples.flax_llama.changes import config_of
 from examples.flax_llama.checkpoint import load_run
@@ -28,7 +28,7 @@ from examples.flax_llama.loss import token_losses
 from examples.flax_llama.model import Params
 from examples.flax_llama.reading import Reading, reading_of
 from examples.flax_llama.run_directory import read_settings
-from examples.flax_llama.step import data_mesh, replicated
+from examples.flax_llama.sharding import ROWS, by_rows, divided, make_mesh, replicated
 from examples.flax_llama.tokenizer import load_tokenizer
 from examples.flax_llama.tokens import is_tokenized
 from examples.flax_llama.usage import UsageError, at_least_one
@@ -67,9 +67,9 @@ def make_evaluate(graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh) -> Callable[.
     The mask marks the targets that count. Segments (N, B, S + 1) may follow. The N batches are
     computed one after the other, the rows of one on all devices.
     """
-    rows = PartitionSpec("data")
+    whole, rows = PartitionSpec(), PartitionSpec(ROWS)
 
-    def of_device(
+    def of_rows(
         params: Params,
         tokens_BxS1: jax.Array,
         mask_BxS: jax.Array,
@@ -79,19 +79,12 @@ def make_evaluate(graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh) -> Callable[.
         return jnp.sum(losses_BxS, axis=1, where=mask_BxS)
 
     row_sums = jax.jit(
-        jax.shard_map(
-            of_device,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), rows, rows, rows),
-            out_specs=rows,
-            check_vma=False,
-        ),
+        divided(of_rows, mesh, (whole, rows, rows, rows), rows=rows),
         out_shardings=replicated(mesh),
     )
 
     def put(array: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, rows)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.make_array_from_callback(array.shape, by_rows(mesh), array.__getitem__)
 
     def evaluate(
         params: Params,
@@ -210,7 +203,7 @@ def evaluate(
         )
     model, _ = load_run(run, step)
     graphdef, params = nnx.split(model, nnx.Param)
-    mesh = data_mesh()
+    mesh = make_mesh()
     valid = valid_of_run(run, data, tokens, reading)
     result = make_evaluate(graphdef, mesh)(
         jax.device_put(nnx.to_pure_dict(params), replicated(mesh)),

@@ -13,12 +13,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
-
 from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data
+from examples.flax_llama.distributed import is_first, processes
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.generate import answer
 from examples.flax_llama.given import settings_given
@@ -111,7 +110,7 @@ def finetune(settings: Settings) -> Tuned:
     if samples:
         after = make(result.model, result.tokenizer, result.valid_data)
         samples = [a | {"after": b["before"]} for a, b in zip(samples, after, strict=True)]
-        if config.out is not None and jax.process_index() == 0:
+        if config.out is not None and is_first():
             write_whole(config.out / SAMPLES, json.dumps(samples, indent=2, ensure_ascii=False))
     return Tuned(result, samples)
 
@@ -199,12 +198,14 @@ def main() -> None:
     hide_abandoned_writes()
     with program(Settings, errors=(CheckpointError, FloatingPointError)):
         settings = from_command_line()
-        if settings.distributed:
-            jax.distributed.initialize()
-        tuned = finetune(settings)
-        if tuned.samples and not settings.quiet:
-            print_text(told(tuned.samples))
-        print_text(f"Finished: {scores(tuned.result.valid[-1])}" if settings.quiet else "Finished.")
+        with processes(settings):
+            tuned = finetune(settings)
+            if not is_first():
+                return
+            if tuned.samples and not settings.quiet:
+                print_text(told(tuned.samples))
+            last = tuned.result.valid[-1]
+            print_text(f"Finished: {scores(last)}" if settings.quiet else "Finished.")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ def settings_given(
     return config if (out := resumed(config)) is None else as_it_was(config, settings_of(out))
 
 
+# What is no setting of a run but of each process that goes on with it.
+OF_PROCESS = ("new_data", "coordinator", "processes", "process", "distributed_timeout")
+
+
 def base_of(config: Config) -> Config:
     """The settings that a command line for a configuration need not repeat.
 
@@ -66,7 +70,8 @@ def resumed(config: Config) -> Path | None:
 def settings_of(out: Path) -> Config:
     """The settings of the run that goes on."""
     stored = config_of(read_settings(out)["train"])
-    return dataclasses.replace(stored, out=out, resume=True, new_data=False)
+    own = {name: getattr(Config, name) for name in OF_PROCESS}
+    return dataclasses.replace(stored, **own, out=out, resume=True)
 
 
 def as_it_was(config: C, own: Config) -> C:

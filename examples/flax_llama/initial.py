@@ -1,5 +1,6 @@
 """The state that a run begins with: drawn at random, or the weights of another run or a model."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import galore_optax
 from examples.flax_llama.adapters import lora_of, merged, with_lora, without_lora
 from examples.flax_llama.beginning import Beginning
 from examples.flax_llama.changes import config_of
-from examples.flax_llama.checkpoint import Checkpoints, load_params, on, open_run
+from examples.flax_llama.checkpoint import Checkpoints, load_params, open_run
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data
 from examples.flax_llama.model import Params
@@ -18,7 +19,8 @@ from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.pretrained import open_model, settings_of_source
 from examples.flax_llama.resume import restore
 from examples.flax_llama.run_directory import imported_from
-from examples.flax_llama.step import State, replicated
+from examples.flax_llama.sharding import on, parameter_shardings, shardings_of
+from examples.flax_llama.step import State, state_shardings
 from examples.flax_llama.usage import UsageError
 from examples.hf.configuration import is_model
 from examples.hf.weights import load
@@ -39,7 +41,9 @@ def first_state(
         return restore(checkpoints, beginning, config, initial_state, dataset, mesh)
     if config.init_from is not None:
         return from_other_run(config, initial_state, beginning, mesh)
-    return jax.jit(initial_state, out_shardings=replicated(mesh))()
+    # Never whole on one device, which it need not fit.
+    where = state_shardings(make_optimizer(config), jax.eval_shape(initial_state).params, mesh)
+    return jax.jit(initial_state, out_shardings=where)()
 
 
 def from_other_run(
@@ -52,14 +56,16 @@ def from_other_run(
     """
     source = config.init_from
     assert source is not None
-    everywhere, like = replicated(mesh), jax.eval_shape(initial_state)
-    init = jax.jit(make_optimizer(config).init, out_shardings=everywhere)
+    like, optimizer = jax.eval_shape(initial_state), make_optimizer(config)
+    own = functools.partial(parameter_shardings, mesh=mesh)
+    of_state = shardings_of(optimizer.init, like.params, mesh)
+    init = jax.jit(optimizer.init, out_shardings=of_state)
     if is_model(source) or imported_from(source):
         beginning.notes.append(f"begins with the weights of {source}")
         if is_model(source):
             params = of_hugging_face(source, initial_state, config, mesh)
         else:
-            params, stored = load_params(source, "last", everywhere), settings_of_source(source)
+            params, stored = load_params(source, "last", own), settings_of_source(source)
             params = in_the_model_of(initial_state, params, stored, config, mesh)
         return State(params, init(params))
     with open_run(source) as checkpoints:
@@ -68,11 +74,13 @@ def from_other_run(
         what = "weights" if config.weights_only else "weights and the state of the optimizer"
         beginning.notes.append(f"begins with the {what} of {source} after update {step}")
         if config.weights_only:
-            params = load_params(source, step, everywhere)
+            params = load_params(source, step, own)
             params = in_the_model_of(initial_state, params, stored, config, mesh)
             return State(params, init(params))
-        old = jax.eval_shape(make_optimizer(stored).init, like.params)
-        state, _ = checkpoints.restore(step, on(everywhere, State(like.params, old)))
+        old = make_optimizer(stored)
+        whole = State(like.params, jax.eval_shape(old.init, like.params))
+        where = state_shardings(old, like.params, mesh)
+        state, _ = checkpoints.restore(step, on(where, whole))
     kept = carry_over(init(state.params), state.optimizer)
     if kept is None:
         raise UsageError(
@@ -105,13 +113,18 @@ def of_hugging_face(
     model = open_model(source)
     like = without_lora(jax.eval_shape(lambda: initial_state().params))
     params = load(model.tensors, model.found.entries, like)
-    whole = jax.device_put(params, replicated(mesh))
+    whole = jax.device_put(params, parameter_shardings(like, mesh))
     return with_lora(whole, initial_lora(initial_state, mesh))
 
 
 def initial_lora(initial_state: Initial, mesh: jax.sharding.Mesh) -> Params:
     """What LoRA begins with, if anything: of all the initial weights, that alone is computed."""
-    return jax.jit(lambda: lora_of(initial_state().params), out_shardings=replicated(mesh))()
+
+    def lora() -> Params:
+        return lora_of(initial_state().params)
+
+    where = parameter_shardings(jax.eval_shape(lora), mesh)
+    return jax.jit(lora, out_shardings=where)()
 
 
 def in_the_form_of(like: Params, params: Params, config: Config, mesh: jax.sharding.Mesh) -> Params:
@@ -130,4 +143,4 @@ def in_the_form_of(like: Params, params: Params, config: Config, mesh: jax.shard
             dense["blocks"] = jax.lax.map(quantize, dense["blocks"])
         return dense
 
-    return jax.jit(convert, out_shardings=replicated(mesh))(params)
+    return jax.jit(convert, out_shardings=parameter_shardings(like, mesh))(params)

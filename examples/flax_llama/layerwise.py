@@ -19,6 +19,7 @@ from examples.flax_llama.model import (
     first_activations,
     head_of,
 )
+from examples.flax_llama.sharding import laid
 
 Step = Callable[[Params, Any, Any, jax.Array], tuple[Params, Any, dict[str, jax.Array]]]
 
@@ -57,7 +58,8 @@ def make_layerwise(
         layout = Layout.of(shape, jnp.arange(S), S)
 
         def embed(params: Params, batch: Any) -> Activations:
-            x_BxSxD = look_up(params["embed"]["embedding"], batch["tokens"][:, :-1])
+            table = laid(params["embed"]["embedding"], "table")
+            x_BxSxD = look_up(table, batch["tokens"][:, :-1])
             return first_activations(shape, x_BxSxD, inputs_of(batch["segments"]))
 
         # Products with kernels are kept from a layer's forward to its backward pass; all else, with

@@ -23,6 +23,7 @@ from examples.flax_llama.attention import (
 )
 from examples.flax_llama.config import LlamaConfig
 from examples.flax_llama.rotary import Rotation, rope, rotations
+from examples.flax_llama.sharding import is_quantized, laid
 
 Params = dict[str, Any]
 
@@ -134,7 +135,9 @@ class Attention(nnx.Module):
         v_BxSxGxK = self.v(x_BxSxD).reshape(BxSxHxK)
         if config.architecture.qk_norm:
             q_BxSxHxK, k_BxSxGxK = self.q_norm(q_BxSxHxK), self.k_norm(k_BxSxGxK)
-        q_BxSxHxK, k_BxSxGxK = rope(q_BxSxHxK, angles), rope(k_BxSxGxK, angles)
+        q_BxSxHxK, k_BxSxGxK, v_BxSxGxK = (
+            laid(x, "heads") for x in (rope(q_BxSxHxK, angles), rope(k_BxSxGxK, angles), v_BxSxGxK)
+        )
         if cache is None:
             out_BxSxHxK = attend(
                 *(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, self.implementation),
@@ -160,7 +163,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BxSxD: jax.Array) -> jax.Array:
         activate = jax.nn.silu if self.activation == "silu" else jax.nn.gelu
-        return self.down(activate(self.gate(x_BxSxD)) * self.up(x_BxSxD))
+        return self.down(laid(activate(self.gate(x_BxSxD)) * self.up(x_BxSxD), "mlp"))
 
 
 class Block(nnx.Module):
@@ -185,6 +188,7 @@ class Block(nnx.Module):
         x_BxSxD = x_BxSxD + (self.attention_norm_after(new_BxSxD) if self.norm_after else new_BxSxD)
         new_BxSxD = self.mlp(self.mlp_norm(x_BxSxD))
         x_BxSxD = x_BxSxD + (self.mlp_norm_after(new_BxSxD) if self.norm_after else new_BxSxD)
+        x_BxSxD = laid(x_BxSxD, "layers")
         return inputs._replace(x_BxSxD=x_BxSxD, layer=None if layer is None else layer + 1), cache
 
 
@@ -197,7 +201,7 @@ def first_activations(
     if config.architecture.embed_scaled:
         x_BxSxD *= jnp.asarray(config.hidden**0.5, x_BxSxD.dtype)
     layer = jnp.zeros((), jnp.int32) if config.alternates else None
-    return Activations(x_BxSxD, layer, segments_BxS)
+    return Activations(laid(x_BxSxD, "layers"), layer, segments_BxS)
 
 
 class Llama(nnx.Module):
@@ -275,7 +279,9 @@ class Llama(nnx.Module):
             policies.nothing_saveable if config.remat else policies.dots_with_no_batch_dims_saveable
         )
         layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
-        first = first_activations(config, self.embed(tokens_BxS), segments_BxS)
+        table_VxD = laid(self.embed.embedding[...], "table")
+        x_BxSxD = jnp.take(table_VxD, tokens_BxS, axis=0)
+        first = first_activations(config, x_BxSxD, segments_BxS)
         last, cache = jax.lax.scan(layer, first, (stacked, cache))
         return self.norm(last.x_BxSxD), cache
 
@@ -298,10 +304,6 @@ def draw_layers(config: LlamaConfig, rngs: nnx.Rngs, finish: Callable[[Params], 
         return finish(nnx.to_pure_dict(nnx.state(block, nnx.Param)))
 
     return jax.lax.map(layer, keys)
-
-
-def is_quantized(x: Any) -> bool:
-    return isinstance(x, galore_optax.QuantizedArray)
 
 
 def stacked_matrices(params: Params) -> Params:

@@ -29,7 +29,7 @@ from examples.flax_llama.given import as_words, base_of, fixed_settings, setting
 from examples.flax_llama.memory import estimate
 from examples.flax_llama.memory_chart import Bar, draw, picture
 from examples.flax_llama.methods import IN_GALORE
-from examples.flax_llama.plan_text import kept_inputs, summary, table, verdict
+from examples.flax_llama.plan_text import kept_inputs, on_mesh, summary, table, verdict
 from examples.flax_llama.remedies import Change, advice, least_need, names_of_tried
 from examples.flax_llama.run_directory import check_contents
 from examples.flax_llama.topology import check_needs_driver
@@ -206,6 +206,8 @@ def answer(question: Question, settings: Plan) -> Fit:
     config = question.config()
     estimated = estimate(config, question.vocab_size)
     print(f"\n{table(estimated, compiled)}\n")
+    if config.mesh is not None:
+        print(on_mesh(config, question.vocab_size, config.mesh))
     if config.layerwise and config.accumulate > 1:
         print(kept_inputs(config))
     need = Need.estimated(estimated, device)

@@ -1,6 +1,6 @@
 """What the planner prints of a step: what it is, what it needs, and whether that fits."""
 
-from examples.flax_llama.compile_step import Compiled
+from examples.flax_llama.compile_step import Compiled, planned_state
 from examples.flax_llama.config import Config
 from examples.flax_llama.devices import Device
 from examples.flax_llama.fit import Fit, Need
@@ -8,6 +8,7 @@ from examples.flax_llama.memory import Estimate
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.optimizers import micro_batches_at_rank
 from examples.flax_llama.shapes import DIMENSIONS, PRESETS
+from examples.flax_llama.sharding import planned_mesh, share
 from examples.flax_llama.units import size, unit_of
 
 MOMENTS = {
@@ -81,6 +82,12 @@ def table(estimated: Estimate, compiled: Compiled | None) -> str:
         "XLA's is what it needs at its fullest moment" if compiled else "",
     )
     return "\n".join(lines)
+
+
+def on_mesh(config: Config, vocab_size: int, mesh: str) -> str:
+    """What each device of a mesh has between updates of what one would have."""
+    own, whole = map(size, share(planned_state(config, vocab_size, planned_mesh(mesh))))
+    return f"On the mesh {mesh} a device has {own} of the {whole} that stay."
 
 
 def kept_inputs(config: Config) -> str:

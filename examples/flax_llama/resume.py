@@ -7,12 +7,13 @@ import jax
 import optax
 
 from examples.flax_llama.beginning import Beginning
-from examples.flax_llama.checkpoint import Checkpoints, on
+from examples.flax_llama.checkpoint import Checkpoints
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, position_in_batches
 from examples.flax_llama.optimizer_state import arrays, carry_over, start_anew
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.step import State, replicated
+from examples.flax_llama.sharding import on, shardings_of
+from examples.flax_llama.step import State, state_shardings
 
 Initial = Callable[[], State]
 
@@ -31,11 +32,11 @@ def restore(
     """
     stored = beginning.stored
     assert stored is not None
-    like = jax.eval_shape(initial_state)
+    like, optimizer = jax.eval_shape(initial_state), make_optimizer(stored)
     if beginning.changes:
-        init = make_optimizer(stored).init
-        like = State(like.params, jax.eval_shape(init, like.params))
-    state, position = checkpoints.restore(beginning.step, on(replicated(mesh), like))
+        like = State(like.params, jax.eval_shape(optimizer.init, like.params))
+    where = state_shardings(optimizer, like.params, mesh)
+    state, position = checkpoints.restore(beginning.step, on(where, like))
     if not beginning.new_data:
         position, skipped = position_in_batches(position, stored.batch, config.batch)
         dataset.train.set_state(position)
@@ -58,7 +59,8 @@ def going_on(
     wanted = arrays(jax.eval_shape(optimizer.init, state.params))
     if not beginning.anew and arrays(state.optimizer) == wanted:
         return state.optimizer
-    new = jax.jit(optimizer.init, out_shardings=replicated(mesh))(state.params)
+    where = shardings_of(optimizer.init, state.params, mesh)
+    new = jax.jit(optimizer.init, out_shardings=where)(state.params)
     if not beginning.anew:
         if (kept := carry_over(new, state.optimizer)) is not None:
             return kept

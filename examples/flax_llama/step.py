@@ -1,4 +1,4 @@
-"""One update, compiled: gradients of micro-batches, data parallel over a mesh, the optimizer.
+"""One update, compiled: gradients of micro-batches, divided over a mesh, and the optimizer.
 
 Sizes: K micro-batches, B sequences of a micro-batch, S tokens of a sequence.
 """
@@ -11,16 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import galore_optax
 from examples.flax_llama.adapters import LORA, lora_of, with_lora
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.layerwise import make_layerwise
 from examples.flax_llama.loss import loss_sum
-from examples.flax_llama.model import Llama, Params, draw_layers, is_quantized
+from examples.flax_llama.model import Llama, Params, draw_layers
 from examples.flax_llama.optimizer_state import schedule_count, skipped_updates
 from examples.flax_llama.optimizers import learning_rate
+from examples.flax_llama.sharding import (
+    ROWS,
+    AnyMesh,
+    by_rows,
+    computing_on,
+    divided,
+    is_quantized,
+    laid_as_parameters,
+    make_mesh,
+    replicated,
+    row_parts,
+    shardings_of,
+)
 
 Metrics = dict[str, Any]
 
@@ -58,23 +71,25 @@ def initial_params(config: Config, shape: LlamaConfig) -> Params:
     return params
 
 
-def data_mesh() -> jax.sharding.Mesh:
-    """All devices of all processes along one axis, "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
-
-
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+def state_shardings(optimizer: optax.GradientTransformation, params: Params, mesh: AnyMesh) -> Any:
+    """Where the state lies with these parameters, or their shapes; see `shardings_of`."""
+    return shardings_of(lambda params: State(params, optimizer.init(params)), params, mesh)
 
 
 def check_divides(config: Config) -> None:
-    """Raises UsageError where the devices could not share each micro-batch equally."""
-    rows, devices = config.batch // config.accumulate, jax.device_count()
-    if rows % devices:
+    """Refuses a mesh of other devices than are here, and a batch that does not divide over it.
+
+    Raises:
+      UsageError: says which, and what would be right.
+    """
+    mesh = make_mesh(config.mesh)
+    rows, parts = config.batch // config.accumulate, row_parts(mesh)
+    if rows % parts:
+        what = f"the {parts} parts of mesh={config.mesh!r}" if config.mesh else f"{parts} devices"
         raise UsageError(
             f"batch={config.batch} in accumulate={config.accumulate} micro-batches makes {rows} "
-            f"sequences each, which do not divide among {devices} devices: choose a multiple of "
-            f"{config.accumulate * devices}."
+            f"sequences each, which do not divide among {what}: choose a multiple of "
+            f"{config.accumulate * parts}."
         )
 
 
@@ -85,7 +100,7 @@ def has_segments(config: Config) -> bool:
 
 def put_batch(batch: dict[str, np.ndarray], accumulate: int, mesh: jax.sharding.Mesh) -> Batch:
     """This process' sequences of an update, on its devices, as its part of the whole batch."""
-    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+    sharding = by_rows(mesh, axis=1)
 
     def put(rows: np.ndarray) -> jax.Array:
         local = rows.reshape(accumulate, -1, *rows.shape[1:])
@@ -104,12 +119,13 @@ def make_gradients(
 
     With LoRA these are of its matrices alone.
 
-    Every device goes through its rows of one micro-batch after the other, and all are added up
-    over the devices once: sums over all targets, divided by their number, are the mean of one
-    big batch however its rows are split up and however many targets each has.
+    Every device goes through its rows of one micro-batch after the other, and where it has all
+    parameters these are added up over the devices once. Sums over all targets, divided by their
+    number, are the mean of one big batch however its rows are split up and however many targets
+    each has.
     """
 
-    def of_device(params: Params, batch: Batch, targets: jax.Array) -> tuple[jax.Array, Params]:
+    def sums(params: Params, batch: Batch, targets: jax.Array) -> tuple[jax.Array, Params]:
         def loss(trained: Params, *micro: Any) -> jax.Array:
             whole = with_lora(params, trained) if lora else trained
             return loss_sum(nnx.merge(graphdef, whole), *micro) / targets
@@ -118,32 +134,25 @@ def make_gradients(
         value_and_grad = galore_optax.value_and_grad(loss)
         if len(batch.tokens_KxBxS1) == 1:
             micro = jax.tree.map(lambda x: x[0], batch)
-            return jax.lax.psum(value_and_grad(trained, *micro), "data")
+            return value_and_grad(trained, *micro)
 
-        def add(sums: Any, micro: Batch) -> tuple[Any, None]:
+        def add(so_far: Any, micro: Batch) -> tuple[Any, None]:
             new = value_and_grad(trained, *micro)
-            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, new), None
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), so_far, new), None
 
         zeros = jax.tree.map(
             lambda x: jnp.zeros(jnp.shape(x), jnp.float32), (0.0, trained), is_leaf=is_quantized
         )
-        total, gradients = jax.lax.psum(jax.lax.scan(add, zeros, batch)[0], "data")
-        return total, jax.tree.map(
-            lambda p, g: g.astype(p.dtype), trained, gradients, is_leaf=is_quantized
-        )
+        return jax.lax.scan(add, zeros, batch)[0]
 
-    rows = PartitionSpec(None, "data")
-    sharded = jax.shard_map(
-        of_device,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), rows, PartitionSpec()),
-        out_specs=PartitionSpec(),
-        # The gradients are of this device's rows until the sum above, which the check forbids.
-        check_vma=False,
-    )
+    whole, rows = PartitionSpec(), PartitionSpec(None, ROWS)
+    of_mesh = divided(sums, mesh, (whole, rows, whole))
 
     def gradients(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        return sharded(params, batch, jnp.maximum(batch.mask_KxBxS.sum(), 1))
+        total, found = of_mesh(params, batch, jnp.maximum(batch.mask_KxBxS.sum(), 1))
+        trained = lora_of(params) if lora else params
+        found = jax.tree.map(lambda p, g: g.astype(p.dtype), trained, found, is_leaf=is_quantized)
+        return total, laid_as_parameters(found, mesh)
 
     return gradients
 
@@ -153,10 +162,12 @@ def make_update(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+    where: Any = None,
 ) -> jax.stages.Wrapped:
     """The jitted function from a state and a batch to the next state and metrics of the update.
 
-    The next state takes the memory of the one that is given.
+    The next state takes the memory of the one that is given, and lies `where` that does, by default
+    on every device.
     """
     lora = config.optimizer == LORA
     gradients_of = make_gradients(graphdef, mesh, lora=lora)
@@ -175,6 +186,7 @@ def make_update(
         return params, new, {"loss": loss, **norms}
 
     step = make_layerwise(config, graphdef, optimizer) if config.layerwise else ordinary
+    step = computing_on(mesh, step)
 
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:
         count = schedule_count(state.optimizer)
@@ -187,4 +199,5 @@ def make_update(
             metrics |= skipped_updates(new_optimizer)
         return State(params, new_optimizer), metrics
 
-    return jax.jit(update, donate_argnums=0, out_shardings=replicated(mesh))
+    everywhere = replicated(mesh)
+    return jax.jit(update, donate_argnums=0, out_shardings=(where or everywhere, everywhere))

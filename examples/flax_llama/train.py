@@ -35,6 +35,7 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.conversation_data import recognise
 from examples.flax_llama.data import Data, open_data
+from examples.flax_llama.distributed import agreed, is_first, processes
 from examples.flax_llama.evaluate import Evaluation, make_evaluate
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import settings_given
@@ -53,14 +54,15 @@ from examples.flax_llama.run_directory import (
 )
 from examples.flax_llama.run_log import RunLog
 from examples.flax_llama.shapes import LlamaConfig
+from examples.flax_llama.sharding import make_mesh, part_of_data, share
 from examples.flax_llama.step import (
     State,
     check_divides,
-    data_mesh,
     has_segments,
     initial_params,
     make_update,
     put_batch,
+    state_shardings,
 )
 from examples.flax_llama.tokenizer import Tokenizer, tokenizer_files
 from examples.flax_llama.units import size
@@ -136,12 +138,12 @@ def train(
     with contextlib.ExitStack() as stack:
         if out is not None:
             stack.enter_context(told_of_errors(out))
-            if jax.process_index() == 0:
+            if is_first():
                 check_directory(out, resume=config.resume)
         beginning = begin(config)
         config = beginning.config
         check_divides(config)
-        optimizer, mesh = make_optimizer(config), data_mesh()
+        optimizer, mesh = make_optimizer(config), make_mesh(config.mesh)
         dataset = open_dataset(own_tokenizer(config, beginning))
         stack.callback(dataset.train.close)
         if not beginning.step:
@@ -163,18 +165,23 @@ def train(
             *(config, beginning, shape, dataset, mesh, log, checkpoints, stop),
             evaluate=over_validation(make_evaluate(graphdef, mesh), dataset.valid, config),
         )
+        if config.mesh is not None:
+            own, whole = map(size, share(state))
+            log.progress.say(f"A device has {own} of {whole} of weights and optimizer state")
         if before is not None and not beginning.step:
             before(nnx.merge(graphdef, state.params), dataset)
         if beginning.finished:
             conclude(run, state)
         else:
-            update = make_update(config, graphdef, optimizer, mesh)
+            where = state_shardings(optimizer, state.params, mesh)
+            update = make_update(config, graphdef, optimizer, mesh, where)
             compiled, needed = compile_update(update, state, config, mesh, log.progress)
             state, stopped = make_updates(run, compiled, state)
         if dataset.reading.bad_lines:
             log.progress.say(dataset.reading.summary())
     if stopped is not None:
-        print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
+        if is_first():
+            print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
         raise SystemExit(0)
     model = nnx.merge(graphdef, galore_optax.dequantize_params(state.params))
     return Result(model, dataset.tokenizer, log.train, log.valid, needed, dataset.valid)
@@ -217,7 +224,7 @@ def make_updates(run: Parts, update: jax.stages.Compiled, state: State) -> tuple
 def conclude(run: Parts, state: State) -> None:
     """Ends a run that has no update left, where it has not ended yet."""
     step, valid = run.beginning.step, run.log.valid
-    if not valid or valid[-1]["step"] < step:
+    if agreed(not valid or valid[-1]["step"] < step):
         loss = evaluate_after(step, run, state)
         if run.checkpoints is not None:
             run.checkpoints.add_loss(step, loss)
@@ -274,14 +281,15 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 def open_dataset(config: Config) -> Data:
     """This process' part of the data."""
+    part, parts = part_of_data(make_mesh(config.mesh))
     names = ("data", "valid_data", "tokenizer", "batch", "seq", "packing", "seed", "eval_tokens")
     reading = reading_of(config)
     with reading.told():
         return open_data(
             **{name: getattr(config, name) for name in names},
             reading=reading,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part,
+            process_count=parts,
         )
 
 
@@ -304,7 +312,7 @@ def own_tokenizer(config: Config, beginning: Beginning) -> Config:
 
 def any_batch(config: Config) -> dict[str, np.ndarray]:
     """A batch of this process, for its shape."""
-    rows = config.batch // jax.process_count()
+    rows = config.batch // part_of_data(make_mesh(config.mesh))[1]
     tokens = np.zeros((rows, config.seq + 1), np.int32)
     segments = {"segments": np.ones_like(tokens)} if has_segments(config) else {}
     return {"tokens": tokens, "mask": np.ones((rows, config.seq), bool), **segments}
@@ -316,7 +324,7 @@ def open_checkpoints(
 ) -> Iterator[Checkpoints]:
     """The checkpoints in the run's directory, which is made, and kept from other processes."""
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
+        if is_first():
             make_directory(out)
             stack.enter_context(lock(out))
             # Another run may have come and gone while the data was read.
@@ -337,7 +345,7 @@ def open_log(
     config: Config, shape: LlamaConfig, dataset: Data, beginning: Beginning
 ) -> Iterator[RunLog]:
     """The log of the run, on the first process, and what describes the run beside it."""
-    out, start = config.out if jax.process_index() == 0 else None, beginning.step
+    out, start = config.out if is_first() else None, beginning.step
     with contextlib.ExitStack() as stack:
         services = []
         if out is not None:
@@ -357,7 +365,7 @@ def open_log(
             steps=config.steps,
             flops_per_token=shape.flops_per_token,
             sinks=services,
-            quiet=config.quiet or jax.process_index() > 0,
+            quiet=config.quiet or not is_first(),
         )
         log.progress.say("\n".join([header(config, shape, dataset, start), *beginning.lines()]))
         if start >= config.steps and log.valid:
@@ -380,11 +388,11 @@ def main() -> None:
     hide_abandoned_writes()
     with program(Config, errors=(CheckpointError, FloatingPointError)):
         config = from_command_line()
-        if config.distributed:
-            jax.distributed.initialize()
-        result = train(config)
-        # What else is there to say has been said.
-        print_text(f"Finished: {scores(result.valid[-1])}" if config.quiet else "Finished.")
+        with processes(config):
+            result = train(config)
+            if is_first():
+                # What else is there to say has been said.
+                print_text(f"Finished: {scores(result.valid[-1])}" if config.quiet else "Finished.")
 
 
 if __name__ == "__main__":

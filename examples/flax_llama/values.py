@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from examples.flax_llama.adapters import LORA, TARGETS
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.reading import reading_of
+from examples.flax_llama.sharding import sizes_of
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ def check_values(config: "Config") -> None:
         *("eval_every", "save_every", "keep"),
     ):
         at_least_one(name, getattr(config, name))
+    if config.processes is not None:
+        at_least_one("processes", config.processes)
+    if not 0 < config.distributed_timeout < math.inf:
+        raise UsageError(
+            f"distributed_timeout={config.distributed_timeout}: expected a positive number."
+        )
     if config.eval_tokens is not None:
         at_least_one("eval_tokens", config.eval_tokens)
     if config.batch % config.accumulate:
@@ -67,6 +74,7 @@ def check_values(config: "Config") -> None:
             "int8_weights=True needs an optimizer in GaLore, such as galore_adamw, or lora; "
             f"optimizer={config.optimizer!r} is none."
         )
+    sizes_of(config.mesh)
     if config.optimizer == LORA:
         one_of("lora_targets", config.lora_targets, TARGETS)
         if not 0 < config.lora_alpha < math.inf:

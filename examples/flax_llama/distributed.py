@@ -1,0 +1,83 @@
+"""Several processes that train together, on one host or on many."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+from jax._src.clusters import ClusterEnv
+from jax.experimental import multihost_utils
+
+from examples.flax_llama.config import Config
+from examples.flax_llama.roll_call import together
+from examples.flax_llama.usage import UsageError
+
+# Seconds without a heartbeat after which JAX takes a process for gone.
+HEARTBEAT = 10
+
+
+@contextlib.contextmanager
+def processes(config: Config) -> Iterator[None]:
+    """Makes this process one of several for as long as the context lasts, where that is asked for.
+
+    Raises:
+      UsageError: it is not known which one, or not all of them have come.
+    """
+    if not config.distributed:
+        yield
+        return
+    address, count, number, devices = found(config)
+    host, _, port = address.rpartition(":")
+    timeout = config.distributed_timeout
+    with together(host, int(port) - 1, count, number, timeout):
+        # Of CPUs, on which nothing else can add up over processes.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            *(address, count, number, devices),
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(timeout),
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+        yield
+
+
+def found(config: Config) -> tuple[str, int, int, list[int] | None]:
+    """The address of the first process, how many there are, which one this is, and its devices.
+
+    What no flag says is found as `jax.distributed.initialize` does, of which there is no public
+    part that starts nothing.
+
+    Raises:
+      UsageError: something is neither given nor can be found.
+    """
+    address = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count, number, devices = config.processes, config.process, None
+    if address is None or count is None or number is None:
+        address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            *(address, count, number, None, None), int(config.distributed_timeout)
+        )
+    if address is None or count is None or number is None:
+        values = {"coordinator": address, "processes": count, "process": number}
+        unknown = [name for name, value in values.items() if value is None]
+        raise UsageError(
+            f"distributed=True: {' and '.join(unknown)} must be given, since this is no job of "
+            "SLURM, Open MPI, Kubernetes or a TPU pod, of which JAX knows: "
+            "coordinator=HOST:PORT, processes=N and process=0 to N - 1."
+        )
+    if not (":" in address and address.rpartition(":")[2].isdecimal()):
+        raise UsageError(f"coordinator={address!r}: expected HOST:PORT of process 0.")
+    if not 0 <= number < count:
+        raise UsageError(f"process={number}: expected 0 to {count - 1}, of processes={count}.")
+    return address, count, number, list(devices) if devices else None
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and tells, of several or the only one."""
+    return jax.process_index() == 0
+
+
+def agreed(value: bool) -> bool:
+    """What the first process decides, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(value))

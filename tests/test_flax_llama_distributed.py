@@ -1,0 +1,209 @@
+"""Runs of several processes: who is missing or has ended is told, and numbers are those of one."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from flax_llama_runs import (
+    ROOT,
+    arguments,
+    assert_same_end,
+    assert_same_losses,
+    finish,
+    metrics,
+    start,
+    tiny,
+    without_checkpoints_after,
+    write_text,
+)
+
+from examples.flax_llama import distributed, train
+from examples.flax_llama.config import UsageError
+
+# Joins, says so, and does nothing until it is told to on its standard input.
+MEMBER = """
+import sys
+from examples.flax_llama.roll_call import together
+from examples.flax_llama.usage import UsageError
+port, count, number, timeout = map(int, sys.argv[1:])
+try:
+    with together("localhost", port, count, number, timeout):
+        print("here", flush=True)
+        word = sys.stdin.readline().strip()
+        if word == "error":
+            raise UsageError("this is wrong")
+except UsageError as error:
+    raise SystemExit(f"error: {error}")
+"""
+
+
+def free_port():
+    """Of two that follow each other."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as one, socket.socket() as other:
+            try:
+                one.bind(("", port))
+                other.bind(("", port - 1))
+            except OSError:
+                continue
+            return port
+
+
+def members(count, *numbers, timeout=30):
+    """Processes of these numbers."""
+    port = free_port()
+    return {
+        number: subprocess.Popen(
+            [sys.executable, "-c", MEMBER, *map(str, (port, count, number, timeout))],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in numbers
+    }
+
+
+@pytest.mark.parametrize(("there", "missing"), [((0, 2), "process 1"), ((1, 2), "process 0")])
+def test_a_process_that_never_comes_is_named(there, missing):
+    for process in members(3, *there, timeout=1).values():
+        out, error = process.communicate(timeout=30)
+        assert (out, process.returncode) == ("", 1)
+        assert error.startswith(f"error: distributed_timeout=1: of 3 processes, {missing} has not")
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("how", ["killed", "error"])
+def test_all_processes_end_where_one_does_and_say_which(victim, how):
+    found = members(3, 0, 1, 2)
+    for process in found.values():
+        assert process.stdout.readline() == "here\n"
+    began = time.monotonic()
+    if how == "killed":
+        found[victim].send_signal(signal.SIGKILL)
+    else:
+        found[victim].stdin.write("error\n")
+        found[victim].stdin.flush()
+    for number, process in found.items():
+        process.wait(timeout=30)
+        _, error = process.communicate()
+        if number == victim:
+            assert error == ("" if how == "killed" else "error: this is wrong\n")
+        else:
+            assert process.returncode == 1
+            assert error.startswith(f"error: process {victim} of 3 has ended before the run has")
+            assert error.count("\n") == 1
+    assert time.monotonic() - began < 10
+
+
+def test_processes_that_are_done_end_one_after_the_other():
+    found = members(3, 0, 1, 2)
+    for number in (1, 0, 2):
+        process = found[number]
+        assert process.stdout.readline() == "here\n"
+        _, error = process.communicate("\n", timeout=30)
+        assert (process.returncode, error) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "distributed=True: coordinator and processes and process must be given"),
+        (
+            {"coordinator": "here", "processes": 2, "process": 0},
+            "coordinator='here': expected HOST",
+        ),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, "process=2: expected 0 to 1, of"),
+    ],
+)
+def test_what_is_not_known_of_processes_is_refused(monkeypatch, settings, message):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    config = tiny("austen", distributed=True, **settings)
+    with pytest.raises(UsageError, match=message), distributed.processes(config):
+        pass
+
+
+def test_flags_of_processes_want_the_flag_that_there_are_some():
+    with pytest.raises(UsageError, match="processes=2 has no effect without distributed=True"):
+        train.from_command_line(["--processes", "2"])
+
+
+STEPS, SAVED, MESH = 4, 2, "fsdp=2,tensor=2"
+
+
+def start_both(cache, *words):
+    """Two processes of two devices that make a run, or go on with it."""
+    port = free_port()
+    given = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", 2]
+    return [
+        start(
+            "-m",
+            "examples.flax_llama.train",
+            *words,
+            *given,
+            "--process",
+            k,
+            devices=2,
+            cache=cache,
+        )
+        for k in range(2)
+    ]
+
+
+@pytest.mark.ci
+def test_two_processes_train_as_one_and_any_number_goes_on(tmp_path):
+    # Text whose order is the same for any number of processes.
+    settings = {"steps": STEPS, "save_every": SAVED, "eval_every": STEPS}
+    two, one = (tiny("austen", **settings, out=tmp_path / name) for name in ("two", "one"))
+    cache = tmp_path / "cache"
+    both = start_both(cache, *arguments(two), "--mesh", MESH)
+    outputs = [finish(process) for process in both]
+    assert "Finished: validation loss" in outputs[0]
+    assert "Finished" not in outputs[1]
+    train.train(one)
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    without_checkpoints_after(tmp_path / "two", SAVED)
+    words = ["--out", str(tmp_path / "two"), "--resume", "--mesh", "data=1"]
+    train.train(train.from_command_line(words))
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    # And the other way round.
+    without_checkpoints_after(tmp_path / "one", SAVED)
+    words = ["--out", tmp_path / "one", "--resume", "--mesh", MESH]
+    for process in start_both(cache, *words):
+        finish(process)
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_run_of_which_a_process_is_killed_ends_and_goes_on_bit_for_bit(tmp_path, victim):
+    text, cache = write_text(tmp_path), tmp_path / "cache"
+    settings = {"steps": 40, "save_every": 10, "eval_every": 40, "mesh": MESH}
+    alone, killed = (tiny(text, **settings, out=tmp_path / name) for name in ("alone", "killed"))
+    for process in start_both(cache, *arguments(alone)):
+        finish(process)
+    both = start_both(cache, *arguments(killed))
+    deadline = time.monotonic() + 120
+    while not (killed.out / "metrics.jsonl").exists() or len(metrics(killed.out)) < 15:
+        assert time.monotonic() < deadline
+        assert both[0].poll() is both[1].poll() is None
+        time.sleep(0.02)
+    os.kill(both[victim].pid, signal.SIGKILL)
+    began = time.monotonic()
+    output, _ = both[1 - victim].communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert both[1 - victim].returncode == 1
+    assert f"error: process {victim} of 2 has ended before the run has" in output
+    assert "Traceback" not in output
+    both[victim].communicate()
+    for process in start_both(cache, "--out", killed.out, "--resume"):
+        finish(process)
+    assert_same_end(alone.out, killed.out, 40)

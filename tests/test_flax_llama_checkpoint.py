@@ -13,7 +13,9 @@ import sys
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax_llama_runs import (
@@ -30,6 +32,7 @@ import galore_optax
 from examples.flax_llama import (
     changes,
     checkpoint,
+    checksums,
     optimizers,
     run_directory,
     run_log,
@@ -308,6 +311,48 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(copy,
     with pytest.raises(UsageError, match=message):
         train.train(copy)
     assert contents(copy.out) == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "uint8", "int32", "bool"])
+def test_a_checksum_changes_with_any_bit_and_with_the_order(dtype):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == "float64"):
+        x = np.asarray(jnp.asarray(rng.integers(0, 2, (5, 4)), dtype))
+        expected = checksums.checksums({"x": jnp.asarray(x)})
+        changed = []
+        for place in np.ndindex(x.shape):
+            other = x.copy()
+            view = other.view(bool if dtype == "bool" else np.uint8)
+            width = view.shape[-1] // x.shape[-1]
+            view[place[0], place[1] * width + width - 1] ^= 1
+            changed.append(checksums.checksums({"x": jnp.asarray(other)}))
+        assert expected not in changed
+        assert checksums.checksums({"x": jnp.asarray(x[::-1])}) != expected
+        with pytest.raises(
+            ValueError, match=r"^x of params is not what was saved, by its checksum"
+        ):
+            checksums.check(expected, {"x": jnp.asarray(other)}, "params")
+
+
+def test_an_array_that_is_not_what_was_saved_is_named(copy):
+    """As where a bit flips on the disk, past what compression and formats check."""
+    path = copy.out / "checkpoints" / "12"
+    arrays = path / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(arrays)
+        kernel = np.asarray(tree["head"]["kernel"]).copy()
+        kernel.view(np.uint32)[3, 5] ^= 1
+        tree["head"]["kernel"] = jnp.asarray(kernel)
+        shutil.rmtree(arrays)
+        checkpointer.save(arrays, tree)
+    message = (
+        rf"checkpoint {re.escape(str(path))} cannot be read \(head/kernel of params is not what "
+        r"was saved, by its checksum\)\. To go on from update 8"
+    )
+    with pytest.raises(UsageError, match=message):
+        train.train(copy)
+    with pytest.raises(UsageError, match="head/kernel of params"):
+        load_run(copy.out)
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy, monkeypatch):

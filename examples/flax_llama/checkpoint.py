@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_manager, checkpoint_managers
 
 import galore_optax
 from examples.flax_llama.changes import config_of
+from examples.flax_llama.checksums import check, checksums
 from examples.flax_llama.interleaved import merged
 from examples.flax_llama.model import Llama
 from examples.flax_llama.run_directory import imported_from, read_settings
@@ -176,6 +177,9 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(state.optimizer),
             data=grain.checkpoint.CheckpointSave(batches),
             settings=ocp.args.JsonSave(settings),
+            checksums=ocp.args.JsonSave(
+                {"params": checksums(state.params), "optimizer": checksums(state.optimizer)}
+            ),
         )
         self._writing = step
         try:
@@ -261,14 +265,25 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
-            for name, item in items.items():
-                if isinstance(item, ocp.args.StandardRestore):
-                    check_arrays(self.path / str(step) / name, item.item)
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            trees = {k: v for k, v in items.items() if isinstance(v, ocp.args.StandardRestore)}
+            for name, item in trees.items():
+                check_arrays(self.path / str(step) / name, item.item)
+            sums = self._checksums(step) if trees else {}
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+            for name in trees.keys() & sums.keys():
+                check(sums[name], found[name], name)
+            return found
         except UsageError:
             raise
         except Exception as error:
             raise self._unreadable(step, error) from error
+
+    def _checksums(self, step: int) -> dict[str, dict[str, int]]:
+        """Those of the arrays of a checkpoint, which an earlier version did not keep."""
+        if not (self.path / str(step) / "checksums").is_dir():
+            return {}
+        args = ocp.args.Composite(checksums=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["checksums"]
 
     def _unreadable(self, step: int, error: Exception) -> UsageError:
         if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):

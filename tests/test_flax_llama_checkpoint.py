@@ -13,6 +13,7 @@ import sys
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -30,6 +31,7 @@ import galore_optax
 from examples.flax_llama import (
     changes,
     checkpoint,
+    checksums,
     optimizers,
     run_directory,
     run_log,
@@ -310,6 +312,25 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(copy,
     assert contents(copy.out) == before
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "uint8", "int32", "bool"])
+def test_a_checksum_changes_with_any_bit_and_with_the_order(dtype):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == "float64"):
+        x = np.asarray(jnp.asarray(rng.integers(0, 2, (5, 4)), dtype))
+        expected = checksums.checksums({"x": jnp.asarray(x)})
+        changed = []
+        for place in np.ndindex(x.shape):
+            other = x.copy()
+            view = other.view(bool if dtype == "bool" else np.uint8)
+            width = view.shape[-1] // x.shape[-1]
+            view[place[0], place[1] * width + width - 1] ^= 1
+            changed.append(checksums.checksums({"x": jnp.asarray(other)}))
+        assert expected not in changed
+        assert checksums.checksums({"x": jnp.asarray(x[::-1])}) != expected
+        with pytest.raises(ValueError, match=r"^x is not what was saved: its checksum is another"):
+            checksums.check({"x": jnp.asarray(other)}, expected)
+
+
 @pytest.mark.parametrize("item", ["params", "optimizer"])
 def test_a_bit_that_flipped_on_disk_is_found_and_its_array_named(copy, item):
     """The files hold compressed numbers, most of whose bits make another number when they flip."""
@@ -324,6 +345,9 @@ def test_a_bit_that_flipped_on_disk_is_found_and_its_array_named(copy, item):
     )
     with pytest.raises(UsageError, match=message):
         train.train(copy)
+    if item == "params":
+        with pytest.raises(UsageError, match="its checksum is another"):
+            load_run(copy.out)
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy, monkeypatch):

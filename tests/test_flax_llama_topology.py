@@ -181,7 +181,7 @@ def test_the_plugin_is_loaded_after_jax_has_found_devices_without_it():
 def test_there_are_no_more_devices_than_a_slice_has(monkeypatch):
     monkeypatch.setattr(devices, "tpu_devices", lambda *_: jax.devices()[:1])
     tpu = devices.device_named("tpu_v5e")
-    assert tpu.mesh().shape == {"data": 1}
+    assert tpu.mesh().shape == {"data": 1, "fsdp": 1, "tensor": 1}
     for count in (0, 2):
         with pytest.raises(ValueError, match=f"count={count}: expected 1 to 1 of tpu_v5e"):
             tpu.mesh(count)

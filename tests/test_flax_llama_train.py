@@ -294,7 +294,7 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path, text, set
 
 
 def test_a_batch_that_does_not_divide_among_devices_is_refused(text, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    monkeypatch.setattr(step, "make_mesh", lambda _: sharding.planned_mesh("data=3"))
     config = tiny(text, batch=8, accumulate=2).resolve()
     with pytest.raises(UsageError, match=r"4 sequences each,.* 3 devices: choose a multiple of 6"):
         step.check_divides(config)

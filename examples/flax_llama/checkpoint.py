@@ -265,17 +265,16 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
-            trees = [n for n, x in items.items() if isinstance(x, ocp.args.StandardRestore)]
-            for name in trees:
-                check_arrays(self.path / str(step) / name, items[name].item)
-            if (
-                trees and (self.path / str(step) / "checksums").exists()
-            ):  # which those of 0.1 have not.
+            trees = {k: v for k, v in items.items() if isinstance(v, ocp.args.StandardRestore)}
+            for name, item in trees.items():
+                check_arrays(self.path / str(step) / name, item.item)
+            # Those of an earlier version have none.
+            if trees and (self.path / str(step) / "checksums").exists():
                 items["checksums"] = ocp.args.JsonRestore()
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
             if "checksums" in items:
-                check({name: restored[name] for name in trees}, restored["checksums"])
-            return restored
+                check({name: found[name] for name in trees}, found["checksums"])
+            return found
         except UsageError:
             raise
         except Exception as error:

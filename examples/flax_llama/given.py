@@ -41,7 +41,9 @@ def settings_given(
 
 
 # What is no setting of a run but of each process that goes on with it.
-OF_PROCESS = ("new_data", "coordinator", "processes", "process", "distributed_timeout")
+OF_PROCESS = (
+    *("new_data", "distributed", "coordinator", "processes", "process", "distributed_timeout"),
+)
 
 
 def base_of(config: Config) -> Config:

@@ -248,7 +248,7 @@ def apply_updates(
             continue
         dtype = jnp.result_type(param)
         if round_bfloat16 and leaf_key is not None and dtype == jnp.bfloat16:
-            total = jnp.asarray(param).astype(jnp.float32) + update
+            total = jnp.asarray(param).astype(jnp.float32) + update.astype(jnp.float32)
             new.append(Storage("bfloat16").keep(total, key=leaf_key))
         else:
             new.append(jnp.asarray(param + update).astype(dtype))

@@ -25,6 +25,7 @@ from galore_optax._select import (
     ExcludeSpec,
     Selection,
 )
+from galore_optax._sharding import zeros_like
 from galore_optax._storage import Storage
 from galore_optax._types import Params, Updates
 from galore_optax._view import MatrixView
@@ -171,7 +172,9 @@ def value_and_grad(
 
 def carrier(leaf: PyTree) -> PyTree:
     """Returns what to differentiate with respect to: the leaf, or unread zeros if quantized."""
-    return jnp.zeros(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf
+    if not is_quantized(leaf):
+        return leaf
+    return zeros_like(jax.eval_shape(lambda quantized: quantized.dequantize(), leaf))
 
 
 def attach(leaf: PyTree, carrier: PyTree) -> PyTree:

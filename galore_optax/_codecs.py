@@ -109,7 +109,7 @@ class Integer(Codec):
             drawn = jnp.where(rest < 0, ~drawn, drawn).astype(jnp.float32) * 2.0**-32
             size = jnp.abs(rest)
             whole = jnp.floor(size)
-            moves = jnp.sign(rest) * (whole + (drawn < size - whole))
+            moves = jnp.sign(rest) * (whole + (drawn < size - whole).astype(rest.dtype))
         codes = jnp.clip(nearest + moves + zeros[..., None], 0, 2**self.bits - 1)
         return Coded(codes.astype(jnp.uint8), scales, zeros.astype(jnp.uint8))
 

@@ -185,7 +185,8 @@ def up(
 
     axes = [side.axis for side in matrix.sides if side is not None]
     count = method.transport.count(kept.transport, step)
-    way = Way(back, squares, axes[0] if len(axes) == 1 else None, scale, count)
+    alpha = jnp.asarray(scale, psi.dtype)
+    way = Way(back, squares, axes[0] if len(axes) == 1 else None, alpha, count)
     return method.residual.update(projected._replace(psi=psi), way, kept.residual)
 
 

@@ -7,6 +7,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import dequantize_params
 from galore_optax._types import Params, State, Updates
@@ -20,7 +21,7 @@ def decoded(
 
     Its updates come back in the dtype of those that it gets.
     """
-    tx = optax.with_extra_args_support(transformation)
+    tx = standard_promotion(transformation)
 
     def widened(params: Params) -> Params:
         return jax.tree.map(wide, dequantize_params(params))

@@ -21,13 +21,13 @@ def cosines(numbers: Int[Array, " r"], size: int, dtype: DType) -> Float[Array, 
     # time, as many as int32 has room for.
     if size >= _MOST_ROWS:
         raise ValueError(f"cosines are of fewer than {_MOST_ROWS:,} rows; got {size:,}")
-    odd, period = 2 * jnp.arange(size)[:, None] + 1, 4 * size
+    odd, period = 2 * jnp.arange(size, dtype=jnp.int32)[:, None] + 1, 4 * size
     width = 31 - (6 * size).bit_length()
-    place = jnp.zeros((size, 1), jnp.int32)
+    numbers, place = numbers[None], jnp.zeros((size, 1), jnp.int32)
     for shift in reversed(range(0, size.bit_length(), width)):
         digits = (numbers >> shift) & (2**width - 1)
         place = ((place << width) + odd * digits) % period
-    wave = jnp.cos(jnp.pi / (2 * size) * jnp.arange(period)).astype(dtype)
+    wave = jnp.cos(jnp.pi / (2 * size) * jnp.arange(period, dtype=float)).astype(dtype)
     scale = jnp.where(numbers == 0, 1.0, 2**0.5) / size**0.5
     return scale.astype(dtype) * wave[place]
 
@@ -50,5 +50,5 @@ def choose(
     chosen = jnp.zeros(weights.shape, bool).at[best].set(True)
     stays = chosen[old] & ~first
     arrives = chosen & ~jnp.zeros(weights.shape, bool).at[old].max(stays)
-    arrivals = jnp.nonzero(arrives, size=rank, fill_value=0)[0]
-    return jnp.where(stays, old, arrivals[jnp.cumsum(~stays) - 1]).astype(jnp.int32)
+    arrivals = jnp.nonzero(arrives, size=rank, fill_value=0)[0].astype(jnp.int32)
+    return jnp.where(stays, old, arrivals[jnp.cumsum(~stays) - 1])

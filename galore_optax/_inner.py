@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree, PyTreeDef
 from galore_optax._core import Method
 from galore_optax._jaxpr import dependence
 from galore_optax._limiter import LimitNormGrowthState
+from galore_optax._promotion import standard_promotion
 from galore_optax._suitability import Outcome, check, has
 from galore_optax._trees import logical, path_name
 from galore_optax._types import DType, Params, Shape, State
@@ -89,7 +90,7 @@ class Inner:
             )
         if isinstance(transformation, optax.MultiSteps):
             raise ValueError(_MULTI_STEPS)
-        self._transformation = optax.with_extra_args_support(transformation)
+        self._transformation = standard_promotion(transformation)
         self._uses: dict[_Shapes, ParamsUse] = {}
         self._expected: dict[_Shapes, State] = {}
 

@@ -21,13 +21,14 @@ from galore_optax._choose import refresh as refresh_one
 from galore_optax._core import Bases, Method, matrix_of
 from galore_optax._excerpt import Excerpt, Ordinal
 from galore_optax._placement import Placement
+from galore_optax._random import key_of
 from galore_optax._refresh import Clock, phase
 from galore_optax._residual import Projected
 from galore_optax._sharding import each_its_own, in_auto
 from galore_optax._subspace import Subspace
 from galore_optax._transport import Held
 from galore_optax._types import DType, MeshAxes, Scalar, Shape, Step
-from galore_optax._view import MatrixView
+from galore_optax._view import MatrixView, wide
 
 
 class Identity(NamedTuple):
@@ -286,8 +287,9 @@ class Lift:
 
             update, state = _over(view.batch, of_one)(projected, bases, kept)
             if decay is not None:
-                coefficient, weights = decay
-                update += coefficient[..., :1, :1] * view.to_matrices(jnp.asarray(weights))
+                weights = view.to_matrices(wide(jnp.asarray(decay[1])))
+                coefficient = decay[0][..., :1, :1].astype(weights.dtype)
+                update = update.astype(weights.dtype) + coefficient * weights
             return view.from_matrices(update).astype(result), state
 
         places = placement and placement.of_up(kept.residual)
@@ -390,5 +392,5 @@ def _keys(seed: int | Int[Array, ""], path: str, count: int) -> Key[Array, "coun
     """Returns a key for each side of each of the ``count`` matrices of a leaf."""
     # Where the seed is a number the keys are constants, not a part of the program for every leaf.
     with jax.ensure_compile_time_eval():
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+        key = jax.random.fold_in(key_of(seed), zlib.crc32(path.encode()))
         return jax.random.split(key, (count, 2))

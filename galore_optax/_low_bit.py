@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._excerpt import Excerpt
 from galore_optax._ownership import FEWEST, Owned, Role, Stacked, ownership
+from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import (
     QuantizedArray,
     check_block_size,
@@ -115,7 +116,7 @@ def low_bit(
             f"axes, or None; got {stacked!r}{static_hint(stacked)}"
         )
     rules = _Rules(bits, block_size, min_size, dict(names or {}))
-    made = _LowBit(optax.with_extra_args_support(inner), rules, stacked, seed)
+    made = _LowBit(standard_promotion(inner), rules, stacked, seed)
     return optax.GradientTransformationExtraArgs(made.init, made.update)
 
 

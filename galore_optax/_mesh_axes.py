@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from galore_optax._types import MeshAxes
 
@@ -24,6 +24,11 @@ def fitting(mesh: AbstractMesh | None, axes: Sequence[MeshAxes], count: int) -> 
             chosen.append(axis)
             parts *= size
     return tuple(chosen) if len(chosen) > 1 else next(iter(chosen), None)
+
+
+def has_explicit_axes(mesh: AbstractMesh) -> bool:
+    """Whether types say how arrays are divided over the mesh, or over some of its axes."""
+    return AxisType.Explicit in (mesh.axis_types or ())
 
 
 def names_of(axes: MeshAxes) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class _Numbered:
 
     def turned(self, old: Basis, side: Side) -> Float[Array, "r r"]:
         """Returns C, which only says which direction was which before."""
-        return (self.numbers[:, None] == old.choice(side)).astype(side.dtype)
+        return (self.numbers[:, None] == old.choice(side)[None]).astype(side.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -215,8 +215,8 @@ class WeightedRows:
     def turned(self, old: Basis, side: Side) -> Float[Array, "r r"]:
         """Returns C = P_new^T P_old."""
         before, now = old.choice(side), self.sampled
-        alike = now.numbers[:, None] == before.numbers
-        return jnp.where(alike, now.weights[:, None] * before.weights, 0)
+        alike = now.numbers[:, None] == before.numbers[None]
+        return jnp.where(alike, now.weights[:, None] * before.weights[None], 0)
 
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:

@@ -12,6 +12,7 @@ from galore_optax._decoded import decoded
 from galore_optax._galore import galore
 from galore_optax._options import GaloreOptions, shows_galore_options
 from galore_optax._ownership import Stacked
+from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import static_hint
 from galore_optax._select import Selection
 from galore_optax._state import inspection_in_progress
@@ -300,7 +301,7 @@ def galore_muon(
         nesterov=nesterov,
         weight_dimension_numbers=numbers,
     )
-    adam = optax.scale_by_adam(adam_b1, adam_b2, eps)
+    adam = standard_promotion(optax.scale_by_adam(adam_b1, adam_b2, eps))
     selection = _selection(given)
 
     def labels(params: Params) -> PyTree:

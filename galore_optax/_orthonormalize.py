@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from galore_optax._random import uniform
+from galore_optax._random import key_of, uniform
 
 # A pass is the last one if it starts with a Gram matrix that is nearer than this to the identity,
 # in the 1-norm.
@@ -41,9 +41,9 @@ def orthonormalize(matrix: Float[Array, "m r"]) -> Float[Array, "m r"]:
     """
     m, r = matrix.shape
     epsilon = jnp.finfo(matrix.dtype).eps
-    lengths = jnp.linalg.norm(matrix, axis=0)
+    lengths = jnp.linalg.norm(matrix, axis=0, keepdims=True)
     scaled = matrix / jnp.where(lengths > 0, lengths, 1)
-    scaled += 10 * epsilon / m**0.5 * uniform(jax.random.key(0), (m, r), matrix.dtype)
+    scaled += 10 * epsilon / m**0.5 * uniform(key_of(0), (m, r), matrix.dtype)
     eye = jnp.eye(r, dtype=matrix.dtype)
 
     def go_on(carry: _Carry) -> Bool[Array, ""]:

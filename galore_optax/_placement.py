@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from galore_optax._basis import Basis
-from galore_optax._mesh_axes import fitting, names_of
+from galore_optax._mesh_axes import fitting, has_explicit_axes, names_of
 from galore_optax._quantized import is_quantized, placed
 from galore_optax._sharding import auto_sharding
 from galore_optax._subspace import Subspace
@@ -154,7 +154,7 @@ def placement(view: LeafView, leaf: PyTree) -> Placement | None:
     None stands for a mesh without Explicit axes, and for a leaf that is not projected.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not isinstance(view, MatrixView) or not mesh.explicit_axes:
+    if not isinstance(view, MatrixView) or not has_explicit_axes(mesh):
         return None
     if is_quantized(leaf):
         leaf = jax.eval_shape(lambda x: x.dequantize(), leaf)

@@ -10,12 +10,12 @@ from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, Shaped
 
 from galore_optax._codec import Coded
 from galore_optax._codecs import CODECS
+from galore_optax._layout import with_layout
 from galore_optax._mesh_axes import fitting, names_of
 from galore_optax._types import Shape
 
@@ -388,9 +388,9 @@ def _rows_last(blocks: Shaped[Array, "*blocks size"]) -> Shaped[Array, "*blocks 
     last = blocks.ndim - 3
     if last < 0 or blocks.shape[last] < 128:
         return blocks
-    layout = Layout((*range(last), last + 1, last + 2, last))
+    order = (*range(last), last + 1, last + 2, last)
     return jax.lax.platform_dependent(
-        blocks, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x
+        blocks, tpu=lambda x: with_layout(x, order), default=lambda x: x
     )
 
 

@@ -25,6 +25,7 @@ from galore_optax._select import (
     ExcludeSpec,
     Selection,
 )
+from galore_optax._sharding import zeros_like
 from galore_optax._storage import Storage
 from galore_optax._types import Params, Updates
 from galore_optax._view import MatrixView
@@ -171,7 +172,9 @@ def value_and_grad(
 
 def carrier(leaf: PyTree) -> PyTree:
     """Returns what to differentiate with respect to: the leaf, or unread zeros if quantized."""
-    return jnp.zeros(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf
+    if not is_quantized(leaf):
+        return leaf
+    return zeros_like(jax.eval_shape(lambda quantized: quantized.dequantize(), leaf))
 
 
 def attach(leaf: PyTree, carrier: PyTree) -> PyTree:
@@ -248,7 +251,7 @@ def apply_updates(
             continue
         dtype = jnp.result_type(param)
         if round_bfloat16 and leaf_key is not None and dtype == jnp.bfloat16:
-            total = jnp.asarray(param).astype(jnp.float32) + update
+            total = jnp.asarray(param).astype(jnp.float32) + update.astype(jnp.float32)
             new.append(Storage("bfloat16").keep(total, key=leaf_key))
         else:
             new.append(jnp.asarray(param + update).astype(dtype))

@@ -12,6 +12,18 @@ from jaxtyping import Array, Float, Int, Key
 from galore_optax._types import DType
 
 
+def key_of(seed: int | Int[Array, ""]) -> Key[Array, ""]:
+    """Makes a key of a seed, the same one whatever ``jax_default_prng_impl`` says.
+
+    Bases that are made again on every step must not become other ones where a run goes on under
+    another setting.
+
+    Args:
+      seed: the seed, (), int.
+    """
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def fold_in(key: Key[Array, ""], data: Int[Array, ""]) -> Key[Array, ""]:
     """Makes another key of a key and a number, as ``jax.random.fold_in`` does, by an addition.
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from galore_optax._mesh_axes import names_of
+from galore_optax._mesh_axes import has_explicit_axes, names_of
 from galore_optax._quantized import is_quantized
-from galore_optax._types import MeshAxes
+from galore_optax._types import DType, MeshAxes
 
 Result = TypeVar("Result")
 
@@ -22,14 +22,38 @@ def is_explicit(tree: PyTree) -> bool:
 
 
 def check_mesh(tree: PyTree) -> None:
-    """Raises an error where arrays lie on a mesh with Explicit axes that is not the current one."""
+    """Raises where arrays lie on a mesh with Explicit axes that is not the current one."""
     mesh = _explicit_mesh(tree)
-    if mesh is not None and not jax.sharding.get_abstract_mesh().explicit_axes:
+    if mesh is not None and jax.__version_info__ < (0, 7):
+        raise ValueError(
+            f"arrays on a mesh with Explicit axes, {dict(mesh.shape)}, need jax 0.7; this is "
+            f"{jax.__version__}: make the mesh with axes of AxisType.Auto"
+        )
+    if mesh is not None and not has_explicit_axes(jax.sharding.get_abstract_mesh()):
         raise ValueError(
             f"galore was given arrays on a mesh with Explicit axes, {dict(mesh.shape)}, outside of "
             "that mesh: call init and update, or the jitted functions that do, under "
             "jax.set_mesh(mesh)"
         )
+
+
+def shaped(leaf: PyTree, *, item: bool = False) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of an array, and how an Explicit mesh divides it.
+
+    Args:
+      leaf: the array, or its ``jax.ShapeDtypeStruct``.
+      item: whether it is one entry along the leading axis that is described, instead of all.
+    """
+    given = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    sharding = given.sharding
+    if isinstance(sharding, NamedSharding) and has_explicit_axes(sharding.mesh.abstract_mesh):
+        spec = PartitionSpec(*sharding.spec[1:]) if item else sharding.spec
+        sharding = NamedSharding(sharding.mesh, spec)
+    else:
+        sharding = None
+    return jax.ShapeDtypeStruct(
+        given.shape[1:] if item else given.shape, given.dtype, sharding=sharding
+    )
 
 
 def in_auto(function: Callable[..., Result], places: PyTree, *arguments: PyTree) -> Result:
@@ -99,7 +123,7 @@ def auto_sharding(leaf: PyTree) -> NamedSharding | None:
         return None
     sharding = leaf.sharding
     is_named = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-    return sharding if is_named and not sharding.mesh.abstract_mesh.explicit_axes else None
+    return sharding if is_named and not has_explicit_axes(sharding.mesh.abstract_mesh) else None
 
 
 def put(tree: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
@@ -107,18 +131,22 @@ def put(tree: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
-def zeros_like(leaf: PyTree) -> Array:
-    """Returns zeros in the place of a leaf, which may be in codes, with the sharding of its type.
+def zeros_like(leaf: PyTree, dtype: DType | None = None) -> Array:
+    """Returns zeros in the place of a leaf, with the sharding of its type.
 
     What a traced function makes of an array that it closes over may have lost that.
+
+    Args:
+      leaf: an array, which may be in codes, or its ``jax.ShapeDtypeStruct``.
+      dtype: the dtype of the zeros, or None for that of the leaf.
     """
-    array = jnp.asarray(leaf)
-    zeros, sharding = jnp.zeros_like(array), jax.typeof(array).sharding
-    return jax.sharding.reshard(zeros, sharding.spec) if sharding.mesh.explicit_axes else zeros
+    like = shaped(leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf))
+    zeros = jnp.zeros(like.shape, like.dtype if dtype is None else dtype)
+    return zeros if like.sharding is None else jax.sharding.reshard(zeros, like.sharding.spec)
 
 
 def _explicit_mesh(tree: PyTree) -> AbstractMesh | None:
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and jax.typeof(leaf).sharding.mesh.explicit_axes:
+        if isinstance(leaf, jax.Array) and has_explicit_axes(jax.typeof(leaf).sharding.mesh):
             return jax.typeof(leaf).sharding.mesh
     return None

@@ -127,7 +127,9 @@ LeafView: TypeAlias = MatrixView | Unprojected
 
 def moment_dtype(dtype: DType) -> jnp.dtype:
     """Returns the dtype of factorizations and moments: the leaf's own, but at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.dtype(dtype)
+    is_narrow = not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32) if is_narrow else dtype
 
 
 def ranging_dtype(dtype: DType) -> jnp.dtype:

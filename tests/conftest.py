@@ -34,6 +34,8 @@ OPEN = {
         "_layerwise.settings",
     ),
 }
+if jax.__version_info__ < (0, 7):
+    OPEN |= {"_excerpt"}  # into which these versions put what stands for arrays.
 PACKAGE = Path(__file__).parents[1] / "galore_optax"
 MODULES = [".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py")]
 jaxtyping.install_import_hook(
@@ -46,6 +48,13 @@ QUICK = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
 }
+# What jax 0.5 says of shapes that stand for arrays, as later versions do not.
+OF_OLD_JAX = "ignore:.* requires ndarray or scalar arguments:DeprecationWarning"
+# The name that it has had since jax 0.8.
+if jax.__version_info__ < (0, 8):
+    from jax.experimental import enable_x64
+
+    jax.enable_x64 = enable_x64
 # Half the time on jax 0.10; later versions do not know it, and abort.
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = (
@@ -77,6 +86,8 @@ def pytest_configure(config):
     )
     for name, value in settings.items():
         jax.config.update(name, value)
+    if jax.__version_info__ < (0, 6):
+        config.addinivalue_line("filterwarnings", OF_OLD_JAX)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Budget())
     # For the processes that tests start.

@@ -36,13 +36,13 @@ def embed(params, tokens):
 def block(layer, x):
     layer = galore_optax.dequantize_params(layer)
     h = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    h = (h * layer["norm"]["scale"]) @ layer["mix"]["kernel"]
+    h = (h * layer["norm"]["scale"][None, None]) @ layer["mix"]["kernel"]
     return x + jnp.tanh(h @ layer["up"]["kernel"]) @ layer["down"]["kernel"]
 
 
 def head_loss(params, x, tokens):
     kernel = params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
-    logits = jax.nn.log_softmax((x * params["norm"]["scale"]) @ kernel)
+    logits = jax.nn.log_softmax((x * params["norm"]["scale"][None, None]) @ kernel)
     # Smoothed, so that there is a least loss that training tends to.
     right = jnp.take_along_axis(logits, (3 * tokens[..., None] + 1) % V, axis=-1)
     return -0.5 * jnp.mean(right) - 0.5 * jnp.mean(logits)

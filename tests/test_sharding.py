@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -165,17 +166,139 @@ def test_outside_of_the_mesh_an_error_says_what_to_do():
         jax.jit(tx.update)(matrix, state, matrix)
 
 
-def test_layerwise_wants_auto_axes():
-    mesh = mesh_of(1, 1)
-    training = galore_optax.layerwise(
-        optax.adam(1e-2),
-        embed=lambda params, batch: batch,
-        block=lambda layer, x: x @ layer,
-        head_loss=lambda params, x, batch: jnp.sum(x),
+BLOCKS = {
+    "scale": ((3, 24), P()),
+    "up": ((3, 24, 32), P(None, None, "y")),
+    "down": ((3, 32, 24), P(None, "y", None)),
+}
+MODEL = {
+    "embed": lambda params, batch: batch * params["gain"],
+    "head_loss": lambda params, x, batch: jnp.mean((x * params["gain"] - batch) ** 2),
+}
+OF_LAYERS = {"micro_batches": 2, "clip_norm": 0.1}
+
+
+def block(layer, x):
+    layer = galore_optax.dequantize_params(layer)
+    hidden = jnp.tanh((x * layer["scale"]) @ layer["up"])
+    return x + jnp.einsum("bf,fd->bd", hidden, layer["down"], out_sharding=P("x", None))
+
+
+def model_on(mesh):
+    """Parameters on a mesh, two batches of micro-batches, and the numbers for galore."""
+    rng = np.random.default_rng(0)
+    blocks = {
+        k: jax.device_put(0.3 * rng.normal(size=shape), NamedSharding(mesh, where))
+        for k, (shape, where) in BLOCKS.items()
+    }
+    gain = jax.device_put(np.ones(()), NamedSharding(mesh, P()))
+    batches = jax.device_put(
+        rng.normal(size=(2, 2, 8, 24)), NamedSharding(mesh, P(None, None, "x"))
     )
-    stack = put(tree(["stack"]), mesh)["stack"]
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"layerwise needs .* of Auto axes"):
-        training.init({"blocks": stack})
+    return {"blocks": blocks, "gain": gain}, batches
+
+
+def numbers_of_model(params):
+    def of(path, _):
+        is_matrix = path[-1].key in ("up", "down")
+        return galore_optax.DimensionNumbers(1, 2) if is_matrix else None
+
+    is_leaf = {"is_leaf": lambda x: isinstance(x, galore_optax.QuantizedArray)}
+    return jax.tree.map_with_path(of, params, **is_leaf)
+
+
+def ordinary(tx):
+    """The ordinary step of the same model, which clips by the norm of the whole gradient."""
+
+    def loss(params, batch):
+        layer = jax.checkpoint(lambda x, p: (block(p, x), None))
+        x, _ = jax.lax.scan(layer, MODEL["embed"](params, batch), params["blocks"])
+        return MODEL["head_loss"](params, x, batch)
+
+    def step(params, state, batch):
+        both = [galore_optax.value_and_grad(loss)(params, batch[i])[1] for i in (0, 1)]
+        gradient = jax.tree.map(lambda a, b: (a + b) / 2, *both)
+        clip = optax.clip_by_global_norm(OF_LAYERS["clip_norm"])
+        gradient, _ = clip.update(gradient, clip.init(gradient))
+        updates, state = tx.update(gradient, state, params)
+        return galore_optax.apply_updates(params, updates, None), state
+
+    return step
+
+
+def layerwise_variants():
+    shared = {"rank": 8, "update_proj_gap": 2, "weight_dimension_numbers": numbers_of_model}
+    shared |= {"projector": "power_iteration"}  # svd would gather gradients
+    coded = {"min_size": 128, "block_size": 16}
+    return {
+        "Fira": galore_optax.fira_adamw(1e-2, transport="rotate", **shared),
+        "codes": galore_optax.q_galore_adamw(1e-2, **coded, **shared),
+    }
+
+
+def in_codes(params):
+    return galore_optax.quantize_params(
+        params, rank=8, block_size=16, weight_dimension_numbers=numbers_of_model
+    )
+
+
+@pytest.mark.parametrize("name", layerwise_variants())
+def test_types_say_that_the_layer_wise_step_leaves_all_where_it_is(name):
+    mesh = mesh_of(1, 1)
+    with jax.set_mesh(mesh):
+        (params, batches), tx = model_on(mesh), layerwise_variants()[name]
+        params = in_codes(params) if name == "codes" else params
+        training = galore_optax.layerwise(tx, block=block, **MODEL, **OF_LAYERS)
+        before = params, jax.eval_shape(training.init, params)
+        after = jax.eval_shape(training.step, *before, batches[0], None)[:2]
+    for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+        assert (old.shape, old.dtype, spec(old)) == (new.shape, new.dtype, spec(new))
+
+
+def moves_x(layer, x):
+    return jax.sharding.reshard(block(layer, x), P())
+
+
+@pytest.mark.parametrize(
+    ("function", "where", "message"),
+    [
+        (moves_x, BLOCKS["up"][1], r"in P.*\('x', None\); got .* in P.*\(None, None\)"),
+        (block, P("y"), "layers of blocks/up is divided over the mesh axis 'y'"),
+    ],
+)
+def test_error_of_what_the_layer_wise_step_cannot_divide(function, where, message):
+    mesh = mesh_of(1, 1)
+    with jax.set_mesh(mesh):
+        params, batches = model_on(mesh)
+        params["blocks"]["up"] = jax.sharding.reshard(params["blocks"]["up"], where)
+        training = galore_optax.layerwise(optax.adam(1e-2), **MODEL, block=function)
+        with pytest.raises(ValueError, match=message):
+            training.step(params, training.init(params), batches[0, 0], None)
+
+
+def compare_layerwise(mesh):
+    for name, tx in layerwise_variants().items():
+        params, batches = model_on(mesh)
+        params = in_codes(params) if name == "codes" else params
+        training = galore_optax.layerwise(tx, block=block, **MODEL, **OF_LAYERS)
+        expected = found = params, tx.init(params)
+        step = jax.jit(training.step).lower(*found, batches[0], None).compile()
+        gathered = re.findall(r"= \w+\[([0-9,]*)\]\S* all-gather", step.as_text())
+        assert not {"24,32", "32,24", "1,24,32", "1,32,24"} & {*gathered}, gathered
+        whole = jax.jit(ordinary(tx))
+        for i in range(len(batches)):
+            expected = whole(*expected, batches[i])
+            *found, metrics = step(*found, batches[i], None)
+        assert metrics["grad_norm"] > OF_LAYERS["clip_norm"]
+        pairs = zip(*map(jax.tree.leaves, (found, expected)), strict=True)
+        for one, other in pairs:
+            assert spec(one) == spec(other), name
+            if one.dtype == jnp.uint8:  # a sum in another order may round to the next code
+                assert np.mean(np.asarray(one) != other) < 0.01
+                continue
+            # What is in codes is reckoned with in float32.
+            rtol, atol = (1e-5, 1e-7) if name == "codes" else (1e-9, 1e-12)
+            np.testing.assert_allclose(one, other, rtol, atol, err_msg=name)
 
 
 STEPS, GAP = 30, 12  # with refreshes at steps 0, 12 and 24.
@@ -252,10 +375,13 @@ def compare_on_eight_devices():
             for rank in (8, 7) if name == "svd" else (8,):
                 lies(kind, mesh, name, leaves, rank)
                 print(kind, name, rank, flush=True)
+    mesh = mesh_of(4, 2)
+    with jax.set_mesh(mesh):
+        compare_layerwise(mesh)
 
 
 @pytest.mark.ci
-@pytest.mark.long("its other devices are of a process of its own, which compiles 15 programs")
+@pytest.mark.long("its other devices are of a process of its own, which compiles 20 programs")
 def test_eight_devices_change_no_number():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     run = subprocess.run(

@@ -82,8 +82,8 @@ def layerwise(
       TypeError: arguments of a wrong type.
       ValueError: layers that are not stacked alike; a block that changes the shape or dtype of x;
         a transformation that needs the gradients of several leaves at once; a wrapper around
-        galore or low_bit that drops the extra arguments of ``update``; parameters on a mesh of
-        Explicit axes; arguments out of range. All of these before anything is computed.
+        galore or low_bit that drops the extra arguments of ``update``; arguments out of range. All
+        of these before anything is computed.
 
     Notes:
       What a transformation computes over a whole leaf, such as the root mean square that

@@ -80,6 +80,24 @@ def check_acknowledged(state: PyTree[Inputs], excerpt: int) -> None:
             )
 
 
+def check_undivided(stacked: PyTree[jax.ShapeDtypeStruct]) -> None:
+    """Raises an error where an Explicit mesh divides the axis of layers.
+
+    Args:
+      stacked: the blocks, with their places.
+
+    Raises:
+      ValueError: it does.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
+        over = leaf.sharding and leaf.sharding.spec[0]
+        if over is not None:
+            raise ValueError(
+                f"the axis of layers of {path_name(path)} is divided over the mesh axis {over!r}: "
+                "layerwise goes over the layers one by one. Divide another axis of it."
+            )
+
+
 def is_inputs(x: object) -> bool:
     """Whether this is a set of inputs; a predicate for ``is_leaf``."""
     return isinstance(x, frozenset)

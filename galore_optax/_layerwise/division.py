@@ -13,10 +13,10 @@ from jaxtyping import Array, Int, PyTreeDef
 
 from galore_optax._excerpt import Excerpt, Ordinals, Ranks, ordinals, ranks
 from galore_optax._jaxpr import Use, dependence, use_of_rows
-from galore_optax._layerwise.checks import check_acknowledged, check_independent
+from galore_optax._layerwise.checks import check_acknowledged, check_independent, check_undivided
 from galore_optax._layerwise.settings import Leaf
 from galore_optax._quantized import is_quantized
-from galore_optax._sharding import is_explicit
+from galore_optax._sharding import shaped
 from galore_optax._state import Inspection, inspecting, is_galore_state
 from galore_optax._trees import leaves_with_paths, logical, path_name
 from galore_optax._types import Params, State, Transformation, Updates
@@ -61,6 +61,7 @@ class Division:
       layers: the number of layers.
       treedef: the structure of the parameters.
       shapes: the leaves of the parameters as ``jax.ShapeDtypeStruct``, or quantized ones of such.
+      placed: the same with their places on a mesh of Explicit axes.
       in_blocks: for each leaf whether it is one of the blocks.
       state_treedef: the structure of the state.
       layered: for each leaf of the state whether it has an axis of layers.
@@ -75,8 +76,8 @@ class Division:
 
     Raises:
       TypeError: the parameters are not a mapping with that key.
-      ValueError: the layers are not stacked alike, the transformation cannot be divided, a wrapper
-        drops what it must pass on, or the parameters are on a mesh of Explicit axes.
+      ValueError: the layers are not stacked alike, or they or the transformation cannot be divided,
+        or a wrapper drops what it must pass on.
     """
 
     def __init__(self, tx: Transformation, params: Params, blocks: str, micro_batches: int):
@@ -85,16 +86,15 @@ class Division:
             raise TypeError(
                 f"params must be a mapping with the stacked layers under {blocks!r}; got {found}"
             )
-        if is_explicit(params):
-            raise ValueError(
-                "layerwise needs parameters on a mesh of Auto axes; these are on one of Explicit "
-                "axes. Make it with axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes"
-            )
         self._tx = _with_extra_args(tx)
         self._blocks = blocks
         self._micro_batches = micro_batches
         self.layers = _layers(params[blocks])
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
+        placed = jax.tree.map(shaped, params)
+        check_undivided({blocks: placed[blocks]})
+        self.placed = jax.tree.leaves(placed, is_leaf=is_quantized)
+        # Where they lie says nothing of how the transformation divides.
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), placed)
         self._params = params
         found, self.treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
         self.shapes = [leaf for _, leaf in found]

@@ -1,6 +1,7 @@
 """Goes forward through the model and back: the loss, and the gradients of one layer at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from galore_optax._layerwise.division import Division, select
 from galore_optax._layerwise.row_major import row_major
 from galore_optax._layerwise.settings import Activations, Batch, Leaf, Settings
 from galore_optax._quantized_params import attach, carrier
+from galore_optax._sharding import shaped, zeros_like
 from galore_optax._types import Params
 from galore_optax._view import moment_dtype
 
@@ -144,8 +146,8 @@ class Passes:
             new, mapped = function(x)
             return jax.tree.map(lambda s, n: s + n.astype(s.dtype) / self.count, sums, new), mapped
 
-        first, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, moment_dtype(x.dtype)), first)
+        first, _ = jax.eval_shape(function, jax.tree.map(functools.partial(shaped, item=True), xs))
+        zeros = jax.tree.map(lambda x: zeros_like(x, moment_dtype(x.dtype)), first)
         return jax.lax.scan(add, zeros, xs)
 
 

@@ -1,5 +1,6 @@
 """Plans which units there are, and when in the backward pass the gradient of each is complete."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,6 +11,7 @@ from galore_optax._jaxpr import dependence
 from galore_optax._layerwise.checks import is_inputs
 from galore_optax._layerwise.division import Division, Unit
 from galore_optax._layerwise.settings import Activations, Batch, Block, Settings
+from galore_optax._sharding import shaped
 from galore_optax._types import Params
 
 
@@ -39,8 +41,8 @@ class Plan:
         self.division = division = divided(settings, params)
         if settings.micro_batches > 1:
             _check_batch(batch, settings.micro_batches)
-            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-        rest, stacked = division.divide(division.shapes)
+            batch = jax.tree.map(functools.partial(shaped, item=True), batch)
+        rest, stacked = division.divide(division.placed)
         x = jax.eval_shape(settings.embed, rest, batch)
         _check_block(settings.block, stacked, x)
         loss = jax.eval_shape(settings.head_loss, rest, x, batch)
@@ -102,14 +104,20 @@ def _check_block(block: Block, stacked: Params, x: Activations) -> None:
         raise ValueError(
             f"embed must return a floating-point array, alone or in a tree; got {found}"
         )
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
+    one = jax.tree.map(functools.partial(shaped, item=True), stacked)
     y = jax.eval_shape(block, one, x)
 
     def described(tree: Activations) -> PyTree[str]:
-        return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", tree)
+        return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}{_place(a)}", tree)
 
     if jax.tree.structure(y) != jax.tree.structure(x) or described(y) != described(x):
         raise ValueError(
             f"block must return an x of the shape and dtype it gets: {described(x)}; got "
             f"{described(y)}"
         )
+
+
+def _place(array: jax.ShapeDtypeStruct) -> str:
+    """Returns how an Explicit mesh divides an array, as errors say it."""
+    sharding = shaped(array).sharding
+    return "" if sharding is None else f" in {sharding.spec}"

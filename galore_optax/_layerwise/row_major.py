@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
+
+from galore_optax._layout import with_layout
 
 
 @jax.custom_batching.custom_vmap
@@ -26,7 +27,7 @@ row_major.def_vmap(lambda _, batched, x: (row_major(x), batched[0]))
 
 
 def _constrained(x: Array) -> Array:
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return with_layout(x, range(x.ndim))
 
 
 def _partition(

@@ -16,11 +16,6 @@ from galore_optax._types import DType, MeshAxes
 Result = TypeVar("Result")
 
 
-def is_explicit(tree: PyTree) -> bool:
-    """Whether any array lies on a mesh with Explicit axes."""
-    return _explicit_mesh(tree) is not None
-
-
 def check_mesh(tree: PyTree) -> None:
     """Raises where arrays lie on a mesh with Explicit axes that is not the current one."""
     mesh = _explicit_mesh(tree)

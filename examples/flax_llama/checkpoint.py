@@ -23,7 +23,8 @@ from orbax.checkpoint import checkpoint_manager, checkpoint_managers
 
 import galore_optax
 from examples.flax_llama.changes import config_of
-from examples.flax_llama.checksums import check, checksums
+from examples.flax_llama.checksums import checksums, differing
+from examples.flax_llama.distributed import meet
 from examples.flax_llama.interleaved import merged
 from examples.flax_llama.model import Llama
 from examples.flax_llama.run_directory import imported_from, read_settings
@@ -270,13 +271,17 @@ class Checkpoints:
                 check_arrays(self.path / str(step) / name, item.item)
             sums = self._checksums(step) if trees else {}
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
-            for name in trees.keys() & sums.keys():
-                check(sums[name], found[name], name)
-            return found
         except UsageError:
             raise
         except Exception as error:
             raise self._unreadable(step, error) from error
+        meet("restored")
+        for name in sorted(trees.keys() & sums.keys()):
+            if changed := differing(sums[name], found[name]):
+                more = f", nor are {len(changed) - 1} others" if len(changed) > 1 else ""
+                what = f"{changed[0]} of {name} is not what was saved, by its checksum{more}"
+                raise self._unreadable(step, ValueError(what))
+        return found
 
     def _checksums(self, step: int) -> dict[str, dict[str, int]]:
         """Those of the arrays of a checkpoint, which an earlier version did not keep."""

@@ -41,19 +41,7 @@ def checksums(tree: Any) -> dict[str, int]:
     return {name: int(value) for name, value in jax.device_get(found).items()}
 
 
-def check(stored: dict[str, int], tree: Any, what: str) -> None:
-    """Refuses arrays that are not those that were saved.
-
-    Args:
-      stored: what `checksums` said of them.
-      tree: the arrays, as they have been read.
-      what: they are, for errors.
-
-    Raises:
-      ValueError: names the first that has changed.
-    """
+def differing(stored: dict[str, int], tree: Any) -> list[str]:
+    """The paths of the arrays that are not those of which `checksums` said this."""
     found = checksums(tree)
-    changed = [name for name, value in stored.items() if found.get(name) != value]
-    if changed:
-        more = f", nor are {len(changed) - 1} others" if len(changed) > 1 else ""
-        raise ValueError(f"{changed[0]} of {what} is not what was saved, by its checksum{more}")
+    return [name for name, value in stored.items() if found.get(name) != value]

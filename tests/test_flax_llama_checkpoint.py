@@ -13,9 +13,7 @@ import sys
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax_llama_runs import (
@@ -32,7 +30,6 @@ import galore_optax
 from examples.flax_llama import (
     changes,
     checkpoint,
-    checksums,
     optimizers,
     run_directory,
     run_log,
@@ -313,46 +310,23 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do_and_nothing_is_lost(copy,
     assert contents(copy.out) == before
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "uint8", "int32", "bool"])
-def test_a_checksum_changes_with_any_bit_and_with_the_order(dtype):
-    rng = np.random.default_rng(0)
-    with jax.enable_x64(dtype == "float64"):
-        x = np.asarray(jnp.asarray(rng.integers(0, 2, (5, 4)), dtype))
-        expected = checksums.checksums({"x": jnp.asarray(x)})
-        changed = []
-        for place in np.ndindex(x.shape):
-            other = x.copy()
-            view = other.view(bool if dtype == "bool" else np.uint8)
-            width = view.shape[-1] // x.shape[-1]
-            view[place[0], place[1] * width + width - 1] ^= 1
-            changed.append(checksums.checksums({"x": jnp.asarray(other)}))
-        assert expected not in changed
-        assert checksums.checksums({"x": jnp.asarray(x[::-1])}) != expected
-        same = {"x": jnp.asarray(x), "y": jnp.asarray(x)}
-        stored = checksums.checksums(same)
-        assert checksums.differing(stored, same) == []
-        assert checksums.differing(stored, same | {"y": jnp.asarray(other)}) == ["y"]
-
-
-def test_an_array_that_is_not_what_was_saved_is_named(copy):
-    """As where a bit flips on the disk, past what compression and formats check."""
-    path = copy.out / "checkpoints" / "12"
-    arrays = path / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(arrays)
-        kernel = np.asarray(tree["head"]["kernel"]).copy()
-        kernel.view(np.uint32)[3, 5] ^= 1
-        tree["head"]["kernel"] = jnp.asarray(kernel)
-        shutil.rmtree(arrays)
-        checkpointer.save(arrays, tree)
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_a_bit_that_flipped_on_disk_is_found_and_its_array_named(copy, item):
+    """The files hold compressed numbers, most of whose bits make another number when they flip."""
+    broken = copy.out / "checkpoints" / "12"
+    largest = max((broken / item).glob("**/d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
     message = (
-        rf"checkpoint {re.escape(str(path))} cannot be read \(head/kernel of params is not what "
-        r"was saved, by its checksum\)\. To go on from update 8"
+        rf"checkpoint {re.escape(str(broken))} cannot be read \({item}/\S+ is not what was saved"
+        r".*: its checksum is another\). To go on from update 8, move"
     )
     with pytest.raises(UsageError, match=message):
         train.train(copy)
-    with pytest.raises(UsageError, match="head/kernel of params"):
-        load_run(copy.out)
+    if item == "params":
+        with pytest.raises(UsageError, match="its checksum is another"):
+            load_run(copy.out)
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy, monkeypatch):

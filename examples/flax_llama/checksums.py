@@ -1,47 +1,58 @@
-"""A number of each array, by which a bit that has flipped on the disk is noticed.
+"""Checksums of the arrays of a checkpoint, by which a bit that has flipped on disk is found.
 
-It is computed where the array lies, and is the same however that is divided over devices: sums of
-integers come out the same in any order.
+Files are compressed, so that most damage is seen when they are read; what is not becomes a wrong
+number that nobody notices. A checksum is of the numbers, not of files: it is computed where the
+array is, by each device of its part, and does not depend on how the array is divided.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, UInt32
 
-# Odd, so that no change of an entry is lost when it is multiplied by such a number, and large, so
-# that those of neighbouring places differ in all of their bits.
-FACTOR = 2654435761
-UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+from examples.flax_llama.optimizer_state import arrays
 
-
-@jax.jit
-def checksum(x: jax.Array) -> jax.Array:
-    """The sum of all entries' bits, each times an odd number of its place, uint32 scalar."""
-    if x.dtype == bool:
-        x = x.astype(jnp.uint8)
-    size = x.dtype.itemsize
-    if size == 8:
-        # Two halves, on an axis of their own.
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    else:
-        bits = jax.lax.bitcast_convert_type(x, UNSIGNED[size]).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, length in enumerate(bits.shape):
-        place = place * length + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (place * jnp.uint32(FACTOR) | 1), dtype=jnp.uint32)
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # those of 8 bytes are two.
 
 
 def checksums(tree: Any) -> dict[str, int]:
     """The checksum of each array of a tree, by its path."""
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): checksum(x)
-        for path, x in jax.tree.leaves_with_path(tree)
-    }
-    return {name: int(value) for name, value in jax.device_get(found).items()}
+    found = jax.device_get(_all(jax.tree.leaves(tree)))
+    return dict(zip(arrays(tree), map(int, found), strict=True))
 
 
-def differing(stored: dict[str, int], tree: Any) -> list[str]:
-    """The paths of the arrays that are not those of which `checksums` said this."""
+def check(tree: Any, saved: dict[str, int]) -> None:
+    """Raises an error where an array is another than the one that was saved.
+
+    Raises:
+      ValueError: the checksum of an array is another; it is named.
+    """
     found = checksums(tree)
-    return [name for name, value in stored.items() if found.get(name) != value]
+    if wrong := [name for name in found if found[name] != saved.get(name, found[name])]:
+        others = f" (nor are {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"{wrong[0]} is not what was saved{others}: its checksum is another")
+
+
+@jax.jit
+def _all(leaves: list[Array]) -> list[UInt32[Array, ""]]:
+    return [checksum(leaf) for leaf in leaves]
+
+
+def checksum(array: Array) -> UInt32[Array, ""]:
+    """The sum, modulo 2^32, of a hash of each number and of its place.
+
+    The hash is one-to-one in the number, so that a single wrong number always changes the sum.
+    """
+    narrow = array.dtype == jnp.bool or array.dtype in (jnp.int4, jnp.uint4)
+    array = array.astype(jnp.uint8) if narrow else array
+    bits = jax.lax.bitcast_convert_type(array, _BITS[array.dtype.itemsize]).astype(jnp.uint32)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        numbers = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place, stride = place + numbers * jnp.uint32(stride), stride * bits.shape[axis] % 2**32
+    mixed = bits + place * jnp.uint32(0x9E3779B9)
+    # Each of these can be undone: shifts of the upper bits onto lower ones, and odd factors.
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed, dtype=jnp.uint32)

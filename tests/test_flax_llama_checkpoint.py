@@ -13,7 +13,6 @@ import sys
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -31,7 +30,6 @@ import galore_optax
 from examples.flax_llama import (
     changes,
     checkpoint,
-    checksums,
     optimizers,
     run_directory,
     run_log,

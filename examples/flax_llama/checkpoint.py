@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_manager, checkpoint_managers
 import galore_optax
 from examples.flax_llama.changes import config_of
 from examples.flax_llama.checksums import check, checksums
+from examples.flax_llama.distributed import meet
 from examples.flax_llama.interleaved import merged
 from examples.flax_llama.model import Llama
 from examples.flax_llama.run_directory import imported_from, read_settings
@@ -273,6 +274,7 @@ class Checkpoints:
                 items["checksums"] = ocp.args.JsonRestore()
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
             if "checksums" in items:
+                meet("restored")
                 check({name: found[name] for name in trees}, found["checksums"])
             return found
         except UsageError:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 
 import jax
+import orbax.checkpoint as ocp
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
@@ -14,6 +15,8 @@ from examples.flax_llama.usage import UsageError
 
 # Seconds without a heartbeat after which JAX takes a process for gone.
 HEARTBEAT = 10
+# Seconds that processes wait for the slowest to have compiled or read something.
+PATIENCE = 1800
 
 
 @contextlib.contextmanager
@@ -74,6 +77,15 @@ def found(config: Config) -> tuple[str, int, int, list[int] | None]:
 def is_first() -> bool:
     """Whether this is the process that writes and tells, of several or the only one."""
     return jax.process_index() == 0
+
+
+def meet(where: str) -> None:
+    """Waits until all processes have got to some place, of that name.
+
+    Before their first exchange of numbers, which waits half a minute on CPUs and no longer.
+    """
+    if jax.process_count() > 1:
+        ocp.multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * PATIENCE)
 
 
 def agreed(value: bool) -> bool:

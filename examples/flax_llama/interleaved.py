@@ -93,8 +93,6 @@ def merged(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return first
     states: dict[str, Any] = {}
     for position in positions:
-        for stream, saved in position["states"].items():
-            # Two processes that share a stream have got to other places in it, before the next row.
-            if stream not in states or saved["rows"] > states[stream]["rows"]:
-                states[stream] = saved
+        # Two processes that share a stream are at other places in it, both before the next row.
+        states |= position["states"]
     return first | {"states": states}

@@ -35,7 +35,7 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.conversation_data import recognise
 from examples.flax_llama.data import Data, open_data
-from examples.flax_llama.distributed import agreed, is_first, processes
+from examples.flax_llama.distributed import agreed, is_first, meet, processes
 from examples.flax_llama.evaluate import Evaluation, make_evaluate
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import settings_given
@@ -264,6 +264,7 @@ def compile_update(
     example = put_batch(any_batch(config), config.accumulate, mesh)
     with progress.doing("compiling"):
         compiled = update.lower(state, example).compile()
+    meet("compiled")
     needed = planned_bytes(compiled)
     memory = "" if needed is None else f"; an update needs {size(needed)} of memory"
     progress.say(f"Compiled in {duration(time.monotonic() - began)}{memory}")

@@ -13,6 +13,7 @@ import sys
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -30,6 +31,7 @@ import galore_optax
 from examples.flax_llama import (
     changes,
     checkpoint,
+    checksums,
     optimizers,
     run_directory,
     run_log,

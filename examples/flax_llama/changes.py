@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.flax_llama.architecture import Architecture
-from examples.flax_llama.config import Config
+from examples.flax_llama.config import DISTRIBUTED, Config
 from examples.flax_llama.effects import has_effect
 from examples.flax_llama.shapes import DIMENSIONS
 from examples.flax_llama.usage import UsageError
@@ -48,8 +48,7 @@ ROUND_OFF = "with another {name}, what is computed is the same to round-off, not
 WEIGHTS = "init_from=RUN with weights_only=True starts a new run from the weights of this one"
 
 RULES: dict[str, Rule] = {
-    **rules(Kind.PROCESS, "out", "resume", "new_data", "distributed", "quiet", "by_default"),
-    **rules(Kind.PROCESS, "coordinator", "processes", "process", "distributed_timeout"),
+    **rules(Kind.PROCESS, "out", "resume", "new_data", "quiet", "by_default", *DISTRIBUTED),
     **rules(Kind.FREE, "eval_every", "save_every", "keep", "tensorboard", "wandb"),
     **rules(Kind.FREE, "on_bad_line", "max_bad_lines"),
     **rules(Kind.NOW, "steps", "lr", "schedule", "warmup", "cooldown", "final_lr"),

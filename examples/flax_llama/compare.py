@@ -22,7 +22,7 @@ from benchmarks.machine import machine
 from examples.flax_llama.changes import check_same
 from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
 from examples.flax_llama.command import program
-from examples.flax_llama.config import Config, UsageError
+from examples.flax_llama.config import DISTRIBUTED, Config, UsageError
 from examples.flax_llama.effects import check_effects
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.optimizers import OPTIMIZERS, make_optimizer
@@ -43,7 +43,7 @@ RESULTS = "results.json"
 # In the directory of a run that has ended.
 RESULT = "result.json"
 # Settings that a comparison decides itself.
-DECIDED = ("optimizer", "resume", "new_data", "distributed")
+DECIDED = ("optimizer", "resume", "new_data", *DISTRIBUTED)
 
 
 def rank(word: str) -> int | float:

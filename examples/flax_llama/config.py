@@ -39,6 +39,9 @@ else:
     FromPreset = T | None
     Rank = int | float | None
 
+# The settings that say which of several processes this one is.
+DISTRIBUTED = ("distributed", "coordinator", "processes", "process", "distributed_timeout")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 
 from examples.flax_llama.adapters import LORA
-from examples.flax_llama.config import Config
+from examples.flax_llama.config import DISTRIBUTED, Config
 from examples.flax_llama.documents import BUILT_IN
 from examples.flax_llama.methods import ADAMW, IN_GALORE
 from examples.flax_llama.optimizers import OPTIMIZERS, WITH_ADAPTER
@@ -120,7 +120,7 @@ NEEDS = (
     ),
     Need(("keep", "save_every", "wandb"), lambda config: config.out is not None, "out", "out=RUN"),
     Need(
-        ("coordinator", "processes", "process", "distributed_timeout"),
+        DISTRIBUTED[1:],
         lambda config: config.distributed,
         "distributed",
         "distributed=True",

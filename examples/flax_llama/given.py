@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from examples.flax_llama.beginning import of_the_source
 from examples.flax_llama.changes import RULES, Kind, config_of
 from examples.flax_llama.command import as_flags
-from examples.flax_llama.config import Config
+from examples.flax_llama.config import DISTRIBUTED, Config
 from examples.flax_llama.effects import check_effects
 from examples.flax_llama.pretrained import settings_of_source
 from examples.flax_llama.run_directory import SETTINGS, read_settings
@@ -41,9 +41,7 @@ def settings_given(
 
 
 # What is no setting of a run but of each process that goes on with it.
-OF_PROCESS = (
-    *("new_data", "distributed", "coordinator", "processes", "process", "distributed_timeout"),
-)
+OF_PROCESS = ("new_data", *DISTRIBUTED)
 
 
 def base_of(config: Config) -> Config:

@@ -12,7 +12,7 @@ READY := $(VENV)/.ready-$(VERSION)
 CUDA = $(shell nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null \
   | awk -F, 'NR == 1 && $$1 + 0 { print ($$1 + 0 >= 580 && $$2 + 0 >= 7.5) ? ",cuda13" : ",cuda12" }')
 
-.PHONY: help env demo gpu test test-all test-versions lint typecheck format clean
+.PHONY: help env demo gpu test test-all test-versions test-oldest lint typecheck format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,20 @@ test-all: $(READY)  ## run all tests, as CI does
 
 test-versions: $(READY)  ## run what another Python or JAX could change, two cases of a test
 	$(PYTEST) --seconds --at-most 2 -m "both or not (ci or plain)"
+
+# The library alone, with the oldest JAX, Optax and Flax that it is for; without the pins of another
+# environment, and without JAX's settings, which take a fifth of the time.
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/.ready-$(VERSION)  ## run the library's tests on the oldest JAX, a case of each
+	OPENBLAS_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder \
+	  --seconds --at-most 1 -m "not (ci or plain)" \
+	  --ignore tests/test_constraints.py --ignore tests/test_settings.py
+
+$(OLDEST)/.ready-$(VERSION): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+	  -e . beartype chex flax orbax-checkpoint pytest pytest-timeout pytest-xdist
+	@touch $@
 
 lint: $(READY)  ## check format and style
 	$(BIN)/ruff format --check

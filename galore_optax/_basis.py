@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
@@ -94,10 +95,10 @@ class Dense:
         Raises:
           ValueError: the projector returned something of another shape.
         """
-        if jnp.shape(choice) != (side.size, side.rank):
+        if np.shape(choice) != (side.size, side.rank):
             raise ValueError(
                 f"projector must return a basis of shape {(side.size, side.rank)} for a matrix "
-                f"with {side.size} rows and rank {side.rank}; got {jnp.shape(choice)}"
+                f"with {side.size} rows and rank {side.rank}; got {np.shape(choice)}"
             )
         return cls(orient(choice.astype(side.dtype), old.choice(side), first))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from galore_optax._basis import Side
@@ -164,10 +165,10 @@ def _moved(
     if not moved:
         return moments, state
     new, state = method.transport.move(moved, state, turn)
-    if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, moved):
+    if jax.tree.map(np.shape, new) != jax.tree.map(np.shape, moved):
         raise ValueError(
             "a transport must return as many moments as it gets, of the same roles and shapes, "
-            f"{jax.tree.map(jnp.shape, moved)}; got {jax.tree.map(jnp.shape, new)}"
+            f"{jax.tree.map(np.shape, moved)}; got {jax.tree.map(np.shape, new)}"
         )
     return moments | new, state
 

@@ -204,7 +204,7 @@ def galore(
       Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
       <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
     """
-    if jnp.shape(seed) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
+    if np.shape(seed) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
         raise TypeError(f"seed must be an int; got {seed!r}")
     _check_scale(scale)
     check_accumulation_steps(accumulation_steps)

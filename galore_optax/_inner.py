@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree, PyTreeDef
 
@@ -268,14 +269,14 @@ class Inner:
             "the state belongs to another configuration: its inner state is not what the inner "
             f"transformation of galore makes for these leaves.{where} Use the transformation "
             "the state was made with, or make a new state with init. It has "
-            f"{jax.tree.map(jnp.shape, state)}, and should have "
-            f"{jax.tree.map(jnp.shape, expected)}"
+            f"{jax.tree.map(np.shape, state)}, and should have "
+            f"{jax.tree.map(np.shape, expected)}"
         )
 
 
 def _shapes_by_path(state: State) -> dict[jax.tree_util.KeyPath, Shape]:
     found = jax.tree_util.tree_leaves_with_path(state)
-    return {path: jnp.shape(leaf) for path, leaf in found}
+    return {path: np.shape(leaf) for path, leaf in found}
 
 
 def _params_use(run: _Run, params: list[Array]) -> ParamsUse:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree, PyTreeDef
 
 from galore_optax._ownership import ownership
@@ -55,10 +56,10 @@ class Leaves:
         weights = None if params is None else leaves_like(treedef, params, "params")
         leaves = cls._of(views, [jnp.asarray(g) for g in gradients], weights, treedef)
         for view, weight in zip(leaves.views, weights or (), strict=False):
-            if jnp.shape(weight) != view.shape:
+            if np.shape(weight) != view.shape:
                 raise ValueError(
                     f"params and gradients must have the same shapes; {view.path!r} has shape "
-                    f"{jnp.shape(weight)} in params and {view.shape} in the gradients"
+                    f"{np.shape(weight)} in params and {view.shape} in the gradients"
                 )
         return leaves
 

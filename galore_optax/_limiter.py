@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -87,14 +88,14 @@ def limit_norm_growth(
     check_gamma("gamma", gamma)
 
     def axes(path: str, leaf: PyTree) -> int:
-        return 0 if stacked is None else stacked(path, jnp.shape(leaf))
+        return 0 if stacked is None else stacked(path, np.shape(leaf))
 
     def init(params: Params) -> LimitNormGrowthState:
         params = logical(params)
         paths = [path for path, _ in leaves_with_paths(params)]
         leaves, treedef = jax.tree.flatten(params)
         norms = [
-            jnp.zeros(jnp.shape(x)[: axes(path, x)], moment_dtype(x.dtype))
+            jnp.zeros(np.shape(x)[: axes(path, x)], moment_dtype(x.dtype))
             for path, x in zip(paths, leaves, strict=True)
         ]
         return LimitNormGrowthState(treedef.unflatten(norms))

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -190,7 +191,7 @@ class _Rules:
         elif kind is None or not self.is_large(owned):
             return
         if self.bits == 8:
-            item = jnp.shape(leaf)[owned.batch_axes :]
+            item = np.shape(leaf)[owned.batch_axes :]
             should_be = _codes_of(
                 kind, fitting_block_size(item, self.block_size, kind or "signed"), item
             )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
@@ -71,7 +72,7 @@ def memory_report(
     groups: dict[tuple[str, Shape, int | None, str | None], list[int]] = {}
     for i, (path, leaf) in enumerate(leaves_with_paths(logical(params))):
         rank, reason = _projection(views.get(path))
-        group = (re.sub(r"(?<![^/])\d+(?![^/])", "*", path), jnp.shape(leaf), rank, reason)
+        group = (re.sub(r"(?<![^/])\d+(?![^/])", "*", path), np.shape(leaf), rank, reason)
         groups.setdefault(group, []).append(i)
 
     def total(sizes: Sequence[int], members: list[int]) -> int:
@@ -168,7 +169,7 @@ class _Sizes:
 
 def _unsharded(params: Params) -> Params:
     """Returns shapes and dtypes without shardings: bytes are those of all devices together."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), params)
 
 
 # What the parts of a state are counted for by their fields; all others are counters.
@@ -194,7 +195,7 @@ def _projection(view: LeafView | None) -> tuple[int | None, str | None]:
 def _bytes(array: jax.typing.ArrayLike | QuantizedArray) -> int:
     if isinstance(array, QuantizedArray):
         return array.nbytes
-    return math.prod(jnp.shape(array)) * jnp.result_type(array).itemsize
+    return math.prod(np.shape(array)) * jnp.result_type(array).itemsize
 
 
 def _held_in(array: jax.typing.ArrayLike | QuantizedArray) -> str:

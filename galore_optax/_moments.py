@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree, PyTreeDef
 
 from galore_optax._leaves import Leaves
@@ -45,7 +45,7 @@ class InnerMoments:
             for i, view in params.projected:
                 for role, found in moments_of(owned, i).items():
                     # A factored second moment, for one, has no coordinates that could be moved.
-                    whole = [k for k in found if jnp.shape(leaves[k]) == view.low_rank_shape]
+                    whole = [k for k in found if np.shape(leaves[k]) == view.low_rank_shape]
                     if role in roles and whole:
                         positions[i][role] = whole
                         _check_items([leaves[k] for k in whole], view)

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import GetAttrKey, KeyPath, SequenceKey
 from jaxtyping import PyTree
@@ -111,7 +112,7 @@ def ownership(
     roles = _roles_by_type(state)
     owned = []
     for (keys, leaf), (end, owner) in zip(leaves, fields, strict=True):
-        field, shape = keys[:end], jnp.shape(leaf)
+        field, shape = keys[:end], np.shape(leaf)
         told = None
         if owner is not None:
             owner_keys, parameter = owners[owner]
@@ -120,7 +121,7 @@ def ownership(
             elif views is not None:
                 told = _of_view(shape, views[owner])
             elif stacked is not None:
-                told = _of_stack(shape, stacked, path_name(owner_keys), jnp.shape(parameter))
+                told = _of_stack(shape, stacked, path_name(owner_keys), np.shape(parameter))
         name = path_name(field)
         role = roles[field] if field in roles else _ROLES.get(name.rpartition("/")[2])
         batch_axes = presumed_batch_axes(shape) if told is None else told
@@ -182,9 +183,9 @@ def _fields(
 
 def _is_shared(leaf: PyTree, parameter: PyTree) -> bool:
     """Whether a leaf is shared, where the only parameter has no keys by which to tell its own."""
-    is_number = not jnp.shape(leaf)
+    is_number = not np.shape(leaf)
     counts = not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    return is_number and (counts or bool(jnp.shape(parameter)))
+    return is_number and (counts or bool(np.shape(parameter)))
 
 
 def _roles_by_type(state: State) -> dict[KeyPath, Role | None]:

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
@@ -121,7 +121,7 @@ class Placement:
             if spec is not None and len(array.shape) == len(spec):
                 return lying(array, spec, self.mesh)
             batch = PartitionSpec(*self.batch)
-            return jax.tree.map(lambda part: batch if jnp.ndim(part) else PartitionSpec(), array)
+            return jax.tree.map(lambda part: batch if np.ndim(part) else PartitionSpec(), array)
 
         return jax.tree.map(of_one, tree, is_leaf=is_quantized)
 
@@ -174,7 +174,7 @@ def following(place: Placement, subspace: Subspace, moments: Sequence[PyTree]) -
       moments: what the inner state has of the leaf.
     """
     shape = place.view.low_rank_shape
-    like_r = (x for x in moments if not is_quantized(x) and jnp.shape(x) == shape)
+    like_r = (x for x in moments if not is_quantized(x) and np.shape(x) == shape)
     found = next((_spec_of(x) for x in like_r), None)
     bases = [
         _spec_of(x) if isinstance(x, jax.Array) and x.ndim == len(shape) else None

@@ -10,6 +10,7 @@ from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, Shaped
 
@@ -70,8 +71,8 @@ class QuantizedArray:
     @property
     def shape(self) -> Shape:
         """The shape of the array that this stands for."""
-        batch_axes = jnp.ndim(self.codes) - len(_stored_shape(self.item_shape, self.block_size))
-        return (*jnp.shape(self.codes)[: max(0, batch_axes)], *self.item_shape)
+        batch_axes = np.ndim(self.codes) - len(_stored_shape(self.item_shape, self.block_size))
+        return (*np.shape(self.codes)[: max(0, batch_axes)], *self.item_shape)
 
     @property
     def ndim(self) -> int:
@@ -103,10 +104,10 @@ class QuantizedArray:
         Raises:
           ValueError: an axis of the item itself was sliced, not a batch axis.
         """
-        if jnp.ndim(self.codes) < len(_stored_shape(self.item_shape, self.block_size)):
+        if np.ndim(self.codes) < len(_stored_shape(self.item_shape, self.block_size)):
             raise ValueError(
                 f"a quantized array of item shape {self.item_shape} was sliced or mapped along an "
-                f"axis that is not a batch axis: its codes have shape {jnp.shape(self.codes)}. "
+                f"axis that is not a batch axis: its codes have shape {np.shape(self.codes)}. "
                 "Quantize with batch_axes=1 to slice along the first axis."
             )
         codec = CODECS[self.scheme]

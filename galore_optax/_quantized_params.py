@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from galore_optax._codecs import CODECS
@@ -260,11 +261,11 @@ def apply_updates(
 
 def _check_update(name: str, param: PyTree, update: PyTree) -> None:
     is_array = jax.tree_util.all_leaves([update])
-    if not is_array or jnp.shape(update) != jnp.shape(param):
-        found = jnp.shape(update) if is_array else type(update).__name__
+    if not is_array or np.shape(update) != np.shape(param):
+        found = np.shape(update) if is_array else type(update).__name__
         raise ValueError(
             f"the update of {name or 'the parameter'} must be an array of its shape "
-            f"{jnp.shape(param)}; got {found}. For quantized parameters take gradients with "
+            f"{np.shape(param)}; got {found}. For quantized parameters take gradients with "
             "galore_optax.value_and_grad, and an optimizer that knows them: galore, low_bit or "
             "one of the presets."
         )

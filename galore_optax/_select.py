@@ -151,7 +151,7 @@ class Selection:
             of_experts = routers([path for path, _ in leaves]) if exclude == DEFAULT_EXCLUDE else ()
             return [flag or i in of_experts for i, flag in enumerate(found)]
         if callable(exclude):
-            return [bool(exclude(path, jnp.shape(leaf))) for path, leaf in leaves]
+            return [bool(exclude(path, np.shape(leaf))) for path, leaf in leaves]
         mask = [flag for flag, _ in _broadcast_prefix(exclude, tree, "exclude")]
         wrong = [flag for flag in mask if not isinstance(flag, bool | np.bool)]
         if wrong:
@@ -168,7 +168,7 @@ class Selection:
         given = self.weight_dimension_numbers
         if callable(given) and _takes_path_and_shape(given):
             of_leaf = cast(Callable[[str, Shape], DimensionNumbers | None], given)
-            pairs = [(of_leaf(path, jnp.shape(leaf)), False) for path, leaf in leaves]
+            pairs = [(of_leaf(path, np.shape(leaf)), False) for path, leaf in leaves]
         else:
             if callable(given):
                 given = cast(Callable[[Params], PyTree], given)(tree)
@@ -192,7 +192,7 @@ class Selection:
         Numbers given for a leaf by itself are right as they are. Those given for many leaves at
         once must agree that the leading axes are those of a stack, where there are more axes.
         """
-        paths, shapes = [path for path, _ in leaves], [jnp.shape(leaf) for _, leaf in leaves]
+        paths, shapes = [path for path, _ in leaves], [np.shape(leaf) for _, leaf in leaves]
         found = {}
         for i, witness in stacked_vectors(paths, shapes).items():
             if self.weight_dimension_numbers is None:
@@ -220,7 +220,7 @@ class Selection:
         dimension_numbers: DimensionNumbers | None,
         shared: bool,
     ) -> LeafView:
-        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+        shape, dtype = np.shape(leaf), jnp.result_type(leaf)
         given = self.weight_dimension_numbers is not None
         # What is not to be projected may be complex, if the inner transformation can use it.
         is_free = reason is not None or (given and dimension_numbers is None)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -159,7 +160,7 @@ def specs_of(
         (path, leaf), spec = leaves[part.owner], specs[part.owner]
         matrices = [view for view in views.get(path, ()) if isinstance(view, MatrixView)]
         placements = [Placement(view, spec, mesh, shares) for view in matrices]
-        found.append(_of_part(part, jnp.shape(leaf), spec, placements, mesh))
+        found.append(_of_part(part, np.shape(leaf), spec, placements, mesh))
     return jax.tree.structure(state, is_leaf=is_quantized).unflatten(found)
 
 
@@ -180,7 +181,7 @@ def placed_state(state: State, params: Params, views: Sequence[LeafView]) -> Sta
     if mesh is None:
         return state
     specs = [
-        padded(PartitionSpec() if sharding is None else sharding.spec, jnp.ndim(leaf))
+        padded(PartitionSpec() if sharding is None else sharding.spec, np.ndim(leaf))
         for sharding, leaf in zip(shardings, leaves, strict=True)
     ]
     by_path = {view.path: [view] for view in views}
@@ -251,7 +252,7 @@ def _checked(specs: PyTree, params: Params, mesh: AbstractMesh | None) -> list[P
     for (path, leaf), given in zip(
         leaves_with_paths(logical(params)), _like(params, bare(specs), "specs"), strict=True
     ):
-        spec, shape = PartitionSpec() if given is None else given, jnp.shape(leaf)
+        spec, shape = PartitionSpec() if given is None else given, np.shape(leaf)
         if not isinstance(spec, PartitionSpec):
             raise TypeError(f"specs must be jax.sharding.PartitionSpec; {path!r} has {spec!r}")
         if len(spec) > len(shape):
@@ -317,4 +318,4 @@ def _sharding_of(path: str, leaf: PyTree) -> NamedSharding:
 
 
 def _unsharded(params: Params) -> Params:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), params)

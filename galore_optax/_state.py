@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, PyTree, PyTreeDef
 
 from galore_optax._excerpt import Ranks
@@ -162,7 +163,7 @@ def _alike(found: Subspace, expected: Subspace) -> bool:
     leaves, treedef = jax.tree.flatten(found)
     needed, needed_treedef = jax.tree.flatten(expected)
     return treedef == needed_treedef and all(
-        jnp.shape(a) == b.shape and jnp.result_type(a) == b.dtype
+        np.shape(a) == b.shape and jnp.result_type(a) == b.dtype
         for a, b in zip(leaves, needed, strict=True)
     )
 
@@ -235,4 +236,4 @@ def _described(subspace: Subspace) -> dict[str, str]:
 def _array(x: PyTree) -> str:
     if is_quantized(x):
         return f"{x.scheme}{list(x.shape)} in blocks of {x.block_size}"
-    return f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+    return f"{jnp.result_type(x)}{list(np.shape(x))}"

@@ -252,11 +252,11 @@ def _findings(
     trial: Callable[[], Trial | None],
 ) -> Findings:
     """Returns what is found out about the leaf at position i."""
-    shape = jnp.shape(jax.tree.leaves(low_rank)[i])
+    shape = np.shape(jax.tree.leaves(low_rank)[i])
     unknown, others = [], []
     for own, array in zip(owned, state, strict=True):
-        if own.owner == i and own.role is None and math.prod(jnp.shape(array)) > 1:
-            (unknown if jnp.shape(array) == shape else others).append(own.path)
+        if own.owner == i and own.role is None and math.prod(np.shape(array)) > 1:
+            (unknown if np.shape(array) == shape else others).append(own.path)
     return Findings(_counts(owned, i), tuple(unknown), tuple(others), trial)
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
@@ -60,7 +60,7 @@ class ByPath:
         params = bare(logical(params))
         leaves = leaves_with_paths(params)
         paths = [path for path, _ in leaves]
-        shapes = [jnp.shape(leaf) for _, leaf in leaves]
+        shapes = [np.shape(leaf) for _, leaf in leaves]
         vectors = stacked_vectors(paths, shapes)
         numbers = [
             self._of_leaf(path, len(shape), i in vectors)

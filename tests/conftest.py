@@ -1,7 +1,9 @@
 """How all tests compile, how long each may take, and which ones a contributor waits for."""
 
+import importlib.util
 import os
 import random
+import re
 import signal
 import statistics
 from collections import defaultdict
@@ -11,9 +13,18 @@ from pathlib import Path
 import jax
 import jaxtyping
 import pytest
+from packaging.version import Version
 
+TESTS = Path(__file__).parent
 # Scripts that make what tests read, with packages that need not be here.
 collect_ignore = ["data"]
+# Where the packages of the examples are not installed, the library alone is tested.
+if importlib.util.find_spec("tyro") is None:
+    of_examples = re.compile(
+        r"^\s*(from|import) (examples|benchmarks|flax_|nbformat)|make_golden", re.M
+    )
+    of_them = [path for path in TESTS.glob("*.py") if of_examples.search(path.read_text())]
+    collect_ignore += [path.name for path in of_them]
 
 # Arrays are of the dtypes and shapes that signatures say, checked at every call in the tests. Not
 # in modules whose functions themselves check what a user gives them, and say better what is wrong;
@@ -36,7 +47,7 @@ OPEN = {
 }
 if jax.__version_info__ < (0, 7):
     OPEN |= {"_excerpt"}  # into which these versions put what stands for arrays.
-PACKAGE = Path(__file__).parents[1] / "galore_optax"
+PACKAGE = TESTS.parent / "galore_optax"
 MODULES = [".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py")]
 jaxtyping.install_import_hook(
     [f"galore_optax.{name}" for name in sorted({*MODULES} - OPEN)], "beartype.beartype"
@@ -48,8 +59,8 @@ QUICK = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
 }
-# What jax 0.5 says of shapes that stand for arrays, as later versions do not.
-OF_OLD_JAX = "ignore:.* requires ndarray or scalar arguments:DeprecationWarning"
+# What an Orbax of the time of jax 0.5 says of a target without shardings.
+OF_OLD_ORBAX = "ignore:Sharding info not provided when restoring:UserWarning"
 # The name that it has had since jax 0.8.
 if jax.__version_info__ < (0, 8):
     from jax.experimental import enable_x64
@@ -81,13 +92,15 @@ def pytest_configure(config):
     A program is traced and lowered as often as ever; of equal ones, the machine code is made once.
     """
     cache = getattr(config, "cache", None)
+    if jax.__version_info__ < (0, 6):  # whose cache holds factorizations that give other numbers.
+        cache = None
     settings = QUICK | (
         {} if cache is None else {"jax_compilation_cache_dir": str(cache.mkdir("jax"))}
     )
     for name, value in settings.items():
         jax.config.update(name, value)
     if jax.__version_info__ < (0, 6):
-        config.addinivalue_line("filterwarnings", OF_OLD_JAX)
+        config.addinivalue_line("filterwarnings", OF_OLD_ORBAX)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Budget())
     # For the processes that tests start.
@@ -109,7 +122,15 @@ def _optimized_if_marked(request):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Keeps `--at-most` cases of each test, chosen at random, but the same in every process."""
+    """Skips what needs newer packages; keeps `--at-most` cases of each test.
+
+    These are chosen at random, but they are the same ones in every process.
+    """
+    for item in items:
+        for marker in item.iter_markers("since"):
+            for name, needed in marker.kwargs.items():
+                if Version(version(name)) < Version(needed):
+                    item.add_marker(pytest.mark.skip(reason=f"needs {name} {needed}"))
     most = config.getoption("--at-most")
     if most is None:
         return
@@ -172,7 +193,7 @@ class Budget:
     def too_long(self, times: float = 1.0) -> list[str]:
         """The tests that took more than `times` what they should."""
         found = []
-        for tests in self.cpu.values():
+        for tests in filter(None, self.cpu.values()):
             most = max(SECONDS, TIMES_THE_MEDIAN * statistics.median(tests.values()))
             found += [
                 f"{name} took {seconds:.1f} s of the processor, where {most:.1f} is the most"

@@ -267,6 +267,7 @@ def test_batch_axes_work_in_scan_vmap_cond_and_under_donation(scheme, columns):
     ("batch", "rows", "minor_to_major"),
     [((), 128, "0, 2, 1"), ((3,), 128, "1, 3, 2, 0"), ((), 127, None)],
 )
+@pytest.mark.since(jax="0.7")
 def test_on_a_tpu_the_rows_of_blocks_are_last_in_memory(batch, rows, minor_to_major):
     """As lowered for one. What moves is what is given: no float32 in the place of narrower."""
     updates = np.zeros((*batch, rows, 512), jnp.bfloat16)
@@ -315,6 +316,7 @@ def test_checkpoints_are_bit_identical(scheme, tmp_path):
 
 
 @pytest.mark.parametrize("spec", [P("d", "m"), P(("d", "m"), None)], ids=str)
+@pytest.mark.since(jax="0.7")
 def test_types_say_that_codes_lie_as_what_they_stand_for(spec):
     """Of Explicit axes: types name them, of however many devices they are."""
     mesh = jax.make_mesh((1, 1), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)

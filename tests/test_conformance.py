@@ -574,6 +574,7 @@ def train_nnx(model):
     return optimizer
 
 
+@pytest.mark.since(flax="0.11")
 def test_nnx_optimizer():
     model = NnxModel()
     optimizer = train_nnx(model)
@@ -594,6 +595,7 @@ def test_nnx_split_and_a_functional_step():
 
 @pytest.mark.ci  # Of boxed parameters test_linen_train_state is enough before a commit.
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.since(flax="0.12.8")
 def test_nnx_params_with_sharding_metadata(axis_type):
     """Flax applies a variable's metadata where it is made, that of optimizer state too."""
     mesh = jax.make_mesh((1,), ("model",), axis_types=(axis_type,))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import galore_optax
 from tests import layerwise_model as model
@@ -31,6 +32,7 @@ def nbytes(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.since(jax="0.7")  # whose compiler of CPUs copies less.
 def test_weights_and_state_are_updated_in_place():
     """Where both are in 8 bits, where the state is, where neither, and where there is no galore."""
 

@@ -73,6 +73,7 @@ for up, down, mix in eval(sys.argv[1]):
         pytest.param("[(rows, adamw, power), (adamw, power, rows)]", marks=pytest.mark.ci),
     ],
 )
+@pytest.mark.since(jax="0.7")
 def test_sharded_kernels_are_updated_where_they_are(transformations):
     """On 4 devices, in a process of its own; all transformations of each kernel in CI."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"

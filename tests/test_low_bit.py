@@ -429,7 +429,7 @@ def test_a_restored_run_goes_on_as_if_uninterrupted(bits, tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "checkpoint", jax.eval_shape(tx.init, normal()))
         other = jax.eval_shape(low_bit(optax.adamw(0.1), 24 - bits).init, normal())
-        with pytest.raises(ValueError, match=r"mu.*'mu'"):
+        with pytest.raises(ValueError, match="'mu'"):
             checkpointer.restore(tmp_path / "checkpoint", other)
     chex.assert_trees_all_equal_structs(restored, state)
     chex.assert_trees_all_equal(restored, state)
@@ -439,6 +439,7 @@ def test_a_restored_run_goes_on_as_if_uninterrupted(bits, tmp_path):
     chex.assert_trees_all_equal(found, expected)
 
 
+@pytest.mark.since(flax="0.11")
 def test_flax_optimizer_trains_with_it():
     model = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
     tx = galore_optax.galore_adamw_8bit(0.01, rank=16, scale=1.0)

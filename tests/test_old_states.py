@@ -8,6 +8,8 @@ import pytest
 import galore_optax
 from tests import old_states
 
+# An Orbax of the time of older ones restores nothing without shardings.
+pytestmark = pytest.mark.since(jax="0.7")
 LAYOUTS = {"0.1": 1}
 VERSIONS = sorted(path.name for path in old_states.DIRECTORY.iterdir())
 # The one that has codes, projectors in codes, and lazy refreshes is for every run of the tests.

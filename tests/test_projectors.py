@@ -216,6 +216,7 @@ def test_exact_projectors_order_directions_by_singular_value(name, shape):
         ((40, 1025), "cuda", "gesvd"),
     ],
 )
+@pytest.mark.since(jax="0.7")
 def test_svd_is_by_the_routine_that_is_right_on_the_platform(shape, platform, routine):
     traced = jax.jit(resolve("svd", {}), static_argnums=1).trace(np.zeros(shape, np.float32), 8)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -468,6 +469,7 @@ def test_numbers_in_the_state_do_what_the_basis_does(name, dense, inner, side):
 
 
 @pytest.mark.parametrize("side", ["short", "long", "both"])
+@pytest.mark.since(jax="0.7")
 def test_rows_multiply_nothing(side):
     tx = galore_optax.galore(optax.adamw(0.1), rank=4, projector="rows", side=side)
     params = {"w": random_matrix((9, 14)), "x": random_matrix((14, 9))}

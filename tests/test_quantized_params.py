@@ -354,6 +354,7 @@ def apply_multi_steps(params, updates):
 
 
 @pytest.mark.parametrize("apply", [optax.apply_updates, apply_multi_steps])
+@pytest.mark.since(jax="0.10")
 def test_functions_of_optax_that_match_trees_name_the_leaf(apply):
     with pytest.raises(ValueError, match=r"\['dense'\]\['w'\](.|\n)*QuantizedArray"):
         apply(QUANTIZED, dequantize_params(QUANTIZED))

@@ -14,6 +14,9 @@ from flax import nnx
 
 import galore_optax
 
+# Its code is for the NNX of today.
+pytestmark = pytest.mark.since(flax="0.12.8")
+
 TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 # Code, and what stands after it in a block of no language: its output.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)

@@ -275,6 +275,7 @@ def refresh_by_loop(due, gradients, old):
 @pytest.mark.parametrize(
     ("bad", "batch"), [(refresh_by_select, ()), (refresh_by_vmap, (3,)), (refresh_by_loop, (3,))]
 )
+@pytest.mark.since(jax="0.7")
 def test_checkers_find_a_factorization_outside_of_conditionals(bad, batch):
     lowered = jax.jit(bad).lower(
         jax.ShapeDtypeStruct(batch, jnp.bool),

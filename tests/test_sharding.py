@@ -70,6 +70,9 @@ def optimizer(name, leaves, rank=8, update_proj_gap=2):
     )
 
 
+pytestmark = pytest.mark.since(jax="0.7")
+
+
 def mesh_of(*sizes, kind=AxisType.Explicit):
     return jax.make_mesh(sizes, ("x", "y"), (kind, kind))
 

@@ -135,6 +135,7 @@ def test_an_axis_that_merges_several_is_divided_as_all_of_them():
         assert found.subspace.left["kernel"] == P(expected, None)
 
 
+@pytest.mark.since(jax="0.7")
 def test_bytes_of_a_device_need_a_mesh():
     tx, specs = galore_optax.galore_adamw(1e-3, rank=4), {"kernel": P("x")}
     with pytest.raises(ValueError, match="needs the mesh of specs"):

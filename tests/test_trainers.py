@@ -210,6 +210,7 @@ def test_rules_of_a_state_are_found_before_those_of_parameters():
     ],
     ids=str,
 )
+@pytest.mark.since(jax="0.7")
 def test_an_axis_of_haliax_has_the_one_name_that_divides_most(mapping, expected, named_array):
     axes = (Axis("embed", 64), Axis("mlp", 512))
     params = {"up": named_array(jax.ShapeDtypeStruct((64, 512), jnp.float32), axes)}
@@ -241,6 +242,7 @@ def test_rules_that_are_no_regular_expressions_are_refused():
 PAGE = (ROOT / "docs" / "trainers.md").read_text()
 
 
+@pytest.mark.since(flax="0.12.8")  # before which not all of them run.
 def test_the_page_names_the_replays_and_what_there_is():
     """Its code needs the trainers, so that only what it takes from here can be looked up."""
     rows = re.findall(r"^\| \[.+\]\(#(.+?)\) \|.*\| (`.+`) \| [^|]+ \|$", PAGE, re.M)

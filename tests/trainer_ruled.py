@@ -88,9 +88,15 @@ def flax_loss(params):
     )
 
 
+def variable(x):
+    """A variable of NNX as it is in a state."""
+    found = nnx.Param(jnp.asarray(x))
+    return found.to_state() if hasattr(found, "to_state") else found
+
+
 def easydel():
     mesh = auto_mesh((4, 2), ("fsdp", "tp"))
-    params = nnx.State(jax.tree.map(lambda x: nnx.Param(jnp.asarray(x)), flax_leaves()))
+    params = nnx.State(jax.tree.map(variable, flax_leaves()))
 
     def shardings(rules, tree):
         def of_leaf(keys, x):
@@ -197,7 +203,7 @@ def openpi():
 
     def initial():
         values = {"PaliGemma": {"llm": gemma_leaves(L)}}
-        params = nnx.State(jax.tree.map(lambda x: nnx.Param(jnp.asarray(x)), values))
+        params = nnx.State(jax.tree.map(variable, values))
         return params, tx.init(params)
 
     shapes = jax.eval_shape(initial)

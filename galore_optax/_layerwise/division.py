@@ -8,6 +8,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int, PyTreeDef
 
@@ -352,7 +353,7 @@ def _layers(stacked: Params) -> int:
     sizes: dict[int | None, str] = {}
     for path, leaf in found:
         for array in jax.tree.leaves(leaf):
-            shape = jnp.shape(array)
+            shape = np.shape(array)
             sizes.setdefault(shape[0] if shape else None, f"{path_name(path)} of shape {shape}")
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise ValueError(

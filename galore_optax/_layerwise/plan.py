@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from galore_optax._jaxpr import dependence
@@ -89,10 +90,10 @@ def union(units: Sequence[Unit], count: int) -> list[bool]:
 def _check_batch(batch: Batch, count: int) -> None:
     """Raises an error where a batch has no axis of micro-batches."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if jnp.shape(leaf)[:1] != (count,):
+        if np.shape(leaf)[:1] != (count,):
             raise ValueError(
                 f"with micro_batches={count} each leaf of batch has a leading axis of {count}; "
-                f"{jax.tree_util.keystr(path) or 'it'} has the shape {jnp.shape(leaf)}"
+                f"{jax.tree_util.keystr(path) or 'it'} has the shape {np.shape(leaf)}"
             )
 
 

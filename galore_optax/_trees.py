@@ -79,5 +79,5 @@ def axis_names(x: PyTree) -> tuple[str, ...] | None:
 
 def _has_content(x: PyTree) -> bool:
     named = hasattr(x, "get_metadata") or hasattr(x, "replace_boxed") or axis_names(x) is not None
-    # A variable of NNX is itself a leaf to JAX in older versions of Flax, where it is not in a state.
+    # With older versions of Flax a variable of NNX is itself a leaf, unless it is in a state.
     return named and not jax.tree_util.all_leaves([x])

@@ -70,6 +70,7 @@ def size(tmp_path, monkeypatch):
     return Size(True, "austen", GIB, pretrained=pretrained)
 
 
+@pytest.mark.long("it compiles a run")
 def test_a_method_on_sst2_is_a_stage_of_the_gpu_benchmark(size):
     name = "lora:4"
     result = json.loads(json.dumps(stage.measure_minilm(size, name, 0.0)))

@@ -164,6 +164,7 @@ def start_both(cache, *words):
 
 
 @pytest.mark.ci
+@pytest.mark.long("seven processes that each compile a run")
 def test_two_processes_train_as_one_and_any_number_goes_on(tmp_path):
     # Text whose order is the same for any number of processes.
     settings = {"steps": STEPS, "save_every": SAVED, "eval_every": STEPS}
@@ -188,6 +189,7 @@ def test_two_processes_train_as_one_and_any_number_goes_on(tmp_path):
 
 
 @pytest.mark.ci
+@pytest.mark.long("processes that are started again after each kill")
 def test_a_run_of_which_processes_are_killed_ends_and_goes_on_bit_for_bit(tmp_path):
     """One that is not the first, and then the first."""
     text, cache = write_text(tmp_path), tmp_path / "cache"

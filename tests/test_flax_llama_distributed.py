@@ -164,7 +164,7 @@ def start_both(cache, *words):
 
 
 @pytest.mark.ci
-@pytest.mark.long("seven processes that each compile a run")
+@pytest.mark.long("four processes that each compile a run")
 def test_two_processes_train_as_one_and_any_number_goes_on(tmp_path):
     # Text whose order is the same for any number of processes.
     settings = {"steps": STEPS, "save_every": SAVED, "eval_every": STEPS}

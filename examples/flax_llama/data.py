@@ -8,6 +8,7 @@ Either way, the seed gives all batches and their order.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,16 @@ from examples.flax_llama.conversation_data import (
     read_valid_conversations,
     recognise,
 )
-from examples.flax_llama.documents import BUILT_IN, open_shards, read_split, texts
+from examples.flax_llama.documents import (
+    BUILT_IN,
+    is_tokenized,
+    open_shards,
+    read_split,
+    texts,
+)
 from examples.flax_llama.interleaved import InterleavedRows
 from examples.flax_llama.packing import ConversationRows
+from examples.flax_llama.paths import TRAINED_ON
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.rows import Row, Rows, TokenRows
 from examples.flax_llama.stream import DocumentGroups
@@ -36,8 +44,8 @@ from examples.flax_llama.tokenizer import (
     train_tokenizer,
     trained_size,
 )
-from examples.flax_llama.tokens import Tokens, is_tokenized, load_tokens
-from examples.flax_llama.usage import UsageError
+from examples.flax_llama.tokens import Tokens, load_tokens
+from examples.flax_llama.usage import UsageError, say_once
 from examples.flax_llama.validation import (
     Group,
     Valid,
@@ -189,11 +197,13 @@ def open_text(
     elif isinstance(data, str) and is_tokenized(data):
         train, encoder = load_tokens(Path(data))
         check_same(tokenizer, encoder, data)
+        if isinstance(valid_data, str) and os.path.realpath(valid_data) == os.path.realpath(data):
+            say_once(TRAINED_ON)
         if valid_data is None:
             train, last = train.split()
             held_out = token_groups(last)
     else:
-        train = open_shards(data, reading=reading)
+        train = open_shards(data, reading=reading, valid_data=valid_data)
         spec = tokenizer or DEFAULT_TOKENIZER
         encoder = shard_tokenizer(spec, train, skip_held_out=valid_data is None)
         held_out = encode_groups(texts(train, held_out=True), encoder, eval_tokens)
@@ -229,7 +239,7 @@ def open_conversations(
     batches: Batches,
 ) -> Data:
     """What `open_data` does with conversations, which every host reads whole."""
-    shards = open_conversation_shards(data, reading)
+    shards = open_conversation_shards(data, reading, valid_data=valid_data)
     own_valid = valid_data is None
     spec = tokenizer or DEFAULT_TOKENIZER
     encoder = shard_tokenizer(spec, shards, skip_held_out=own_valid)

@@ -55,7 +55,8 @@ def tokenize(
         TimeElapsedColumn(),
         disable=quiet,
     ) as progress:
-        tokens = write_tokens(out, watched(shards, progress), encoder)
+        alike = len({shard.number for shard in shards}) < len(shards)
+        tokens = write_tokens(out, watched(shards, progress), encoder, alike=alike)
     if reading.bad_lines:
         print(reading.summary())
     return tokens

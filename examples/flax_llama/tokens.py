@@ -6,6 +6,7 @@ Such a directory holds `tokens.bin`, all documents one after the other; `ends.bi
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 import tempfile
@@ -14,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.flax_llama.documents import HELD_OUT, OTHER_TEXT
+from examples.flax_llama.documents import HELD_OUT, META, OTHER_TEXT
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
 from examples.flax_llama.usage import UsageError, cannot_be_read
 from examples.flax_llama.writing import make_directory, naming
 
-META = "meta.json"
 TOKENS = "tokens.bin"
 ENDS = "ends.bin"
+# In meta.json, where it is so.
+ALIKE = "files_that_begin_alike"
 DTYPES = ("uint16", "uint32")
 
 
@@ -35,6 +37,8 @@ class Tokens:
     ends: np.ndarray
     # Bytes of UTF-8 per token.
     bytes_per_token: float
+    # Whether they are of files of which some begin alike, so that documents may be there twice.
+    alike: bool = False
 
     @classmethod
     def join(cls, documents: list[np.ndarray], num_bytes: int) -> "Tokens":
@@ -46,13 +50,18 @@ class Tokens:
         """The first documents, to train on, and the last ones, with about 5 % of the tokens.
 
         Raises:
-          UsageError: the documents are too few.
+          UsageError: the documents are too few, or the last ones are among the first.
         """
         held_out = int(np.searchsorted(self.ends, len(self.ids) * (1 - HELD_OUT))) + 1
         if held_out >= len(self.ends):
             raise UsageError(
                 f"The last of {len(self.ends)} documents has more than {HELD_OUT:.0%} of the "
                 f"tokens, too many to validate on: {OTHER_TEXT}."
+            )
+        if self.alike and self._repeats(held_out):
+            raise UsageError(
+                "The last documents are among those before them too, since files of the data that "
+                f"was tokenized were named more than once: {OTHER_TEXT}."
             )
         cut = self.ends[held_out - 1]
         return (
@@ -61,9 +70,12 @@ class Tokens:
         )
 
 
-def is_tokenized(path: str) -> bool:
-    """Whether this is a directory that the tokenize command made."""
-    return (Path(path) / META).is_file()
+    def _repeats(self, first: int) -> bool:
+        """Whether a document from some place on is before it too."""
+        starts = [0, *self.ends[:-1].tolist()]
+        documents = (self.ids[a:b].tobytes() for a, b in zip(starts, self.ends, strict=True))
+        before = set(itertools.islice(documents, first))
+        return any(document in before for document in documents)
 
 
 def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
@@ -75,7 +87,7 @@ def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
     try:
         meta = json.loads((directory / META).read_text())
         dtype, count, documents = meta["dtype"], meta["tokens"], meta["documents"]
-        num_bytes = meta["bytes"]
+        num_bytes, alike = meta["bytes"], bool(meta.get(ALIKE))
     except PermissionError as error:
         raise cannot_be_read(str(directory / META), error) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -92,7 +104,7 @@ def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
     )
     if ends[-1] != count:
         raise UsageError(f"{directory / ENDS} is not of {TOKENS}: run the tokenize command again.")
-    return Tokens(ids, ends, num_bytes / count), tokenizer
+    return Tokens(ids, ends, num_bytes / count, alike), tokenizer
 
 
 def smallest_dtype(vocab_size: int) -> str:
@@ -137,8 +149,20 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_tokens(directory: Path, groups: Iterable[list[str]], tokenizer: Tokenizer) -> Tokens:
+def write_tokens(
+    directory: Path,
+    groups: Iterable[list[str]],
+    tokenizer: Tokenizer,
+    *,
+    alike: bool = False,
+) -> Tokens:
     """Writes documents, each ended by the tokenizer's `eos_id`, and returns them as a memory map.
+
+    Args:
+      directory: new one.
+      groups: the documents.
+      tokenizer: of them.
+      alike: whether some of the files that they are from begin alike.
 
     Raises:
       UsageError: the directory exists, a document cannot be read, or there are none; nothing is
@@ -159,6 +183,7 @@ def write_tokens(directory: Path, groups: Iterable[list[str]], tokenizer: Tokeni
         if tokens == 0:
             raise UsageError("There are no documents to tokenize.")
         meta = {"dtype": dtype, "tokens": tokens, "documents": documents, "bytes": num_bytes}
+        meta |= {ALIKE: True} if alike else {}
         (partial / META).write_text(json.dumps(meta, indent=2) + "\n")
         tokenizer.save(partial)
     return load_tokens(directory)[0]

@@ -1,8 +1,10 @@
 """What is said of settings that cannot work, and of files that cannot be read or written."""
 
 import errno
+import functools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,12 @@ def at_least_one(name: str, value: int) -> None:
 def cannot_be_read(what: str, error: OSError) -> UsageError:
     """What to say of a file that the system does not let us read, whatever is in it."""
     return UsageError(f"{what} cannot be read: {error.strerror or error}.")
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Says something on stderr, once in a process however often there is reason to."""
+    print(line, file=sys.stderr)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def open_task(name: str, data: Path, test: Path | None, limit: int | None = None
         rows[file] = list(read_rows(file, task, notes))
     test_file = test or (default_test(data, task, notes) if len(task.dev) == 1 else None)
     if test_file is not None:
+        if test_file.is_file() and test_file.samefile(train_file):
+            notes.append(f"test={test_file} is what is trained on")
         rows[test_file] = list(read_rows(test_file, task, notes))
     found = {file: to_examples(rows[file], labels, task, file).first(limit) for file in rows}
     return Dataset(
@@ -134,7 +136,7 @@ def default_test(data: Path, task: Task, notes: list[str]) -> Path | None:
     if not any((data / f"test{suffix}").is_file() for suffix in (".tsv", ".txt")):
         return None
     path = find(data, "test", task)
-    if path.suffix == ".tsv" and not has_labels(path, task):
+    if path.suffix.lower() == ".tsv" and not has_labels(path, task):
         notes.append(f"{path} has no labels: nothing is reported of it")
         return None
     return path
@@ -174,7 +176,7 @@ def read_rows(path: Path, task: Task, notes: list[str]) -> Iterator[Row]:
     Raises:
       UsageError: it has no labels, or a line is not as it should be.
     """
-    if not task.texts or (path.suffix == ".txt" and len(task.texts) == 1):
+    if not task.texts or (path.suffix.lower() == ".txt" and len(task.texts) == 1):
         yield from labelled_lines(path)
         return
     found = lines(path)

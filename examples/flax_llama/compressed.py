@@ -97,11 +97,11 @@ ZSTD, BZ2 = members(zstd), members(bz2.BZ2Decompressor)
 XZ = members(lzma.LZMADecompressor, padded=True)
 # By suffix, in small letters, what opens a file.
 OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": lambda path: gzip.open(path, "rb"),
+    ".gz": gzip.GzipFile,
     ".xz": XZ,
     ".zst": ZSTD,
     ".bz2": BZ2,
-    ".gzip": lambda path: gzip.open(path, "rb"),
+    ".gzip": gzip.GzipFile,
     ".zstd": ZSTD,
     ".lzma": XZ,
 }

@@ -102,7 +102,7 @@ NEEDS = (
         "param_dtype='bfloat16'",
     ),
     Need(
-        ("text_field", "on_bad_line", "data_format"),
+        ("text_field", "on_bad_line", "data_format", "eos_token"),
         reads_text,
         "data",
         "text in files and of the hub",

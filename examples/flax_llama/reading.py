@@ -17,6 +17,7 @@ ON_LONG = ("error", "cut", "skip")
 LOSS_ON = ("responses", "last", "all")
 # So many of the lines that are left out are shown, and of the fields that they have.
 SHOWN = 5
+DEEP = "objects or lists in each other, too many to be read"
 # What the documents of each format are called, and the settings that name their fields.
 CALLED = {
     "text": ("text", ("text_field",)),
@@ -93,11 +94,14 @@ class Reading:
           UsageError: there is none, and it is not to be left out.
         """
         try:
-            example = json.loads(line)
+            # Decoded here: of bytes, it would guess other encodings from where there are zeros.
+            example = json.loads(line.decode())
         except UnicodeDecodeError as error:
             return self.leave_out(where, f"not UTF-8: {error}")
         except ValueError as error:
             return self.leave_out(where, f"not JSON: {error}{LINES}")
+        except RecursionError:
+            return self.leave_out(where, DEEP)
         return self.read(example, where)
 
     def read(self, example: Any, where: str) -> Document | None:
@@ -110,6 +114,8 @@ class Reading:
             return conversation_of(example, where, self.data_format, self.names)
         except BadLine as reason:
             return self.leave_out(where, reason)
+        except RecursionError:
+            return self.leave_out(where, DEEP)
 
     def leave_out(self, where: str, reason: BadLine | str) -> None:
         """Counts what is no document, where that is asked for.

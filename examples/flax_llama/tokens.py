@@ -69,7 +69,6 @@ class Tokens:
             Tokens(self.ids[cut:], self.ends[held_out:] - cut, self.bytes_per_token),
         )
 
-
     def _repeats(self, first: int) -> bool:
         """Whether a document from some place on is before it too."""
         starts = [0, *self.ends[:-1].tolist()]

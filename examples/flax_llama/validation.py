@@ -105,8 +105,10 @@ def open_groups(
         shards = documents.open_shards(data, split="validation", reading=reading, name=name)
         return encode_groups(documents.texts(shards), tokenizer, num_tokens)
     tokens, own = load_tokens(Path(data))
-    if own.to_bytes() != tokenizer.to_bytes():
-        raise UsageError(f"{name}={data} was made by another tokenizer.")
+    if not own.is_same(tokenizer):
+        raise UsageError(
+            f"{name}={data} was made by another tokenizer, or with another end of documents."
+        )
     return token_groups(tokens)
 
 

@@ -19,9 +19,8 @@ from examples.flax_llama.flags import command_line
 from examples.flax_llama.run_directory import read_settings
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from examples.flax_llama.tokenizer_config import END
 from examples.flax_llama.tokens import check_new, new_directory
-from examples.flax_llama.usage import UsageError, read_object
+from examples.flax_llama.usage import UsageError
 from examples.hf.companions import ORIGINAL, copy_files
 from examples.hf.configuration import CONFIG, config_of, read_config
 from examples.hf.names import Entry, entries
@@ -94,9 +93,7 @@ def divided(shape: LlamaConfig, most: float) -> Iterator[list[Entry]]:
 def write_tokenizer(directory: Path, run: Path, tokenizer: Tokenizer) -> None:
     """Copies the tokenizer's files, and says what it is where nothing does."""
     copy_files(run, directory)
-    path = directory / TOKENIZER_CONFIG
-    own = read_object(path) if path.is_file() else {}
-    if own.keys() - {END}:
+    if (directory / TOKENIZER_CONFIG).is_file():
         return
     is_pieces = isinstance(tokenizer, SentencePieceTokenizer)
     settings: dict[str, Any] = {
@@ -104,7 +101,7 @@ def write_tokenizer(directory: Path, run: Path, tokenizer: Tokenizer) -> None:
     }
     if tokenizer.eos_id is not None:
         settings["eos_token"] = tokenizer.name_of(tokenizer.eos_id)
-    path.write_text(json.dumps(settings | own, indent=2) + "\n")
+    (directory / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 # Of the model, which have numbers of tokens; the last one is its configuration beside our settings.
 OF_MODEL = ("generation_config.json", "config.json", "hf_config.json")
-# The name of the token that ends a document, null for none: of a run, which goes on with it.
-END = "document_end"
+# Of a run, which goes on with it: the name of the token that ends a document, null for none.
+END_FILE, END = "document_end.json", "document_end"
 # Of other templates than the first, each in a file by its name.
 MORE_TEMPLATES = "additional_chat_templates"
 DEFAULT, WITH_TOOLS = "default", "tool_use"
@@ -46,7 +46,7 @@ class TokenizerConfig:
           UsageError: a file cannot be read.
         """
         more = sorted((directory / MORE_TEMPLATES).glob("*.jinja"))
-        paths = [*(directory / name for name in (CONFIG, SPECIAL, TEMPLATE)), *more]
+        paths = [*(directory / name for name in (CONFIG, SPECIAL, TEMPLATE, END_FILE)), *more]
         try:
             files = {
                 path.relative_to(directory).as_posix(): path.read_bytes()
@@ -82,7 +82,7 @@ class TokenizerConfig:
     @property
     def keeps_end(self) -> bool:
         """Whether a run has written which token ends its documents."""
-        return END in self._json(CONFIG)
+        return END in self._json(END_FILE)
 
     @property
     def end(self) -> str | None:
@@ -91,9 +91,9 @@ class TokenizerConfig:
         Raises:
           UsageError: it is no name.
         """
-        name = self._json(CONFIG).get(END)
+        name = self._json(END_FILE).get(END)
         if not isinstance(name, str | None):
-            raise UsageError(f"{self.directory / CONFIG}: {END} is no name of a token: {name!r}.")
+            raise UsageError(f"{self.directory / END_FILE}: {name!r} is no name of a token.")
         return name
 
     @functools.cached_property
@@ -144,14 +144,19 @@ class TokenizerConfig:
         except (TypeError, ValueError) as error:
             raise UsageError(f"{self.directory / CONFIG}: {NOW} is no time: {error}.") from error
 
-    def save(self, directory: Path, more: dict[str, Any] | None = None) -> None:
-        """Writes the files, with more settings, and the time where a template asks for it."""
-        files, more = self.files, dict(more or {})
+    def save(self, directory: Path, end: dict[str, Any]) -> None:
+        """Writes the files, with the time where a template asks for it.
+
+        Args:
+          directory: to write to.
+          end: what the file that says the end of a document is to have; without any there is none.
+        """
+        files = {name: contents for name, contents in self.files.items() if name != END_FILE}
         if any(ASKS_FOR_IT in template for template in self.templates.values()):
-            more[NOW] = self.now.isoformat()
-        if more:
-            config = self._json(CONFIG) | more
-            files = files | {CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode()}
+            config = self._json(CONFIG) | {NOW: self.now.isoformat()}
+            files |= {CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode()}
+        if end:
+            files[END_FILE] = json.dumps(end, ensure_ascii=False).encode()
         for name, contents in files.items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(contents)

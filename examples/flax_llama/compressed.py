@@ -94,7 +94,8 @@ def zstd() -> Any:
 
 
 ZSTD, BZ2 = members(zstd), members(bz2.BZ2Decompressor)
-XZ = members(lzma.LZMADecompressor, padded=True)
+# Of zeros alone, what finds out the format would make an empty file of an older one.
+XZ = members(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padded=True)
 # By suffix, in small letters, what opens a file.
 OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.GzipFile,
@@ -103,7 +104,6 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     ".bz2": BZ2,
     ".gzip": gzip.GzipFile,
     ".zstd": ZSTD,
-    ".lzma": XZ,
 }
 
 

@@ -5,13 +5,12 @@ else `eos_token_id` of generation_config.json and config.json. Earlier versions 
 names first: what they have written goes on as it was.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.flax_llama.documents import META
 from examples.flax_llama.tokenizer_config import END
-from examples.flax_llama.usage import UsageError, say_once
+from examples.flax_llama.usage import UsageError, parse_json, say_once
 
 if TYPE_CHECKING:
     from examples.flax_llama.tokenizer import Tokenizer
@@ -66,7 +65,7 @@ def made_here(directory: Path) -> bool:
     if (directory / META).is_file():
         return True
     try:
-        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        settings = parse_json((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(settings, dict) and "train" in settings and "imported" not in settings

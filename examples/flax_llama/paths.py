@@ -77,18 +77,35 @@ def first_of(parts: list[str], name: str) -> tuple[int, list[Path]]:
     """How many parts of a list are the first name in it, and the files of that name."""
     joined = [",".join(parts[:count]) for count in range(1, within_a_path(parts) + 1)]
     for count in range(len(joined), 0, -1):
-        if os.path.lexists(joined[count - 1]):
-            return count, files_of([joined[count - 1]], name)
+        whole, before = joined[count - 1], len(",".join(parts[: count - 1]))
+        if os.path.lexists(whole):
+            return count, files_of([whole], name)
+        if count > 1 and len(directory_of(whole)) > before:
+            return count, files_of(matching(whole, name) or refused(whole, name), name)
     if not parts[0]:
         # Which would be the directory that we are in.
         raise UsageError(f"{name}='' is empty, or has nothing before or after a comma.")
     for count, pattern in enumerate(joined, 1):
         if matches := matching(pattern, name):
             return count, files_of(matches, name)
-    divided = " Commas are between names." if len(parts) > 1 else ""
-    if glob.has_magic(parts[0]):
-        raise UsageError(f"{name}={parts[0]!r} matches no file.{divided}")
-    raise UsageError(f"{name}={parts[0]} does not exist.{divided}")
+    return 1, [Path(each) for each in refused(parts[0], name, divided=len(parts) > 1)]
+
+
+def refused(pattern: str, name: str, *, divided: bool = False) -> list[str]:
+    """Refuses what names no file."""
+    said = " Commas are between names." if divided else ""
+    if glob.has_magic(pattern):
+        raise UsageError(f"{name}={pattern!r} matches no file.{said}")
+    raise UsageError(f"{name}={pattern} does not exist.{said}")
+
+
+def directory_of(pattern: str) -> str:
+    """The longest beginning of a name that is a directory as it is written, with its slash."""
+    place = len(pattern)
+    while (place := pattern.rfind("/", 0, place)) >= 0:
+        if os.path.isdir(found := pattern[: place + 1]):
+            return found
+    return ""
 
 
 def within_a_path(parts: list[str]) -> int:
@@ -109,8 +126,7 @@ def matching(pattern: str, name: str) -> list[str]:
     """
     if not glob.has_magic(pattern):
         return []
-    places = [place for place, letter in enumerate(pattern, 1) if letter == "/"]
-    root = max((pattern[:p] for p in places if os.path.isdir(pattern[:p])), key=len, default="")
+    root = directory_of(pattern)
     rest = pattern[len(root) :]
     if os.path.isdir(root or ".") and not os.access(root or ".", os.R_OK | os.X_OK):
         raise UsageError(

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from examples.flax_llama.usage import UsageError, cannot_be_read, read_object
+from examples.flax_llama.usage import UsageError, cannot_be_read, parse_json, read_object
 
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
@@ -172,7 +172,7 @@ class TokenizerConfig:
             return {}
         text = self._text(name)
         try:
-            found = json.loads(text)
+            found = parse_json(text)
         except ValueError as error:
             raise UsageError(f"{self.directory / name} is not JSON: {error}.") from error
         if not isinstance(found, dict):

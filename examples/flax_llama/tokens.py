@@ -10,19 +10,23 @@ import itertools
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from examples.flax_llama.documents import HELD_OUT, META, OTHER_TEXT
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
-from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.usage import UsageError, cannot_be_read, parse_json
 from examples.flax_llama.writing import make_directory, naming
 
 TOKENS = "tokens.bin"
 ENDS = "ends.bin"
-# In meta.json, where it is so.
+# In meta.json: the CRC-32 of what is in each file, and bytes of tokens that are summed.
+SUMS, SUMMED = "crc32", 1 << 30
+# Likewise, where it is so.
 ALIKE = "files_that_begin_alike"
 DTYPES = ("uint16", "uint32")
 
@@ -84,9 +88,11 @@ def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
       UsageError: the directory is not what `write_tokens` wrote.
     """
     try:
-        meta = json.loads((directory / META).read_text())
+        meta = parse_json((directory / META).read_text())
         dtype, count, documents = meta["dtype"], meta["tokens"], meta["documents"]
         num_bytes, alike = meta["bytes"], bool(meta.get(ALIKE))
+        sums = meta.get(SUMS)
+        damaged = sums is not None and sums[META] != sum_of(meta)
     except PermissionError as error:
         raise cannot_be_read(str(directory / META), error) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -103,7 +109,21 @@ def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
     )
     if ends[-1] != count:
         raise UsageError(f"{directory / ENDS} is not of {TOKENS}: run the tokenize command again.")
+    for name in (META, ENDS, TOKENS, tokenizer.file_name) if sums is not None else ():
+        # Of more tokens than are read in a second, nobody waits for the sum.
+        if name != META and (name != TOKENS or ids.nbytes <= SUMMED):
+            damaged = zlib.crc32((directory / name).read_bytes()) != sums[name]
+        if damaged:
+            raise UsageError(
+                f"{directory / name} is damaged, or was changed: run the tokenize command again."
+            )
     return Tokens(ids, ends, num_bytes / count, alike), tokenizer
+
+
+def sum_of(meta: dict[str, Any]) -> int:
+    """The checksum of what is in meta.json but for that."""
+    sums = {name: value for name, value in meta[SUMS].items() if name != META}
+    return zlib.crc32(json.dumps(meta | {SUMS: sums}, sort_keys=True).encode())
 
 
 def smallest_dtype(vocab_size: int) -> str:
@@ -169,13 +189,16 @@ def write_tokens(
     """
     dtype = smallest_dtype(tokenizer.vocab_size)
     tokens = documents = num_bytes = 0
+    sums = {TOKENS: 0, ENDS: 0}
     with new_directory(directory) as partial:
         with open(partial / TOKENS, "wb") as tokens_file, open(partial / ENDS, "wb") as ends_file:
             for texts in groups:
                 encoded = tokenizer.encode_documents(texts)
                 ends = tokens + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
-                tokens_file.write(np.concatenate(encoded).astype(dtype).tobytes())
-                ends_file.write(ends.tobytes())
+                written = np.concatenate(encoded).astype(dtype).tobytes(), ends.tobytes()
+                for file, name, data in zip((tokens_file, ends_file), sums, written, strict=True):
+                    file.write(data)
+                    sums[name] = zlib.crc32(data, sums[name])
                 tokens = int(ends[-1])
                 documents += len(texts)
                 num_bytes += sum(len(text.encode()) for text in texts)
@@ -183,6 +206,9 @@ def write_tokens(
             raise UsageError("There are no documents to tokenize.")
         meta = {"dtype": dtype, "tokens": tokens, "documents": documents, "bytes": num_bytes}
         meta |= {ALIKE: True} if alike else {}
-        (partial / META).write_text(json.dumps(meta, indent=2) + "\n")
         tokenizer.save(partial)
+        sums[tokenizer.file_name] = zlib.crc32((partial / tokenizer.file_name).read_bytes())
+        meta[SUMS] = sums
+        meta[SUMS] = sums | {META: sum_of(meta)}
+        (partial / META).write_text(json.dumps(meta, indent=2) + "\n")
     return load_tokens(directory)[0]

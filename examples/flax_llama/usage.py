@@ -34,6 +34,23 @@ def say_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def parse_json(text: str) -> Any:
+    """What JSON says.
+
+    Raises:
+      ValueError: it is none, or too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("too many objects or lists in each other") from error
+
+
+def one_line(text: str) -> str:
+    """A text with what would end a line, or could not be seen, written as escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a file of JSON.
 
@@ -41,7 +58,7 @@ def read_object(path: Path) -> dict[str, Any]:
       UsageError: it cannot be read, or is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise cannot_be_read(str(path), error) from error
     except ValueError as error:

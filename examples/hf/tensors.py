@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.usage import UsageError, cannot_be_read, parse_json
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -69,7 +68,7 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
 def read_index(path: Path) -> dict[str, str]:
     """The file of each tensor, by an index."""
     try:
-        places = json.loads(path.read_text())["weight_map"]
+        places = parse_json(path.read_text())["weight_map"]
     except OSError as error:
         raise cannot_be_read(str(path), error) from error
     except (ValueError, KeyError, TypeError) as error:

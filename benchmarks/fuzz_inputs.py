@@ -6,6 +6,8 @@ import json
 import lzma
 import random
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import zstandard
 
@@ -85,7 +87,9 @@ COMPRESS = {
 }
 
 
-def reference_json(contents: bytes) -> list[tuple[int, str | None]]:
+def reference_json(
+    contents: bytes, take: Callable[[Any], Any] = lambda example: example["text"]
+) -> list[tuple[int, str | None]]:
     """The numbers of all lines that are not blank, each with its text, None where it has none."""
     found: list[tuple[int, str | None]] = []
     for number, line in enumerate(contents.split(b"\n"), 1):
@@ -94,12 +98,35 @@ def reference_json(contents: bytes) -> list[tuple[int, str | None]]:
         if not line.strip(b" \t\r\x0b\x0c"):
             continue
         try:
-            text = json.loads(str(line, "utf-8"))["text"]
-            text.encode()
-            found.append((number, text if type(text) is str else None))
+            text = take(json.loads(str(line, "utf-8")))
+            is_text = type(text) is str and str(text.encode(), "utf-8") == text
+            found.append((number, text if is_text else None))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             found.append((number, None))
     return found
+
+
+def reference_pair(example: Any) -> str | None:
+    """A prompt and its response, one below the other."""
+    prompt, response = example["prompt"] + "", example["response"] + ""
+    return f"{prompt}\n{response}" if response.strip() else None
+
+
+def reference_labelled(contents: bytes) -> tuple[list[tuple[str, ...]], int | None]:
+    """Labels and texts, and the number of the first line that is none."""
+    found: list[tuple[str, ...]] = []
+    lines = contents.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError:
+            return found, number
+        if text:
+            parts = tuple(text.split(None, 1))
+            if len(parts) < 2:
+                return found, number
+            found.append(parts)
+    return found, None
 
 
 def reference_text(contents: bytes) -> tuple[str, int | None]:

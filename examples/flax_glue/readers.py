@@ -158,14 +158,16 @@ def lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """
     number = 0
     try:
-        # No other character ends a line, and some begin with a mark of their byte order.
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
+        # As bytes, since no other character ends a line, and to know which one is no text.
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\r\n").split("\t")
+                # Some begin with a mark of their byte order.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.rstrip("\r\n").split("\t")
     except OSError as error:
         raise cannot_be_read(str(path), error) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}, after line {number}: not UTF-8.") from error
+        raise UsageError(f"{path}, line {number}: not UTF-8.") from error
     if not number:
         raise UsageError(f"{path} is empty.")
 

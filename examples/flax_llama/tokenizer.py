@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -315,13 +316,13 @@ def load_tokenizer(path: str | Path, name: str | None = "tokenizer") -> Tokenize
     if path == "":
         raise UsageError(f"{what()}: {EXPECTED}")
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = tokenizer_files(path)
         if not found:
             names = f"{JsonTokenizer.file_name} or {SentencePieceTokenizer.file_name}"
             raise UsageError(f"{what()}: expected {names} in the directory.")
         path = found[0]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"{what()}: there is no such file; {EXPECTED}")
     try:
         if path.suffix.lower() == ".json":

@@ -204,7 +204,12 @@ def write_tokens(
                 num_bytes += sum(len(text.encode()) for text in texts)
         if tokens == 0:
             raise UsageError("There are no documents to tokenize.")
-        meta = {"dtype": dtype, "tokens": tokens, "documents": documents, "bytes": num_bytes}
+        meta: dict[str, Any] = {
+            "dtype": dtype,
+            "tokens": tokens,
+            "documents": documents,
+            "bytes": num_bytes,
+        }
         meta |= {ALIKE: True} if alike else {}
         tokenizer.save(partial)
         sums[tokenizer.file_name] = zlib.crc32((partial / tokenizer.file_name).read_bytes())

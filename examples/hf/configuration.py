@@ -5,6 +5,7 @@ What a file leaves out is what `transformers` takes for it, family by family.
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def named_shape(name: str) -> LlamaConfig:
     """
     if name in PUBLISHED:
         return shape_of(PUBLISHED[name])
-    if not Path(name).exists():
+    if not os.path.exists(name):
         raise UsageError(
             f"preset={name!r}: expected one of {', '.join((*PRESETS, *PUBLISHED))}; or the "
             "directory of a model with its config.json."

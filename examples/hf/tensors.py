@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         path = directory / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # of a name that no file can have too
             raise UsageError(f"{index} names {name}, which is missing.")
         new = header(path)
         if twice := sorted(found.keys() & new.keys()):

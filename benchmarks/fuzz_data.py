@@ -69,6 +69,7 @@ def search(seed: int, count: int, out: Path) -> Found:
         found = Found(**json.loads(out.read_text()))
         if found.seed != seed:
             raise SystemExit(f"--out {out} is of seed {found.seed}: name another file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic() - found.seconds
     for number in range(found.tried, count):
         kind, wrong = try_case(seed, number)

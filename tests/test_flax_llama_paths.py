@@ -12,7 +12,10 @@ import zstandard
 
 from examples.flax_llama import files, paths
 from examples.flax_llama.documents import open_shards, texts
+from examples.flax_llama.reading import Reading
+from examples.flax_llama.tokenizer import load_tokenizer, train_tokenizer
 from examples.flax_llama.usage import UsageError
+from examples.hf.tensors import open_tensors
 
 # No version of JAX has a part in it.
 pytestmark = pytest.mark.plain
@@ -115,7 +118,7 @@ def test_a_part_that_is_cut_is_called_truncated(tmp_path, name):
         ("a.jsonl", gzip.compress(WHOLE), r"line 1: .* compressed, as \.gz is"),
         ("a.txt", zst(WHOLE), r"line 1: .* compressed, as \.zst is"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "line 1: not"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: objects or lists in each other, too many"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON: too many objects or lists in each other"),
         ("a.jsonl", b'{"a":' * 900 + b"1" + b"}" * 900 + b"\n", "line 1: "),
     ],
 )
@@ -257,3 +260,33 @@ def test_files_to_validate_on_are_left_out_of_those_to_train_on(tmp_path, capsys
     paths.say_once.cache_clear()
     assert list(texts(open_shards(str(valid), valid_data=str(valid)))) == ["valid"]
     assert "validated on what was trained on" in capsys.readouterr().err
+
+
+def test_an_error_that_quotes_a_line_is_one_line(tmp_path):
+    lines = [{"te\nxt": "a"}, "a\nb\u2028c\0", {"text": "b"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    reading = Reading(on_bad_line="skip")
+    (shard,) = open_shards(str(tmp_path), reading=reading)
+    assert [text for text, _ in shard.documents()] == ["b"]
+    assert all(reason.isprintable() for reason in reading.bad_lines.values())
+    assert r"--text-field NAME could name te\nxt." in reading.summary()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_files_beside_a_tokenizer_that_are_too_deep_are_named(tmp_path, name):
+    train_tokenizer([], "bytes", eos=True).save(tmp_path)
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=rf"{name} is not JSON: too many objects or lists in each"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_index_with_a_name_that_no_file_has_is_refused(tmp_path):
+    index = {"weight_map": {"a": f"{'a' * 5000}.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match=r"index.json names a+\.safetensors, which is missing"):
+        open_tensors(tmp_path)
+
+
+def test_a_name_that_no_file_has_is_no_tokenizer():
+    with pytest.raises(UsageError, match="there is no such file"):
+        load_tokenizer("a" * 5000)

@@ -188,3 +188,24 @@ def test_the_command_ends_documents_in_the_token_that_is_given(tmp_path):
     found, tokenizer = load_tokens(tmp_path / "out")
     assert tokenizer.decode(found.ids) == tokenizer.decode(written.ids) == "abcz"
     assert tokenizer.eos_id == found.ids[-1]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "ends.bin", "meta.json", "tokenizer.json"])
+def test_a_changed_byte_is_found_and_its_file_is_named(written, name):
+    """Where what is changed would be read as well: other tokens, ends, sizes, names."""
+    contents = (written / name).read_bytes()
+    changes = {"meta.json": (b'"bytes": ', b'"bytes": 1'), "tokenizer.json": (b'"q"', b'"QQ"')}
+    place = len(contents) // 2
+    flipped = contents[:place] + bytes([contents[place] ^ 1]) + contents[place + 1 :]
+    changed = contents.replace(*changes[name], 1) if name in changes else flipped
+    assert changed != contents
+    (written / name).write_bytes(changed)
+    with pytest.raises(UsageError, match=rf"{name} is damaged, or was changed"):
+        load_tokens(written)
+
+
+def test_what_earlier_versions_tokenized_has_no_checksums(written):
+    meta = json.loads((written / "meta.json").read_text())
+    del meta["crc32"]
+    (written / "meta.json").write_text(json.dumps(meta))
+    assert len(load_tokens(written)[0].ends) == len(TEXTS)

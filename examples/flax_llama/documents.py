@@ -3,6 +3,7 @@
 Text in files and on the hub comes in shards, each read from start to end or on from a position.
 """
 
+import hashlib
 import itertools
 import lzma
 import os
@@ -146,7 +147,8 @@ def texts(shards: Sequence[Shard], *, held_out: bool | None = None) -> Iterator[
             if held_out is not None and is_held_out(shard.number, number) != held_out:
                 continue
             if mentions[shard.number] > 1:
-                place = (shard.number, number, text_of(document))
+                digest = hashlib.sha256(text_of(document).encode()).digest()
+                place = (shard.number, number, digest)
                 if place in seen:
                     continue
                 seen.add(place)

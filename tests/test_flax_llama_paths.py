@@ -118,7 +118,11 @@ def test_a_part_that_is_cut_is_called_truncated(tmp_path, name):
         ("a.jsonl", gzip.compress(WHOLE), r"line 1: .* compressed, as \.gz is"),
         ("a.txt", zst(WHOLE), r"line 1: .* compressed, as \.zst is"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "line 1: not"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON: too many objects or lists in each other"),
+        (
+            "a.jsonl",
+            b"[" * 100_000 + b"\n",
+            "line 1: not JSON: too many objects or lists in each other",
+        ),
         ("a.jsonl", b'{"a":' * 900 + b"1" + b"}" * 900 + b"\n", "line 1: "),
     ],
 )

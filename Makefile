@@ -12,7 +12,7 @@ READY := $(VENV)/.ready-$(VERSION)
 CUDA = $(shell nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null \
   | awk -F, 'NR == 1 && $$1 + 0 { print ($$1 + 0 >= 580 && $$2 + 0 >= 7.5) ? ",cuda13" : ",cuda12" }')
 
-.PHONY: help env demo gpu test test-all test-versions test-oldest lint typecheck format clean
+.PHONY: help env demo gpu fuzz test test-all test-versions test-oldest lint typecheck format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,12 @@ gpu:  ## measure on the GPU; REHEARSE=1 tries everything on the CPU
 	  exit 2; }
 	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) \
 	  $(if $(REHEARSE),--rehearse,--out benchmarks/results/gpu) $(if $(RESUME),--resume $(RESUME))
+
+SEED ?= 0
+COUNT ?= 100000
+
+fuzz: $(READY)  ## search for faults with random and damaged data: SEED and COUNT of cases
+	$(BIN)/python -m benchmarks.fuzz_data --seed $(SEED) --count $(COUNT) --out runs/fuzz-data-$(SEED).json
 
 # Two processes, since most of the time goes into compilation; one on a GPU, whose memory each takes.
 # The threads of their SVDs would wait for each other. Not reordered, since the files with the fewest

@@ -144,7 +144,7 @@ def test_a_file_of_another_task_is_known_by_its_header():
 def test_bytes_that_are_no_text_are_named(tmp_path):
     write(tmp_path, dev="1 b\n")
     (tmp_path / "train.txt").write_bytes(b"1 a\n0 \xff\n")
-    with pytest.raises(UsageError, match=r"train.txt, after line \d: not UTF-8"):
+    with pytest.raises(UsageError, match=r"train.txt, line 2: not UTF-8"):
         open_task("sst2", tmp_path, None)
 
 

@@ -1,6 +1,7 @@
 """Runs that go on with other settings or other data, and runs that begin with others' weights."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -389,6 +390,25 @@ def test_a_file_that_has_grown_is_told_from_one_that_has_changed(tmp_path, size)
     assert told() == "text.txt has 4 bytes more at its end (of 1 file)"
     path.write_bytes(b"!" + path.read_bytes()[1:])
     assert told() == "text.txt has changed (of 1 file)"
+
+
+@pytest.mark.plain
+def test_data_of_which_other_documents_are_held_out_is_other_data(tmp_path):
+    """Of a file that is named twice; what names none twice is known as it was."""
+    for name in "ab":
+        (tmp_path / name).with_suffix(".jsonl").write_text(f'{{"text": "{name}"}}\n')
+    one, two = (
+        fingerprint.fingerprint_of(Config(data=f"{tmp_path}{more}")).train
+        for more in ("", f",{tmp_path}/a.jsonl")
+    )
+    assert (one.alike, two.alike) == ("", "2=0")
+    before = [[file.known_by for file in one.files], "text", True]
+    assert one.digest == hashlib.sha256(json.dumps(before).encode()).hexdigest()[:32]
+    earlier = dataclasses.replace(two, alike="")
+    assert "an earlier version trained on" in fingerprint.differences(earlier, two)
+    # What is validated on besides is none of it.
+    given = Config(data=str(tmp_path), valid_data=f"{tmp_path}/b.jsonl")
+    assert [file.name for file in fingerprint.fingerprint_of(given).train.files] == ["a.jsonl"]
 
 
 def test_the_same_files_at_another_place_are_the_same_data(run):

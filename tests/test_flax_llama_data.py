@@ -16,6 +16,7 @@ from examples.flax_llama import data, documents, stream, validation
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.data import open_data
 from examples.flax_llama.interleaved import merged
+from examples.flax_llama.reading import Reading
 from examples.flax_llama.stream import DocumentGroups
 from examples.flax_llama.tokenizer import train_tokenizer
 from examples.flax_llama.tokens import Tokens, write_tokens
@@ -507,3 +508,71 @@ def test_a_batch_of_one_row_is_as_endless_as_any():
     batches = iter(data.token_batches(tokens, batch=1, seq=10))
     starts = [int(next(batches)["tokens"][0, 0]) for _ in range(6)]
     assert sorted(starts[:3]) == sorted(starts[3:]) == [0, 10, 20]
+
+
+def decoded(encoder, rows):
+    """The documents of rows without packing, as far as the rows have them."""
+    return {encoder.decode([x for x in row.tolist() if 0 < x < 256]) for row in rows}
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("spec", ["{0}/one.jsonl,{0}/one.jsonl", "{0},{0}/one.jsonl", "{0}"])
+def test_what_is_validated_on_is_not_trained_on_however_often_it_is_named(tmp_path, spec, hosts):
+    names = [f"text {number}" for number in range(60)]
+    lines = "".join(json.dumps({"text": name}) + "\n" for name in names)
+    (tmp_path / "one.jsonl").write_text(lines)
+    if spec == "{0}":
+        (tmp_path / "another.jsonl").write_text(lines)
+    settings = {"tokenizer": "bytes", "batch": BATCH, "seq": SEQ, "packing": False}
+    held_out, trained = set(), set()
+    for host in range(hosts):
+        given = {"process_index": host, "process_count": hosts}
+        opened = open_data(spec.format(tmp_path), **settings, **given)
+        held_out |= decoded(opened.tokenizer, opened.valid.rows)
+        assert len(opened.valid.rows) == 3
+        for batch in take(opened.train, 120):
+            trained |= decoded(opened.tokenizer, batch["tokens"])
+        opened.train.close()
+    assert len(held_out) == 3
+    assert held_out | trained == set(names)
+    assert not held_out & trained
+
+
+def test_conversations_that_are_validated_on_are_not_trained_on(tmp_path):
+    lines = [json.dumps({"prompt": f"ask {k}", "response": f"say {k}"}) + "\n" for k in range(60)]
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    settings = {"tokenizer": "bytes", "batch": BATCH, "seq": SEQ, "packing": False}
+    opened = open_data(str(tmp_path), reading=Reading(data_format="prompt"), **settings)
+    trained = set()
+    for batch in take(opened.train, 30):
+        trained |= decoded(opened.tokenizer, batch["tokens"])
+    opened.train.close()
+    held_out = decoded(opened.tokenizer, opened.valid.rows)
+    assert (len(held_out), len(trained), opened.documents) == (3, 57, 2 * 57)
+    assert not held_out & trained
+
+
+def test_another_end_of_documents_is_given_by_name(sources, tmp_path):
+    """Of files; documents that are tokenized have one."""
+    settings = sources["files"] | {"eos_token": "e"}
+    opened = open_data(**settings)
+    opened.train.close()
+    assert opened.tokenizer.eos_id == TOKENIZER.id_of("e")
+    assert opened.valid.rows[0, 0] == opened.tokenizer.eos_id
+    with pytest.raises(UsageError, match=r"valid_data=.* another tokenizer, or with another end"):
+        open_data(**settings | {"valid_data": sources["tokens"]["data"]})
+    with pytest.raises(UsageError, match=r"eos_token='e': .* end in <\|endoftext\|>. Leave it out"):
+        open_data(**sources["tokens"] | {"eos_token": "e"})
+
+
+def test_an_end_that_nobody_knows_is_told_where_documents_are_read(sources, tmp_path, capsys):
+    none = train_tokenizer([], "bytes", eos=False)
+    none.save(tmp_path)
+    for _ in range(2):
+        settings = sources["files"] | {"tokenizer": str(tmp_path)}
+        open_data(**settings).train.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"tokenizer={tmp_path} has no token that is known to end a document" in line
+    open_data(**settings | {"eos_token": "none"}).train.close()
+    assert not capsys.readouterr().err

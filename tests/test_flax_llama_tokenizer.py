@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from examples.flax_llama import documents, tokenizer, train_tokenizer
+from examples.flax_llama import document_end, documents, tokenizer, train_tokenizer
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.tokenizer import END_OF_TEXT, JsonTokenizer, load_tokenizer
 
@@ -93,14 +93,111 @@ def test_any_tokenizer_json_encodes_the_text_alone(tmp_path, eos):
     assert loaded.eos_id == (None if eos is None else 4)
 
 
-@pytest.mark.parametrize("token", ["<fin>", {"content": "<fin>", "special": True}])
-def test_a_directory_says_which_token_ends_a_document_that_has_no_usual_name(tmp_path, token):
-    word_tokenizer("<fin>").save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).eos_id is None
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
-    assert load_tokenizer(tmp_path).eos_id == 4
-    word_tokenizer("</s>", "<fin>").save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).eos_id == 4
+FILES = {
+    "tokenizer_config.json": {"eos_token": "<fin>"},
+    "special_tokens_map.json": {"eos_token": {"content": "<fin>", "special": True}},
+    "generation_config.json": {"eos_token_id": [5, 4]},
+    "config.json": {"model_type": "llama", "text_config": {"eos_token_id": 5}},
+}
+
+
+@pytest.fixture
+def two_ends(tmp_path):
+    """A directory with a tokenizer that has a usual end, and another one; and no other files."""
+    (tmp_path / "model").mkdir()
+    word_tokenizer("</s>", "<fin>").save(str(tmp_path / "model" / "tokenizer.json"))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("file", ["", "tokenizer.json"])
+def test_what_stands_beside_a_tokenizer_says_which_token_ends_a_document(two_ends, name, file):
+    assert load_tokenizer(two_ends / file).eos_id == 4
+    (two_ends / name).write_text(json.dumps(FILES[name]))
+    loaded = load_tokenizer(two_ends / file)
+    assert loaded.eos_id == 5
+    assert [ids[-1] for ids in loaded.encode_documents(["a", "b a"])] == [5, 5]
+
+
+def test_the_files_of_the_tokenizer_go_before_those_of_the_model(two_ends):
+    for name, says in FILES.items():
+        (two_ends / name).write_text(json.dumps(says))
+    names = {"tokenizer_config.json": "</s>", "special_tokens_map.json": "[CLS]"}
+    for name, token in names.items():
+        (two_ends / name).write_text(json.dumps({"eos_token": token}))
+    assert load_tokenizer(two_ends).eos_id == 4
+    # What is null there is not said there.
+    (two_ends / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    assert load_tokenizer(two_ends).eos_id == 3
+    (two_ends / "special_tokens_map.json").unlink()
+    assert load_tokenizer(two_ends).eos_id == 5
+    # Nor is a number that the tokenizer has not, or that is none.
+    (two_ends / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, True, -1]}))
+    (two_ends / "config.json").unlink()
+    assert load_tokenizer(two_ends).eos_id == 4
+
+
+def test_a_sentencepiece_model_ends_documents_as_its_directory_says(tmp_path, sentencepiece_model):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    assert load_tokenizer(tmp_path).eos_id == 2
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<s>"}))
+    assert load_tokenizer(tmp_path).eos_id == 1
+
+
+@pytest.mark.parametrize(
+    ("special", "files", "said"),
+    [
+        (["<fin>"], {}, "has no token that is known to end a document"),
+        (["</s>"], {}, ""),
+        (["</s>", "<eos>"], {}, "has </s> and <eos>: documents end in </s>"),
+        (["</s>"], {"eos_token": "<x>"}, "lacks its own eos_token '<x>' and has </s>"),
+        (["<fin>"], {"eos_token": "<x>"}, "lacks its own eos_token '<x>' and has no token"),
+        (["</s>", "<eos>"], {"eos_token": "<eos>"}, ""),
+    ],
+)
+def test_an_end_that_nobody_knows_is_told_once(tmp_path, capsys, special, files, said):
+    word_tokenizer(*special).save(str(tmp_path / "tokenizer.json"))
+    if files:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(files))
+    for _ in range(2):
+        document_end.tell_of_end(load_tokenizer(tmp_path), str(tmp_path))
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == bool(said)
+    assert all(said in line and "--eos-token says which it is" in line for line in told)
+
+
+@pytest.mark.parametrize(("name", "right"), [("<fin>", 5), ("[CLS]", 3), ("none", None)])
+def test_another_end_is_given_by_its_name_and_is_kept_with_a_run(two_ends, tmp_path, name, right):
+    (two_ends / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    given = tokenizer.shard_tokenizer(str(two_ends), [], skip_held_out=False, eos_token=name)
+    assert given.eos_id == right
+    (tmp_path / "run").mkdir()
+    given.save(tmp_path / "run")
+    again = load_tokenizer(tmp_path / "run")
+    assert again.eos_id == right
+    assert again.is_same(given)
+    assert not again.is_same(load_tokenizer(two_ends))
+    # And with what begins with that run.
+    (tmp_path / "next").mkdir()
+    again.save(tmp_path / "next")
+    assert load_tokenizer(tmp_path / "next").eos_id == right
+
+
+def test_an_end_that_the_tokenizer_has_not_is_refused(two_ends):
+    with pytest.raises(UsageError, match=r"eos_token='<x>': the tokenizer has no such token; exp"):
+        tokenizer.shard_tokenizer(str(two_ends), [], skip_held_out=False, eos_token="<x>")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "config.json"])
+def test_what_earlier_versions_wrote_goes_on_with_the_end_that_it_has(two_ends, name):
+    """They took a usual token first; what is made now says where it is another one."""
+    (two_ends / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<fin>"}))
+    assert load_tokenizer(two_ends).eos_id == 5
+    (two_ends / name).write_text(json.dumps({"train": {}, "model": {}}))
+    assert load_tokenizer(two_ends).eos_id == 4
+    # An imported model has no documents yet.
+    (two_ends / name).write_text(json.dumps({"train": {}, "model": {}, "imported": "model"}))
+    assert load_tokenizer(two_ends).eos_id == (4 if name == "meta.json" else 5)
 
 
 def test_the_vocabulary_ends_after_the_largest_id():

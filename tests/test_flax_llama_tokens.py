@@ -162,3 +162,50 @@ def test_the_last_documents_are_held_out():
 def test_documents_too_few_to_hold_some_out_are_refused():
     with pytest.raises(UsageError, match=r"last of 2 documents has more than 5% .* valid_data"):
         Tokens.join([np.zeros(90), np.zeros(10)], num_bytes=100).split()
+
+
+@pytest.mark.parametrize(("twice", "order"), [(True, "a,b,a"), (False, "b,a"), (False, "a,a,b")])
+def test_documents_that_are_there_twice_are_not_held_out(tmp_path, twice, order):
+    for name in "ab":
+        lines = (json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(100))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    data = ",".join(f"{tmp_path}/{name}.jsonl" for name in order.split(","))
+    tokenize.tokenize(data, "bytes", tmp_path / "out", quiet=True)
+    written, _ = load_tokens(tmp_path / "out")
+    if not twice:
+        train, valid = written.split()
+        assert len(train.ends) + len(valid.ends) == 100 * len(order.split(","))
+        return
+    with pytest.raises(UsageError, match=r"last documents are among those before .* valid_data=P"):
+        written.split()
+
+
+def test_the_command_ends_documents_in_the_token_that_is_given(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    written = tokenize.tokenize(
+        f"{tmp_path}/a.txt", "bytes", tmp_path / "out", eos_token="z", quiet=True
+    )
+    found, tokenizer = load_tokens(tmp_path / "out")
+    assert tokenizer.decode(found.ids) == tokenizer.decode(written.ids) == "abcz"
+    assert tokenizer.eos_id == found.ids[-1]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "ends.bin", "meta.json", "tokenizer.json"])
+def test_a_changed_byte_is_found_and_its_file_is_named(written, name):
+    """Where what is changed would be read as well: other tokens, ends, sizes, names."""
+    contents = (written / name).read_bytes()
+    changes = {"meta.json": (b'"bytes": ', b'"bytes": 1'), "tokenizer.json": (b'"q"', b'"QQ"')}
+    place = len(contents) // 2
+    flipped = contents[:place] + bytes([contents[place] ^ 1]) + contents[place + 1 :]
+    changed = contents.replace(*changes[name], 1) if name in changes else flipped
+    assert changed != contents
+    (written / name).write_bytes(changed)
+    with pytest.raises(UsageError, match=rf"{name} is damaged, or was changed"):
+        load_tokens(written)
+
+
+def test_what_earlier_versions_tokenized_has_no_checksums(written):
+    meta = json.loads((written / "meta.json").read_text())
+    del meta["crc32"]
+    (written / "meta.json").write_text(json.dumps(meta))
+    assert len(load_tokens(written)[0].ends) == len(TEXTS)

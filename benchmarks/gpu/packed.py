@@ -58,7 +58,7 @@ def source(data: str, vocab_size: int) -> dict:
     """
     # Not where the folder is unpacked: what these import is in the wheels.
     from examples.flax_llama.config import UsageError
-    from examples.flax_llama.files import expand
+    from examples.flax_llama.paths import expand
 
     try:
         paths = expand(data)

@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.gpu.record import ROOT
 from examples.flax_llama.data import load_corpus
-from examples.flax_llama.documents import BUILT_IN, TEXT
+from examples.flax_llama.documents import BUILT_IN, META, TEXT, is_tokenized
 from examples.flax_llama.tokenize import tokenize
-from examples.flax_llama.tokens import META, TOKENS, is_tokenized
+from examples.flax_llama.tokens import TOKENS
 
 # Names the directory of the large corpus.
 VARIABLE = "QUALITY_CORPUS"

@@ -87,6 +87,8 @@ def open_task(name: str, data: Path, test: Path | None, limit: int | None = None
         rows[file] = list(read_rows(file, task, notes))
     test_file = test or (default_test(data, task, notes) if len(task.dev) == 1 else None)
     if test_file is not None:
+        if test_file.is_file() and test_file.samefile(train_file):
+            notes.append(f"test={test_file} is what is trained on")
         rows[test_file] = list(read_rows(test_file, task, notes))
     found = {file: to_examples(rows[file], labels, task, file).first(limit) for file in rows}
     return Dataset(
@@ -134,7 +136,7 @@ def default_test(data: Path, task: Task, notes: list[str]) -> Path | None:
     if not any((data / f"test{suffix}").is_file() for suffix in (".tsv", ".txt")):
         return None
     path = find(data, "test", task)
-    if path.suffix == ".tsv" and not has_labels(path, task):
+    if path.suffix.lower() == ".tsv" and not has_labels(path, task):
         notes.append(f"{path} has no labels: nothing is reported of it")
         return None
     return path
@@ -156,14 +158,16 @@ def lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """
     number = 0
     try:
-        # No other character ends a line, and some begin with a mark of their byte order.
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
+        # As bytes, since no other character ends a line, and to know which one is no text.
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\r\n").split("\t")
+                # Some begin with a mark of their byte order.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.rstrip("\r\n").split("\t")
     except OSError as error:
         raise cannot_be_read(str(path), error) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}, after line {number}: not UTF-8.") from error
+        raise UsageError(f"{path}, line {number}: not UTF-8.") from error
     if not number:
         raise UsageError(f"{path} is empty.")
 
@@ -174,7 +178,7 @@ def read_rows(path: Path, task: Task, notes: list[str]) -> Iterator[Row]:
     Raises:
       UsageError: it has no labels, or a line is not as it should be.
     """
-    if not task.texts or (path.suffix == ".txt" and len(task.texts) == 1):
+    if not task.texts or (path.suffix.lower() == ".txt" and len(task.texts) == 1):
         yield from labelled_lines(path)
         return
     found = lines(path)

@@ -79,6 +79,11 @@ RULES: dict[str, Rule] = {
     ),
     **rules(
         Kind.NEVER,
+        "eos_token",
+        note=f"documents before and after would end in other tokens; {WEIGHTS}",
+    ),
+    **rules(
+        Kind.NEVER,
         "loss_on",
         note=f"losses before and after would be of other tokens; {WEIGHTS}",
     ),

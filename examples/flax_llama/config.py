@@ -73,9 +73,10 @@ class Config:
     vocab_size: int | None = None
 
     # Text to train on: "austen" (built in); a file, a glob or a directory, several with commas
-    # between, of plain text (.txt) or JSON lines (.jsonl), also as .gz, .xz or .zst; a directory
-    # made by examples.flax_llama.tokenize; "hf:NAME[:CONFIG[:SPLIT]]", streamed from Hugging Face.
-    # Of a directory all such files in it and below it, but for hidden ones, README* and LICENSE*.
+    # between, of plain text (.txt) or JSON lines (.jsonl), also as .gz, .xz, .zst or .bz2, a path
+    # that exists before a glob; a directory made by examples.flax_llama.tokenize; or
+    # "hf:NAME[:CONFIG[:SPLIT]]", streamed from Hugging Face. Of a directory all such files in it
+    # and below it, but for hidden ones, README* and LICENSE*.
     data: str = "austen"
     # Text to validate on, likewise; by default a part of `data` that is then not trained on.
     valid_data: str | None = None
@@ -102,6 +103,9 @@ class Config:
     # "bytes", "bpe:SIZE" for a byte-level BPE trained on the training text, or the path of a
     # tokenizer.json or of a SentencePiece model; by default bpe:2048, or that of tokenized data.
     tokenizer: str | None = None
+    # The token that ends a document, by its name, or "none"; by default what the files beside the
+    # tokenizer call its eos_token, else a usual one such as </s> or <|endoftext|>.
+    eos_token: str | None = None
     # Fill every row with tokens, or with whole conversations; --no-packing has one document per
     # row, cut or padded, as the reference implementation does.
     packing: bool = True

@@ -11,14 +11,21 @@ from typing import Any
 import numpy as np
 
 from examples.flax_llama.conversations import FORMATS, Conversation, format_of
-from examples.flax_llama.documents import BUILT_IN, Shard, batched, open_shards, texts
+from examples.flax_llama.documents import (
+    BUILT_IN,
+    Shard,
+    batched,
+    is_tokenized,
+    open_shards,
+    texts,
+)
 from examples.flax_llama.fields import BadLine
-from examples.flax_llama.files import TEXT_SUFFIXES, File, content_suffix
+from examples.flax_llama.files import File
 from examples.flax_llama.packing import ConversationRows, Tokenized
+from examples.flax_llama.paths import is_text
 from examples.flax_llama.reading import Reading, Unrecognised
 from examples.flax_llama.responses import ChatFormat, Encoded, Prompt, chat_format, num_bytes
 from examples.flax_llama.tokenizer import Tokenizer
-from examples.flax_llama.tokens import is_tokenized
 from examples.flax_llama.usage import UsageError
 from examples.flax_llama.validation import DEFAULT_TOKENS, Valid, check_enough, first_targets
 
@@ -63,9 +70,13 @@ def recognise(data: str | Sequence[Path], reading: Reading) -> Recognised:
 
 
 def open_conversation_shards(
-    data: str | Sequence[Path], reading: Reading, name: str = "data", split: str = "train"
+    data: str | Sequence[Path],
+    reading: Reading,
+    name: str = "data",
+    split: str = "train",
+    valid_data: str | Sequence[Path] | None = None,
 ) -> Sequence[Shard]:
-    """The shards of some data, all of which has examples.
+    """The shards of some data, all of which has examples; arguments as of `open_shards`.
 
     Raises:
       UsageError: it has not, or it cannot be read.
@@ -73,9 +84,10 @@ def open_conversation_shards(
     needs = f"data_format={reading.data_format!r} needs JSON lines, or data of the hub"
     if data == BUILT_IN or (isinstance(data, str) and is_tokenized(data)):
         raise UsageError(f"{name}={data}: {needs}, and this is text.")
-    shards = open_shards(data, split=split, reading=reading, name=name)
+    given = {"split": split, "name": name, "valid_data": valid_data}
+    shards = open_shards(data, reading=reading, **given)
     for shard in shards:
-        if isinstance(shard, File) and content_suffix(shard.path) in TEXT_SUFFIXES:
+        if isinstance(shard, File) and is_text(shard.path):
             raise UsageError(f"{name}={shard.path}: {needs}, and this is text.")
     return shards
 

@@ -8,6 +8,7 @@ Either way, the seed gives all batches and their order.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,17 @@ from examples.flax_llama.conversation_data import (
     read_valid_conversations,
     recognise,
 )
-from examples.flax_llama.documents import BUILT_IN, open_shards, read_split, texts
+from examples.flax_llama.document_end import tell_of_end
+from examples.flax_llama.documents import (
+    BUILT_IN,
+    is_tokenized,
+    open_shards,
+    read_split,
+    texts,
+)
 from examples.flax_llama.interleaved import InterleavedRows
 from examples.flax_llama.packing import ConversationRows
+from examples.flax_llama.paths import TRAINED_ON
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.rows import Row, Rows, TokenRows
 from examples.flax_llama.stream import DocumentGroups
@@ -32,12 +41,12 @@ from examples.flax_llama.tokenizer import (
     Tokenizer,
     is_trained_here,
     load_tokenizer,
-    shard_tokenizer,
     train_tokenizer,
     trained_size,
 )
-from examples.flax_llama.tokens import Tokens, is_tokenized, load_tokens
-from examples.flax_llama.usage import UsageError
+from examples.flax_llama.tokenizer_choice import DEFAULT_TOKENIZER, Spec, check_end, check_same
+from examples.flax_llama.tokens import Tokens, load_tokens
+from examples.flax_llama.usage import UsageError, say_once
 from examples.flax_llama.validation import (
     Group,
     Valid,
@@ -47,7 +56,6 @@ from examples.flax_llama.validation import (
     token_groups,
 )
 
-DEFAULT_TOKENIZER = "bpe:2048"
 # Enough for ever: grain's own endless repetition has a length that overflows in batches of one.
 EPOCHS = 1 << 20
 # Batches made ahead of the training step.
@@ -124,6 +132,7 @@ def open_data(
     *,
     valid_data: str | Sequence[Path] | None = None,
     tokenizer: str | None = None,
+    eos_token: str | None = None,
     batch: int,
     seq: int,
     packing: bool = True,
@@ -144,6 +153,8 @@ def open_data(
         trained on; and the split "validation" from the hub.
       tokenizer: "bytes"; "bpe:SIZE", trained on the training part, or a sample of it where that is
         streamed; or the path of one. By default that of a tokenized directory, else "bpe:2048".
+      eos_token: name of the token that ends a document, or "none"; by default what the files beside
+        the tokenizer say, else a usual one.
       batch: rows of a batch, on all hosts together.
       seq: targets of a row.
       packing: all documents are one text, cut into rows; else a document is a row.
@@ -170,13 +181,14 @@ def open_data(
         valid_data = f"hf:{name}:{config}:validation"
     open_them = open_text if reading.data_format == "text" else open_conversations
     batches = Batches(batch, seq, packing, seed, process_index, process_count)
-    return open_them(data, valid_data, tokenizer, eval_tokens, reading, batches)
+    tokens = Spec(tokenizer, eos_token)
+    return open_them(data, valid_data, tokens, eval_tokens, reading, batches)
 
 
 def open_text(
     data: str | Sequence[Path],
     valid_data: str | Sequence[Path] | None,
-    tokenizer: str | None,
+    tokenizer: Spec,
     eval_tokens: int | None,
     reading: Reading,
     batches: Batches,
@@ -184,22 +196,27 @@ def open_text(
     """What `open_data` does with text."""
     held_out: Iterable[Group] = ()
     if data == BUILT_IN:
-        corpus = load_corpus(tokenizer or DEFAULT_TOKENIZER)
+        corpus = load_corpus(tokenizer.of_text)
         encoder, train, held_out = corpus.tokenizer, corpus.train, token_groups(corpus.valid)
     elif isinstance(data, str) and is_tokenized(data):
         train, encoder = load_tokens(Path(data))
-        check_same(tokenizer, encoder, data)
+        check_same(tokenizer.given, encoder, data)
+        if isinstance(valid_data, str) and os.path.realpath(valid_data) == os.path.realpath(data):
+            say_once(TRAINED_ON)
         if valid_data is None:
             train, last = train.split()
             held_out = token_groups(last)
     else:
-        train = open_shards(data, reading=reading)
-        spec = tokenizer or DEFAULT_TOKENIZER
-        encoder = shard_tokenizer(spec, train, skip_held_out=valid_data is None)
+        train = open_shards(data, reading=reading, valid_data=valid_data)
+        encoder = tokenizer.open(train, skip_held_out=valid_data is None)
+        if tokenizer.eos_token is None:
+            tell_of_end(encoder, tokenizer.of_text)
         held_out = encode_groups(texts(train, held_out=True), encoder, eval_tokens)
     if valid_data is not None:
         held_out = open_groups(valid_data, encoder, eval_tokens, reading)
 
+    if isinstance(train, Tokens) and tokenizer.eos_token is not None:
+        check_end(tokenizer.eos_token, encoder, data)
     context = [] if encoder.eos_id is None else [encoder.eos_id]
     tokens = documents = rows = None
     if isinstance(train, Tokens):
@@ -223,16 +240,15 @@ def open_text(
 def open_conversations(
     data: str | Sequence[Path],
     valid_data: str | Sequence[Path] | None,
-    tokenizer: str | None,
+    tokenizer: Spec,
     eval_tokens: int | None,
     reading: Reading,
     batches: Batches,
 ) -> Data:
     """What `open_data` does with conversations, which every host reads whole."""
-    shards = open_conversation_shards(data, reading)
+    shards = open_conversation_shards(data, reading, valid_data=valid_data)
     own_valid = valid_data is None
-    spec = tokenizer or DEFAULT_TOKENIZER
-    encoder = shard_tokenizer(spec, shards, skip_held_out=own_valid)
+    encoder = tokenizer.open(shards, skip_held_out=own_valid)
     to_tokens = encoder_of(encoder, reading, batches.seq)
     train, _ = to_tokens.tokenize(texts(shards, held_out=False if own_valid else None))
     source = ConversationRows(train, seed=batches.seed, **batches.rows)
@@ -265,14 +281,6 @@ def vocabulary_size(data: str, tokenizer: str | None) -> int:
         return load_tokenizer(spec).vocab_size
     # Of bytes, the end of a document is one more; the built-in novels have none.
     return trained_size(spec) + (spec == "bytes" and data != BUILT_IN)
-
-
-def check_same(tokenizer: str | None, encoder: Tokenizer, data: str) -> None:
-    """Refuses a tokenizer other than that of tokenized data."""
-    if tokenizer is None:
-        return
-    if is_trained_here(tokenizer) or load_tokenizer(tokenizer).to_bytes() != encoder.to_bytes():
-        raise UsageError(f"data={data} was made by another tokenizer than {tokenizer}.")
 
 
 def token_batches(

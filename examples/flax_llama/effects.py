@@ -10,10 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 
 from examples.flax_llama.adapters import LORA
 from examples.flax_llama.config import DISTRIBUTED, Config
-from examples.flax_llama.documents import BUILT_IN
+from examples.flax_llama.documents import BUILT_IN, is_tokenized
 from examples.flax_llama.methods import ADAMW, IN_GALORE
 from examples.flax_llama.optimizers import OPTIMIZERS, WITH_ADAPTER
-from examples.flax_llama.tokens import is_tokenized
 from examples.flax_llama.usage import UsageError
 
 
@@ -103,7 +102,7 @@ NEEDS = (
         "param_dtype='bfloat16'",
     ),
     Need(
-        ("text_field", "on_bad_line", "data_format"),
+        ("text_field", "on_bad_line", "data_format", "eos_token"),
         reads_text,
         "data",
         "text in files and of the hub",

@@ -21,8 +21,14 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.conversation_data import open_valid_conversations
 from examples.flax_llama.data import open_data
-from examples.flax_llama.documents import BUILT_IN
-from examples.flax_llama.fingerprint import Marks, differences, marks_of, read_fingerprint
+from examples.flax_llama.documents import BUILT_IN, is_tokenized
+from examples.flax_llama.fingerprint import (
+    Marks,
+    alike,
+    differences,
+    marks_of,
+    read_fingerprint,
+)
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.loss import token_losses
 from examples.flax_llama.model import Params
@@ -30,7 +36,6 @@ from examples.flax_llama.reading import Reading, reading_of
 from examples.flax_llama.run_directory import read_settings
 from examples.flax_llama.sharding import ROWS, by_rows, divided, make_mesh, replicated
 from examples.flax_llama.tokenizer import load_tokenizer
-from examples.flax_llama.tokens import is_tokenized
 from examples.flax_llama.usage import UsageError, at_least_one
 from examples.flax_llama.validation import Valid, open_valid
 
@@ -144,7 +149,12 @@ def kept_files(data: str, marks: Marks | None) -> str | list[Path]:
     changed = (
         f"{', '.join(gone[:5])} {'is' if len(gone) == 1 else 'are'} gone"
         if gone
-        else differences(marks, dataclasses.replace(marks, files=marks_of(paths)))
+        else differences(
+            marks,
+            dataclasses.replace(
+                marks, files=marks_of(paths), alike=alike(paths) if marks.held_out else ""
+            ),
+        )
     )
     if changed:
         raise UsageError(

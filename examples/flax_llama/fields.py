@@ -51,7 +51,7 @@ def check_characters(text: str) -> None:
 
 def shown(example: Any) -> str:
     """The beginning of an example that is not what it should be."""
-    return str(example)[:60] + ("" if isinstance(example, dict) else LINES)
+    return repr(example)[:60] + ("" if isinstance(example, dict) else LINES)
 
 
 def names_of(example: Any, kind: type, prefix: str = "") -> list[str]:

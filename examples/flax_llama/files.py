@@ -1,159 +1,26 @@
 """Documents in text files and in files of JSON lines, plain or compressed."""
 
-import contextlib
 import dataclasses
-import glob
-import gzip
+import hashlib
 import io
-import lzma
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
+from examples.flax_llama.compressed import Damaged, compression, decompressed
+from examples.flax_llama.paths import is_json
 from examples.flax_llama.reading import Document, Reading
 from examples.flax_llama.usage import UsageError, cannot_be_read
 
 # A text file is cut into documents of this many bytes, each up to the next end of a line.
 PIECE = 1 << 14
-
-
-class ZstdFile(io.RawIOBase):
-    """Decompresses all frames of a file; zstandard's own reader takes half a frame for a whole."""
-
-    def __init__(self, path: Path):
-        self._file = open(path, "rb")  # noqa: SIM115
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._in_frame = False
-        self._unused = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            compressed = self._unused or self._file.read(1 << 16)
-            if not compressed and self._in_frame:
-                raise EOFError("the last frame has no end")
-            if not compressed:
-                return 0
-            if not self._in_frame:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._output = memoryview(self._frame.decompress(compressed))
-            self._in_frame = not self._frame.eof
-            self._unused = self._frame.unused_data
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-# Of compressed files, each to be called as `open(path, "rb")`.
-OPENERS = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".zst": lambda path, _: io.BufferedReader(ZstdFile(path)),
-}
-TEXT_SUFFIXES = (".txt", ".text", ".md")
-JSON_SUFFIXES = (".jsonl", ".json")
 CONTINUATION = {bytes([byte]) for byte in range(0x80, 0xC0)}
-# What comes of a file that ends too early, or whose bytes are others than were compressed.
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile)
-# Files of a directory that are about the data, by how their names begin.
-NO_DATA = (".", "readme", "license")
-
-
-def content_suffix(path: Path) -> str:
-    """The suffix of a name without that of a compression."""
-    return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
-
-
-def expand(data: str | Sequence[Path], name: str = "data") -> list[Path]:
-    """The files of a comma-separated list of paths, globs and directories.
-
-    Those of one glob or directory are in alphabetical order. Of a directory they are all that are
-    in it and below it and whose names have a suffix of documents, but for hidden ones and those
-    that begin with README or LICENSE.
-
-    Args:
-      data: what to expand, or the files themselves.
-      name: of the setting that names them, for errors.
-
-    Raises:
-      UsageError: there is nothing, or it cannot be read, or it is no file of documents.
-    """
-    if not isinstance(data, str):
-        paths = list(data)
-    else:
-        paths = [path for part in data.split(",") for path in matching(part, name)]
-    for path in paths:
-        try:
-            with open(path, "rb"):
-                size = path.stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            raise UsageError(f"{name}={path} does not exist.") from None
-        except OSError as error:
-            raise cannot_be_read(f"{name}={path}", error) from error
-        if not is_document(path):
-            raise UsageError(
-                f"{name}={path}: expected a name that ends in one of "
-                f"{', '.join(TEXT_SUFFIXES + JSON_SUFFIXES)}, alone or followed by one of "
-                f"{', '.join(OPENERS)}."
-            )
-        if size == 0:
-            raise UsageError(f"{name}={path} is empty.")
-    return paths
-
-
-def matching(part: str, name: str) -> list[Path]:
-    """The files of a path, a glob or a directory, each once."""
-    if not part:
-        # Which would be the directory that we are in.
-        raise UsageError(f"{name}='' is empty, or has nothing before or after a comma.")
-    matches = [part]
-    if glob.has_magic(part):
-        root = Path(part[: part.index(next(c for c in part if c in "*?["))] + "x").parent
-        if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
-            raise UsageError(f"{name}={part!r} cannot be read: no permission for {root}.")
-        matches = sorted(glob.glob(part, recursive=True))
-        if not matches:
-            raise UsageError(f"{name}={part!r} matches no file.")
-    found = []
-    for path in map(Path, matches):
-        found += in_directory(path, name) if path.is_dir() else [path]
-    return list(dict.fromkeys(found))
-
-
-def in_directory(directory: Path, name: str) -> list[Path]:
-    """All files of documents in a directory and below it, in alphabetical order."""
-
-    def refuse(error: OSError) -> None:
-        raise cannot_be_read(f"{name}={error.filename}", error) from error
-
-    found = []
-    for path, folders, names in os.walk(directory, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(path, name) for name in names if not name.lower().startswith(NO_DATA)]
-    if found := sorted(filter(is_document, found)):
-        return found
-    raise UsageError(
-        f"{name}={directory}: there is no file in it or below it whose name ends in one of "
-        f"{', '.join(TEXT_SUFFIXES + JSON_SUFFIXES)}, alone or followed by one of "
-        f"{', '.join(OPENERS)}; nor is it a directory that the tokenize command made."
-    )
-
-
-def is_document(path: Path) -> bool:
-    """Whether a name is one of text or of JSON lines."""
-    return content_suffix(path) in TEXT_SUFFIXES + JSON_SUFFIXES
+# What some programs begin a file of UTF-8 with, and what begins a file of another encoding.
+MARK = b"\xef\xbb\xbf"
+OTHER_MARKS = {b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16"}
+# What compressed files begin with, whatever they are called.
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ": ".xz"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,34 +33,69 @@ class File:
 
     path: Path
     reading: Reading = dataclasses.field(default_factory=Reading)
+    # By which documents of it are held out: the same for a file that is named several times.
+    number: int = 0
 
     def documents(self, position: list[int] | None = None) -> Iterator[tuple[Document, list[int]]]:
         offset, line = position or (0, 0)
-        is_json = content_suffix(self.path) in JSON_SUFFIXES
-        return self._json_lines(offset, line) if is_json else self._pieces(offset, line)
+        read = self._json_lines if is_json(self.path) else self._pieces
+        return read(offset, line)
 
     def _lines(self, offset: int, line: int, limit: int) -> Iterator[tuple[bytes, int, int]]:
         """Lines of about `limit` bytes at most, each with the bytes and line ends up to its end."""
         try:
-            with contextlib.closing(OPENERS.get(self.path.suffix, open)(self.path, "rb")) as file:
-                skip(file, offset)
+            with decompressed(self.path) as file:
+                if not skip(file, offset):
+                    raise UsageError(
+                        f"{self.path} is shorter than when the position was saved: bring back the "
+                        "file that it was."
+                    )
                 while data := file.readline(limit):
                     # Not within a character, of which the later bytes are 10xxxxxx.
-                    while not data.endswith(b"\n") and file.peek(1)[:1] in CONTINUATION:
-                        data += file.read(1)
+                    for _ in range(3):
+                        if not data.endswith(b"\n") and file.peek(1)[:1] in CONTINUATION:
+                            data += file.read(1)
+                    if offset == 0:
+                        self._check_beginning(data)
                     offset += len(data)
                     line += data.endswith(b"\n")
                     yield data, offset, line
-        except DAMAGED as error:
+        except EOFError as error:
             raise UsageError(
-                f"{self.path}: cannot be read after line {line}, is it truncated? {error}"
+                f"{self.path}: cannot be read after line {line}: it is truncated, or still being "
+                "written."
+            ) from error
+        except Damaged as error:
+            what = compression(self.path).removeprefix(".")
+            raise UsageError(
+                f"{self.path}: cannot be read after line {line}: it is damaged, or was not "
+                f"compressed as {what} ({error})."
             ) from error
         except OSError as error:
             raise cannot_be_read(f"{self.path}, after line {line},", error) from error
 
+    def _check_beginning(self, data: bytes) -> None:
+        """Says what a file is that is not UTF-8 from its first byte on.
+
+        Raises:
+          UsageError: it is that.
+        """
+        for mark, encoding in OTHER_MARKS.items():
+            if data.startswith(mark):
+                raise UsageError(
+                    f"{self.path}, line 1: it begins with the mark of {encoding}: expected UTF-8."
+                )
+        for magic, suffix in MAGIC.items():
+            if data.startswith(magic):
+                raise UsageError(
+                    f"{self.path}, line 1: what it has is compressed, as {suffix} is, which its "
+                    "name does not say: give it that suffix as well."
+                )
+
     def _json_lines(self, offset: int, line: int) -> Iterator[tuple[Document, list[int]]]:
         for number, (data, end, ends) in enumerate(self._lines(offset, line, -1), line + 1):
-            if data.isspace():
+            data = data.removeprefix(MARK)
+            if not data.strip():
                 continue
             document = self.reading.read_line(data, f"{self.path}, line {number}")
             if document is not None:
@@ -204,7 +106,7 @@ class File:
         size = 0
         for data, end, ends in self._lines(offset, line, PIECE):
             try:
-                piece.append(data.decode())
+                piece.append((data if offset else data.removeprefix(MARK)).decode())
                 size += len(data)
             except UnicodeDecodeError as error:
                 self.reading.leave_out(f"{self.path}, line {line + 1}", f"not UTF-8: {error}")
@@ -216,11 +118,35 @@ class File:
             yield "".join(piece), [offset, line]
 
 
-def skip(file: Any, size: int) -> None:
-    """Reads past `size` bytes; seeks where that is faster."""
+def skip(file: Any, size: int) -> bool:
+    """Reads past `size` bytes, if there are so many; seeks where that is faster."""
     if isinstance(file, io.BufferedReader) and file.seekable():
         size -= file.seek(min(size, file.seek(0, io.SEEK_END)))
     while size > 0 and (data := file.read(min(size, 1 << 20))):
         size -= len(data)
-    if size > 0:
-        raise EOFError("it is shorter than when the position was saved")
+    return size == 0
+
+
+def numbers(paths: Sequence[Path]) -> list[int]:
+    """For each file the place of the first one that begins as it does.
+
+    So a file has one number by all paths that lead to it, as have its copies, what was added to
+    one of them, and what was compressed.
+    """
+    if len(paths) == 1:
+        return [0]
+    first: dict[bytes, int] = {}
+    return [first.setdefault(beginning(path), place) for place, path in enumerate(paths)]
+
+
+def beginning(path: Path) -> bytes:
+    """A digest of the first document of a file, or of so much of it as tells it from others."""
+    try:
+        with decompressed(path) as file:
+            data = file.read(PIECE).removeprefix(MARK)
+    except (EOFError, Damaged, OSError):
+        # Reading it says what is wrong.
+        data = os.fsencode(os.path.realpath(path))
+    if is_json(path):
+        data = data.lstrip().split(b"\n", 1)[0].rstrip()
+    return hashlib.sha256(data).digest()

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from examples.flax_llama.config import Config
-from examples.flax_llama.documents import BUILT_IN, TEXT
-from examples.flax_llama.files import expand
-from examples.flax_llama.tokens import ENDS, META, TOKENS, is_tokenized
+from examples.flax_llama.documents import BUILT_IN, META, TEXT, is_of_files, is_tokenized
+from examples.flax_llama.files import numbers
+from examples.flax_llama.paths import apart, expand
+from examples.flax_llama.tokens import ENDS, TOKENS
 from examples.flax_llama.usage import UsageError, cannot_be_read
 from examples.flax_llama.writing import write_whole
 
@@ -53,12 +54,15 @@ class Marks:
     held_out: bool = False
     # Names of the fields of conversations, where they were given.
     fields: str = ""
+    # Which of them begin alike, so that the same documents of them are kept for validation.
+    alike: str = ""
 
     @property
     def digest(self) -> str:
         """Of all that decides which documents there are, and in which order."""
         parts = [[file.known_by for file in self.files], self.text_field, self.held_out]
-        parts += [self.fields] if self.fields else []
+        parts += [self.fields] if self.fields or self.alike else []
+        parts += [self.alike] if self.alike else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -86,14 +90,23 @@ def fingerprint_of(config: Config) -> Fingerprint:
     names = ("prompt_field", "response_field", "messages_field")
     given = [f"{name}={value}" for name in names if (value := getattr(config, name))]
     read = {"text_field": config.text_field, "fields": ", ".join(given)}
-    train = Marks(marks(config.data), held_out=held_out and config.data != BUILT_IN, **read)
+    held_out = held_out and config.data != BUILT_IN
+    of_train = marks(config.data, valid_data=config.valid_data)
+    of_files = held_out and is_of_files(config.data)
+    same = alike([Path(mark.path) for mark in of_train]) if of_files else ""
+    train = Marks(of_train, held_out=held_out, alike=same, **read)
     if config.valid_data is None:
         return Fingerprint(train, None)
     return Fingerprint(train, Marks(marks(config.valid_data, "valid_data"), **read))
 
 
-def marks(data: str, name: str = "data") -> tuple[FileMark, ...]:
-    """The marks of all files that data is read from."""
+def alike(paths: Sequence[Path]) -> str:
+    """Which files begin as an earlier one does, as "2=0,3=1" by their places; empty if none."""
+    return ",".join(f"{place}={n}" for place, n in enumerate(numbers(paths)) if n != place)
+
+
+def marks(data: str, name: str = "data", valid_data: str | None = None) -> tuple[FileMark, ...]:
+    """The marks of all files that data is read from, but for those of `valid_data`."""
     if data.startswith("hf:"):
         return (FileMark(data, data, 0, ""),)
     if data == BUILT_IN:
@@ -102,6 +115,8 @@ def marks(data: str, name: str = "data") -> tuple[FileMark, ...]:
         paths = [Path(data, name) for name in (META, TOKENS, ENDS)]
     else:
         paths = expand(data, name)
+        if valid_data is not None and is_of_files(valid_data):
+            paths = apart(paths, expand(valid_data, "valid_data"))
     return marks_of(paths, name)
 
 
@@ -161,6 +176,13 @@ def differences(was: Marks, now: Marks) -> str:
         parts.append(f"text_field was {was.text_field!r} and is {now.text_field!r}")
     if was.fields != now.fields:
         parts.append(f"the fields given were {was.fields or 'none'} and are {now.fields or 'none'}")
+    if was.alike != now.alike:
+        parts.append(
+            "it has files that begin alike, of which an earlier version trained on documents that "
+            "it validated on: others are held out now"
+            if not was.alike
+            else "other files begin alike"
+        )
     if was.held_out != now.held_out:
         taken = "no longer" if was.held_out else "now"
         parts.append(f"documents to validate on are {taken} taken out of it")

@@ -19,6 +19,10 @@ class HubShard:
     index: int
     reading: Reading = dataclasses.field(default_factory=Reading)
 
+    @property
+    def number(self) -> int:
+        return self.index
+
     def documents(self, position: Any = None) -> Iterator[tuple[Document, Any]]:
         # An object of its own for each pass, because it is what keeps the state.
         shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from examples.flax_llama.config import Config, LlamaConfig
 from examples.flax_llama.data import Data
-from examples.flax_llama.files import expand
 from examples.flax_llama.methods import IN_GALORE
+from examples.flax_llama.paths import expand
 from examples.flax_llama.records import Record
 from examples.flax_llama.units import size
 

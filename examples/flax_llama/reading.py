@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -10,13 +9,14 @@ from typing import Any, NamedTuple
 
 from examples.flax_llama.conversations import FORMATS, Fields, conversation_of
 from examples.flax_llama.fields import LINES, BadLine, string_at
-from examples.flax_llama.usage import UsageError, one_of
+from examples.flax_llama.usage import UsageError, one_line, one_of, parse_json
 
 ON_BAD_LINE = ("error", "skip")
 ON_LONG = ("error", "cut", "skip")
 LOSS_ON = ("responses", "last", "all")
 # So many of the lines that are left out are shown, and of the fields that they have.
 SHOWN = 5
+DEEP = "too many objects or lists in each other"
 # What the documents of each format are called, and the settings that name their fields.
 CALLED = {
     "text": ("text", ("text_field",)),
@@ -93,7 +93,8 @@ class Reading:
           UsageError: there is none, and it is not to be left out.
         """
         try:
-            example = json.loads(line)
+            # Decoded here: of bytes, it would guess other encodings from where there are zeros.
+            example = parse_json(line.decode())
         except UnicodeDecodeError as error:
             return self.leave_out(where, f"not UTF-8: {error}")
         except ValueError as error:
@@ -110,6 +111,8 @@ class Reading:
             return conversation_of(example, where, self.data_format, self.names)
         except BadLine as reason:
             return self.leave_out(where, reason)
+        except RecursionError:
+            return self.leave_out(where, DEEP)
 
     def leave_out(self, where: str, reason: BadLine | str) -> None:
         """Counts what is no document, where that is asked for.
@@ -119,14 +122,15 @@ class Reading:
         """
         if where in self.bad_lines:
             return
-        fields = reason.fields if isinstance(reason, BadLine) else []
+        fields = [one_line(x) for x in reason.fields] if isinstance(reason, BadLine) else []
+        reason = one_line(str(reason))
         is_first = bool(fields) and not self.fields
         self.fields.update(fields)
         if self.on_bad_line == "error":
             raise UsageError(
                 f"{where}: {reason}. {self._could_name()}on_bad_line='skip' leaves out such lines."
             )
-        self.bad_lines[where] = str(reason)
+        self.bad_lines[where] = reason
         if len(self.bad_lines) > self.max_bad_lines:
             first = next(iter(self.bad_lines))
             raise UsageError(

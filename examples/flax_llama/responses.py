@@ -95,7 +95,7 @@ class PlainFormat:
         if tokenizer.eos_id is None:
             raise UsageError(
                 "data_format='prompt' needs a tokenizer with a token that ends a document, such as "
-                "</s>, since a response would have no end."
+                "</s>, since a response would have no end: eos_token=NAME says which it is."
             )
         self._tokenizer, self._loss_on, self._end = tokenizer, loss_on, tokenizer.eos_id
         self._start = tokenizer.start_ids
@@ -148,7 +148,13 @@ class TemplateFormat:
             for name, source in config.templates.items()
             if name in (DEFAULT, WITH_TOOLS)
         }
-        ends = (tokenizer.eos_id, tokenizer.named("eos_token"))
+        # A model of chats may end a text in another token than an answer.
+        ends = (
+            tokenizer.eos_id,
+            tokenizer.named("eos_token"),
+            tokenizer.usual_end,
+            *config.end_ids,
+        )
         self._ends = frozenset(end for end in ends if end is not None)
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded | BadLine]:

@@ -51,8 +51,9 @@ class DocumentGroups(grain.IterDataset[list[str]]):
         if own_shards:
             order = order[self._process_index :: self._process_count]
         for index in range(shard, len(order)):
-            for text, after in self.shards[order[index]].documents(position):
-                held_out = self._skip_held_out and is_held_out(order[index], document)
+            source = self.shards[order[index]]
+            for text, after in source.documents(position):
+                held_out = self._skip_held_out and is_held_out(source.number, document)
                 mine = own_shards or document % self._process_count == self._process_index
                 document += 1
                 if mine and not held_out:

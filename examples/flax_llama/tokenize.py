@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.flax_llama.command import program
+from examples.flax_llama.document_end import tell_of_end
 from examples.flax_llama.documents import Shard, batched, open_shards, texts
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.reading import Reading
@@ -23,6 +24,7 @@ def tokenize(
     data: str,
     tokenizer: str,
     out: Path,
+    eos_token: str | None = None,
     text_field: str = "text",
     on_bad_line: str = "error",
     max_bad_lines: int = 100,
@@ -38,6 +40,8 @@ def tokenize(
       tokenizer: bytes; bpe:SIZE, trained on a sample of the documents; or the path of a
         tokenizer.json, of a SentencePiece model, or of a directory with one of them.
       out: new directory.
+      eos_token: name of the token that ends a document, or none; by default what the files beside
+        the tokenizer call its eos_token, else a usual one such as </s> or <|endoftext|>.
       text_field: of JSON lines and of Hugging Face data, the field that has the text; a dot goes
         into an object, as in meta.content.
       on_bad_line: at a line that is no JSON, has no text, or is not UTF-8: error, or skip it.
@@ -47,7 +51,9 @@ def tokenize(
     check_new(out)
     reading = Reading(text_field, on_bad_line, max_bad_lines)
     shards = open_shards(data, reading=reading)
-    encoder = shard_tokenizer(tokenizer, shards, skip_held_out=False)
+    encoder = shard_tokenizer(tokenizer, shards, skip_held_out=False, eos_token=eos_token)
+    if eos_token is None:
+        tell_of_end(encoder, tokenizer)
     with Progress(
         BarColumn(),
         TextColumn("{task.completed} of {task.total} shards"),
@@ -55,7 +61,8 @@ def tokenize(
         TimeElapsedColumn(),
         disable=quiet,
     ) as progress:
-        tokens = write_tokens(out, watched(shards, progress), encoder)
+        alike = len({shard.number for shard in shards}) < len(shards)
+        tokens = write_tokens(out, watched(shards, progress), encoder, alike=alike)
     if reading.bad_lines:
         print(reading.summary())
     return tokens

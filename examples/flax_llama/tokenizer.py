@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -13,13 +14,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from examples.flax_llama.chat_template import Rendered
+from examples.flax_llama.document_end import END_OF_TEXT, USUAL, find_end, kept_end, with_end
 from examples.flax_llama.documents import Shard, sample
 from examples.flax_llama.tokenizer_config import TokenizerConfig
 from examples.flax_llama.usage import UsageError, cannot_be_read
-
-END_OF_TEXT = "<|endoftext|>"
-# Names of the token that ends a document, in the families of tokenizers that are around.
-EOS_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
 EXPECTED = (
     'expected "bytes", "bpe:SIZE" with SIZE at least 256, a tokenizer.json, a SentencePiece '
@@ -68,12 +66,14 @@ class Tokenizer(ABC):
     Attributes:
       vocab_size: one more than the largest id.
       eos_id: the token that ends a document, None where there is none.
+      usual_end: which one it is where nothing beside the tokenizer says so.
       file_name: name of the file that `save` writes.
       config: what stands beside it in a model's directory, if it is from one.
     """
 
     vocab_size: int
     eos_id: int | None
+    usual_end: int | None
     file_name: str
     config: TokenizerConfig | None = None
 
@@ -111,6 +111,10 @@ class Tokenizer(ABC):
         name = None if self.config is None else self.config.tokens.get(purpose)
         return None if name is None else self.id_of(name)
 
+    def is_same(self, other: "Tokenizer") -> bool:
+        """Whether documents are the same tokens with another one."""
+        return self.to_bytes() == other.to_bytes() and self.eos_id == other.eos_id
+
     def _own_start(self) -> list[int]:
         return []
 
@@ -126,8 +130,8 @@ class Tokenizer(ABC):
     def save(self, directory: Path) -> None:
         """Writes the file that `load_tokenizer` finds in a directory, and what stood beside it."""
         (directory / self.file_name).write_bytes(self.to_bytes())
-        if self.config is not None:
-            self.config.save(directory)
+        config = self.config or TokenizerConfig.none(directory)
+        config.save(directory, kept_end(self))
 
 
 class JsonTokenizer(Tokenizer):
@@ -145,8 +149,8 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         vocab = self._tokenizer.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
-        known = (vocab[name] for name in EOS_TOKENS if name in vocab)
-        self.eos_id = next(known, self.named("eos_token"))
+        self.usual_end = next((vocab[name] for name in USUAL if name in vocab), None)
+        self.eos_id = find_end(self)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         ids = []
@@ -224,7 +228,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._contents = contents
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=contents)
         self.vocab_size = self._processor.vocab_size()
-        self.eos_id = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
+        self.usual_end = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
+        self.eos_id = find_end(self)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         ids = self._processor.encode(list(texts), out_type=int)
@@ -311,19 +316,19 @@ def load_tokenizer(path: str | Path, name: str | None = "tokenizer") -> Tokenize
     if path == "":
         raise UsageError(f"{what()}: {EXPECTED}")
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = tokenizer_files(path)
         if not found:
             names = f"{JsonTokenizer.file_name} or {SentencePieceTokenizer.file_name}"
             raise UsageError(f"{what()}: expected {names} in the directory.")
         path = found[0]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"{what()}: there is no such file; {EXPECTED}")
     try:
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             contents = path.read_text(encoding="utf-8")
             return JsonTokenizer(contents, TokenizerConfig.read(path.parent))
-        if path.suffix == ".model":
+        if path.suffix.lower() == ".model":
             return SentencePieceTokenizer(path.read_bytes(), TokenizerConfig.read(path.parent))
     except UsageError:
         raise
@@ -335,8 +340,21 @@ def load_tokenizer(path: str | Path, name: str | None = "tokenizer") -> Tokenize
     raise UsageError(f"{what()}: expected a file called *.json or *.model.")
 
 
-def shard_tokenizer(spec: str, shards: Sequence[Shard], *, skip_held_out: bool) -> Tokenizer:
-    """The tokenizer of files or of the hub, trained on a sample if it is one to be trained."""
+def shard_tokenizer(
+    spec: str, shards: Sequence[Shard], *, skip_held_out: bool, eos_token: str | None = None
+) -> Tokenizer:
+    """The tokenizer of files or of the hub, trained on a sample if it is one to be trained.
+
+    Args:
+      spec: of the tokenizer.
+      shards: to train it on.
+      skip_held_out: whether a part of them is kept to validate on.
+      eos_token: what ends a document, if it is not what the tokenizer says.
+
+    Raises:
+      UsageError: there is no such tokenizer, or it has no such token.
+    """
     if not is_trained_here(spec):
-        return load_tokenizer(spec)
-    return train_tokenizer(sample(shards, SAMPLE, skip_held_out=skip_held_out), spec, eos=True)
+        return with_end(load_tokenizer(spec), eos_token)
+    texts = sample(shards, SAMPLE, skip_held_out=skip_held_out)
+    return with_end(train_tokenizer(texts, spec, eos=True), eos_token)

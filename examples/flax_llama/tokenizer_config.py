@@ -1,4 +1,9 @@
-"""What stands beside a tokenizer in a model's directory: special tokens, and chat templates."""
+"""What stands beside a tokenizer in a model's directory: special tokens, and chat templates.
+
+The token that ends a document is `eos_token` of tokenizer_config.json or special_tokens_map.json,
+or what generation_config.json or config.json calls `eos_token_id`. Runs and tokenized directories
+keep the one that they were made with, where that is another one.
+"""
 
 import dataclasses
 import functools
@@ -7,11 +12,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.usage import UsageError, cannot_be_read, parse_json, read_object
 
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+# Of the model, which have numbers of tokens; the last one is its configuration beside our settings.
+OF_MODEL = ("generation_config.json", "config.json", "hf_config.json")
+# Of a run, which goes on with it: the name of the token that ends a document, null for none.
+END_FILE, END = "document_end.json", "document_end"
 # Of other templates than the first, each in a file by its name.
 MORE_TEMPLATES = "additional_chat_templates"
 DEFAULT, WITH_TOOLS = "default", "tool_use"
@@ -37,7 +46,7 @@ class TokenizerConfig:
           UsageError: a file cannot be read.
         """
         more = sorted((directory / MORE_TEMPLATES).glob("*.jinja"))
-        paths = [*(directory / name for name in (CONFIG, SPECIAL, TEMPLATE)), *more]
+        paths = [*(directory / name for name in (CONFIG, SPECIAL, TEMPLATE, END_FILE)), *more]
         try:
             files = {
                 path.relative_to(directory).as_posix(): path.read_bytes()
@@ -49,10 +58,16 @@ class TokenizerConfig:
         # To the second, as it is saved.
         return cls(directory, files, datetime.now().replace(microsecond=0))
 
+    @classmethod
+    def none(cls, directory: Path) -> "TokenizerConfig":
+        """What there is beside a tokenizer that is alone."""
+        return cls(directory, {}, datetime.now().replace(microsecond=0))
+
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The settings of a tokenizer of `transformers`."""
-        return self._json(SPECIAL) | self._json(CONFIG)
+        """The settings of a tokenizer of `transformers`, of which null is none."""
+        own = {k: v for k, v in self._json(CONFIG).items() if v is not None}
+        return self._json(SPECIAL) | own
 
     @property
     def tokens(self) -> dict[str, str]:
@@ -63,6 +78,37 @@ class TokenizerConfig:
             if name.endswith("_token") and isinstance(token, str):
                 found[name] = token
         return found
+
+    @property
+    def keeps_end(self) -> bool:
+        """Whether a run has written which token ends its documents."""
+        return END in self._json(END_FILE)
+
+    @property
+    def end(self) -> str | None:
+        """The name of that token; None for none.
+
+        Raises:
+          UsageError: it is no name.
+        """
+        name = self._json(END_FILE).get(END)
+        if not isinstance(name, str | None):
+            raise UsageError(f"{self.directory / END_FILE}: {name!r} is no name of a token.")
+        return name
+
+    @functools.cached_property
+    def end_ids(self) -> list[int]:
+        """The numbers of the tokens that end a text, as the model's own files say."""
+        found: list[int] = []
+        for name in OF_MODEL:
+            path = self.directory / name
+            settings = read_object(path) if path.is_file() else {}
+            nested = settings.get("text_config")
+            of_text = nested if isinstance(nested, dict) else {}
+            ids = settings.get("eos_token_id", of_text.get("eos_token_id"))
+            ids = ids if isinstance(ids, list) else [ids]
+            found += [each for each in ids if type(each) is int]
+        return list(dict.fromkeys(found))
 
     @property
     def adds_bos(self) -> bool | None:
@@ -98,12 +144,19 @@ class TokenizerConfig:
         except (TypeError, ValueError) as error:
             raise UsageError(f"{self.directory / CONFIG}: {NOW} is no time: {error}.") from error
 
-    def save(self, directory: Path) -> None:
-        """Writes the files, with the time where a template asks for it."""
-        files = self.files
+    def save(self, directory: Path, end: dict[str, Any]) -> None:
+        """Writes the files, with the time where a template asks for it.
+
+        Args:
+          directory: to write to.
+          end: what the file that says the end of a document is to have; without any there is none.
+        """
+        files = {name: contents for name, contents in self.files.items() if name != END_FILE}
         if any(ASKS_FOR_IT in template for template in self.templates.values()):
             config = self._json(CONFIG) | {NOW: self.now.isoformat()}
-            files = files | {CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode()}
+            files |= {CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode()}
+        if end:
+            files[END_FILE] = json.dumps(end, ensure_ascii=False).encode()
         for name, contents in files.items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(contents)
@@ -119,7 +172,7 @@ class TokenizerConfig:
             return {}
         text = self._text(name)
         try:
-            found = json.loads(text)
+            found = parse_json(text)
         except ValueError as error:
             raise UsageError(f"{self.directory / name} is not JSON: {error}.") from error
         if not isinstance(found, dict):

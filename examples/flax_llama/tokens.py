@@ -6,22 +6,28 @@ Such a directory holds `tokens.bin`, all documents one after the other; `ends.bi
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from examples.flax_llama.documents import HELD_OUT, OTHER_TEXT
+from examples.flax_llama.documents import HELD_OUT, META, OTHER_TEXT
 from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
-from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.usage import UsageError, cannot_be_read, parse_json
 from examples.flax_llama.writing import make_directory, naming
 
-META = "meta.json"
 TOKENS = "tokens.bin"
 ENDS = "ends.bin"
+# In meta.json: the CRC-32 of what is in each file, and bytes of tokens that are summed.
+SUMS, SUMMED = "crc32", 1 << 30
+# Likewise, where it is so.
+ALIKE = "files_that_begin_alike"
 DTYPES = ("uint16", "uint32")
 
 
@@ -35,6 +41,8 @@ class Tokens:
     ends: np.ndarray
     # Bytes of UTF-8 per token.
     bytes_per_token: float
+    # Whether they are of files of which some begin alike, so that documents may be there twice.
+    alike: bool = False
 
     @classmethod
     def join(cls, documents: list[np.ndarray], num_bytes: int) -> "Tokens":
@@ -46,7 +54,7 @@ class Tokens:
         """The first documents, to train on, and the last ones, with about 5 % of the tokens.
 
         Raises:
-          UsageError: the documents are too few.
+          UsageError: the documents are too few, or the last ones are among the first.
         """
         held_out = int(np.searchsorted(self.ends, len(self.ids) * (1 - HELD_OUT))) + 1
         if held_out >= len(self.ends):
@@ -54,16 +62,23 @@ class Tokens:
                 f"The last of {len(self.ends)} documents has more than {HELD_OUT:.0%} of the "
                 f"tokens, too many to validate on: {OTHER_TEXT}."
             )
+        if self.alike and self._repeats(held_out):
+            raise UsageError(
+                "The last documents are among those before them too, since files of the data that "
+                f"was tokenized were named more than once: {OTHER_TEXT}."
+            )
         cut = self.ends[held_out - 1]
         return (
             Tokens(self.ids[:cut], self.ends[:held_out], self.bytes_per_token),
             Tokens(self.ids[cut:], self.ends[held_out:] - cut, self.bytes_per_token),
         )
 
-
-def is_tokenized(path: str) -> bool:
-    """Whether this is a directory that the tokenize command made."""
-    return (Path(path) / META).is_file()
+    def _repeats(self, first: int) -> bool:
+        """Whether a document from some place on is before it too."""
+        starts = [0, *self.ends[:-1].tolist()]
+        documents = (self.ids[a:b].tobytes() for a, b in zip(starts, self.ends, strict=True))
+        before = set(itertools.islice(documents, first))
+        return any(document in before for document in documents)
 
 
 def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
@@ -73,9 +88,11 @@ def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
       UsageError: the directory is not what `write_tokens` wrote.
     """
     try:
-        meta = json.loads((directory / META).read_text())
+        meta = parse_json((directory / META).read_text())
         dtype, count, documents = meta["dtype"], meta["tokens"], meta["documents"]
-        num_bytes = meta["bytes"]
+        num_bytes, alike = meta["bytes"], bool(meta.get(ALIKE))
+        sums = meta.get(SUMS)
+        damaged = sums is not None and sums[META] != sum_of(meta)
     except PermissionError as error:
         raise cannot_be_read(str(directory / META), error) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -92,7 +109,21 @@ def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
     )
     if ends[-1] != count:
         raise UsageError(f"{directory / ENDS} is not of {TOKENS}: run the tokenize command again.")
-    return Tokens(ids, ends, num_bytes / count), tokenizer
+    for name in (META, ENDS, TOKENS, tokenizer.file_name) if sums is not None else ():
+        # Of more tokens than are read in a second, nobody waits for the sum.
+        if name != META and (name != TOKENS or ids.nbytes <= SUMMED):
+            damaged = zlib.crc32((directory / name).read_bytes()) != sums[name]
+        if damaged:
+            raise UsageError(
+                f"{directory / name} is damaged, or was changed: run the tokenize command again."
+            )
+    return Tokens(ids, ends, num_bytes / count, alike), tokenizer
+
+
+def sum_of(meta: dict[str, Any]) -> int:
+    """The checksum of what is in meta.json but for that."""
+    sums = {name: value for name, value in meta[SUMS].items() if name != META}
+    return zlib.crc32(json.dumps(meta | {SUMS: sums}, sort_keys=True).encode())
 
 
 def smallest_dtype(vocab_size: int) -> str:
@@ -137,8 +168,20 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_tokens(directory: Path, groups: Iterable[list[str]], tokenizer: Tokenizer) -> Tokens:
+def write_tokens(
+    directory: Path,
+    groups: Iterable[list[str]],
+    tokenizer: Tokenizer,
+    *,
+    alike: bool = False,
+) -> Tokens:
     """Writes documents, each ended by the tokenizer's `eos_id`, and returns them as a memory map.
+
+    Args:
+      directory: new one.
+      groups: the documents.
+      tokenizer: of them.
+      alike: whether some of the files that they are from begin alike.
 
     Raises:
       UsageError: the directory exists, a document cannot be read, or there are none; nothing is
@@ -146,19 +189,31 @@ def write_tokens(directory: Path, groups: Iterable[list[str]], tokenizer: Tokeni
     """
     dtype = smallest_dtype(tokenizer.vocab_size)
     tokens = documents = num_bytes = 0
+    sums = {TOKENS: 0, ENDS: 0}
     with new_directory(directory) as partial:
         with open(partial / TOKENS, "wb") as tokens_file, open(partial / ENDS, "wb") as ends_file:
             for texts in groups:
                 encoded = tokenizer.encode_documents(texts)
                 ends = tokens + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
-                tokens_file.write(np.concatenate(encoded).astype(dtype).tobytes())
-                ends_file.write(ends.tobytes())
+                written = np.concatenate(encoded).astype(dtype).tobytes(), ends.tobytes()
+                for file, name, data in zip((tokens_file, ends_file), sums, written, strict=True):
+                    file.write(data)
+                    sums[name] = zlib.crc32(data, sums[name])
                 tokens = int(ends[-1])
                 documents += len(texts)
                 num_bytes += sum(len(text.encode()) for text in texts)
         if tokens == 0:
             raise UsageError("There are no documents to tokenize.")
-        meta = {"dtype": dtype, "tokens": tokens, "documents": documents, "bytes": num_bytes}
-        (partial / META).write_text(json.dumps(meta, indent=2) + "\n")
+        meta: dict[str, Any] = {
+            "dtype": dtype,
+            "tokens": tokens,
+            "documents": documents,
+            "bytes": num_bytes,
+        }
+        meta |= {ALIKE: True} if alike else {}
         tokenizer.save(partial)
+        sums[tokenizer.file_name] = zlib.crc32((partial / tokenizer.file_name).read_bytes())
+        meta[SUMS] = sums
+        meta[SUMS] = sums | {META: sum_of(meta)}
+        (partial / META).write_text(json.dumps(meta, indent=2) + "\n")
     return load_tokens(directory)[0]

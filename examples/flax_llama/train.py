@@ -283,15 +283,11 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
 def open_dataset(config: Config) -> Data:
     """This process' part of the data."""
     part, parts = part_of_data(make_mesh(config.mesh))
-    names = ("data", "valid_data", "tokenizer", "batch", "seq", "packing", "seed", "eval_tokens")
+    names = ("data", "valid_data", "tokenizer", "eos_token", "batch", "seq", "packing", "seed")
+    given = {name: getattr(config, name) for name in (*names, "eval_tokens")}
     reading = reading_of(config)
     with reading.told():
-        return open_data(
-            **{name: getattr(config, name) for name in names},
-            reading=reading,
-            process_index=part,
-            process_count=parts,
-        )
+        return open_data(**given, reading=reading, process_index=part, process_count=parts)
 
 
 def recognised(config: Config) -> Config:

@@ -37,7 +37,7 @@ def train(
       on_bad_line: at a line that is no JSON, has no text, or is not UTF-8: error, or skip it.
       max_bad_lines: so many are left out; one more is an error.
     """
-    if out.suffix != ".json":
+    if out.suffix.lower() != ".json":
         raise UsageError(f"out={out}: expected a file called *.json.")
     if out.exists():
         raise UsageError(f"out={out} exists: name another one or delete it.")

@@ -1,8 +1,10 @@
 """What is said of settings that cannot work, and of files that cannot be read or written."""
 
 import errno
+import functools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,29 @@ def cannot_be_read(what: str, error: OSError) -> UsageError:
     return UsageError(f"{what} cannot be read: {error.strerror or error}.")
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    """Says something on stderr, once in a process however often there is reason to."""
+    print(line, file=sys.stderr)
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says.
+
+    Raises:
+      ValueError: it is none, or too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("too many objects or lists in each other") from error
+
+
+def one_line(text: str) -> str:
+    """A text with what would end a line, or could not be seen, written as escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a file of JSON.
 
@@ -33,7 +58,7 @@ def read_object(path: Path) -> dict[str, Any]:
       UsageError: it cannot be read, or is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise cannot_be_read(str(path), error) from error
     except ValueError as error:

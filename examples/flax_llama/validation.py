@@ -12,7 +12,7 @@ from examples.flax_llama.reading import Reading
 from examples.flax_llama.responses import Prompt
 from examples.flax_llama.rows import padded_rows
 from examples.flax_llama.tokenizer import Tokenizer
-from examples.flax_llama.tokens import Tokens, is_tokenized, load_tokens
+from examples.flax_llama.tokens import Tokens, load_tokens
 from examples.flax_llama.usage import UsageError
 
 # Documents tokenized at a time: no more than a few too many are read.
@@ -101,12 +101,14 @@ def open_groups(
     """The documents of some data, tokenized, for `num_tokens` targets."""
     if data == documents.BUILT_IN:
         return encode_groups(documents.read_split()[1], tokenizer, num_tokens)
-    if not (isinstance(data, str) and is_tokenized(data)):
+    if not (isinstance(data, str) and documents.is_tokenized(data)):
         shards = documents.open_shards(data, split="validation", reading=reading, name=name)
         return encode_groups(documents.texts(shards), tokenizer, num_tokens)
     tokens, own = load_tokens(Path(data))
-    if own.to_bytes() != tokenizer.to_bytes():
-        raise UsageError(f"{name}={data} was made by another tokenizer.")
+    if not own.is_same(tokenizer):
+        raise UsageError(
+            f"{name}={data} was made by another tokenizer, or with another end of documents."
+        )
     return token_groups(tokens)
 
 

@@ -4,14 +4,14 @@ What a file leaves out is what `transformers` takes for it, family by family.
 """
 
 import dataclasses
-import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from examples.flax_llama.architecture import Architecture, Kind, Rope
 from examples.flax_llama.shapes import PRESETS, LlamaConfig
-from examples.flax_llama.usage import UsageError, read_object
+from examples.flax_llama.usage import UsageError, parse_json, read_object
 from examples.hf.published import PUBLISHED
 
 CONFIG = "config.json"
@@ -88,7 +88,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def is_model(directory: Path) -> bool:
     """Whether a directory is that of a model of Hugging Face, and not of a run."""
     try:
-        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        settings = parse_json((directory / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(settings, dict) and "train" not in settings and "model_type" in settings
@@ -102,7 +102,7 @@ def named_shape(name: str) -> LlamaConfig:
     """
     if name in PUBLISHED:
         return shape_of(PUBLISHED[name])
-    if not Path(name).exists():
+    if not os.path.exists(name):
         raise UsageError(
             f"preset={name!r}: expected one of {', '.join((*PRESETS, *PUBLISHED))}; or the "
             "directory of a model with its config.json."

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.usage import UsageError, cannot_be_read, parse_json
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -54,7 +54,7 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         path = directory / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # of a name that no file can have too
             raise UsageError(f"{index} names {name}, which is missing.")
         new = header(path)
         if twice := sorted(found.keys() & new.keys()):
@@ -69,7 +69,7 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
 def read_index(path: Path) -> dict[str, str]:
     """The file of each tensor, by an index."""
     try:
-        places = json.loads(path.read_text())["weight_map"]
+        places = parse_json(path.read_text())["weight_map"]
     except OSError as error:
         raise cannot_be_read(str(path), error) from error
     except (ValueError, KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._excerpt import Excerpt
-from galore_optax._ownership import FEWEST, Owned, Role, Stacked, ownership
+from galore_optax._ownership import FEWEST, Owned, Role, Stacked, check_stacked, ownership
 from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import (
     QuantizedArray,
@@ -111,11 +111,7 @@ def low_bit(
             f"{inner!r}. To give the bits, write low_bit(inner, bits=8)."
         )
     _check_seed(seed)
-    if stacked is not None and not callable(stacked):
-        raise TypeError(
-            "stacked must be a function of a path and a shape, which returns a number of leading "
-            f"axes, or None; got {stacked!r}{static_hint(stacked)}"
-        )
+    check_stacked(stacked)
     rules = _Rules(bits, block_size, min_size, dict(names or {}))
     made = _LowBit(standard_promotion(inner), rules, stacked, seed)
     return optax.GradientTransformationExtraArgs(made.init, made.update)

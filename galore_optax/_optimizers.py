@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from galore_optax._decoded import decoded
 from galore_optax._galore import galore
 from galore_optax._options import GaloreOptions, shows_galore_options
-from galore_optax._ownership import Stacked
+from galore_optax._ownership import Stacked, check_stacked
 from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import static_hint
 from galore_optax._select import Selection
@@ -208,6 +208,7 @@ def flora(
     """
     given: GaloreOptions = _FLORA | options
     _check_accumulation("flora", given)
+    check_stacked(stacked)
     _check_dim_size(min_dim_size_to_factor)
     selection, clip, scale = _selection(given), clipping_threshold, given.get("scale", 1.0)
 

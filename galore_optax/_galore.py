@@ -157,7 +157,8 @@ def galore(
       accumulation_steps: the number k of calls of ``update`` that make one step: their gradients
         are projected and averaged at rank r, where ``optax.MultiSteps`` keeps a full-size average.
         None is 1. The first k - 1 return updates of zeros. A step whose refresh is due takes the
-        subspace from its first gradient; else it is exactly that of the mean gradient.
+        subspace from its first gradient; else it is exactly that of the mean gradient. A saved
+        state may go on with another k above 1: a step that was begun is the mean of what it got.
       seed: the seed of the random numbers of projectors, which depend on it, on a leaf's path, on
         the matrix' place in a stack, and on how often it has been refreshed.
       diagnostics: whether to keep in the state what `galore_optax.metrics` reports, at the price
@@ -229,7 +230,7 @@ def galore(
         bool(stagger),
         scale,
         1 if accumulation_steps is None else int(accumulation_steps),
-        seed,
+        seed if isinstance(seed, jax.Array) else int(seed),
     )
     if inner is not None:
         return transformation(inner, settings)

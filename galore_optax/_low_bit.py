@@ -269,6 +269,12 @@ class _LowBit:
         owned = ownership(state.inner, updates, stacked=self.stacked)
         leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)
         kinds = self.rules.kinds_in_state(leaves, owned)
+        if isinstance(state.rounds, optax.MaskedNode) == (self.rules.bits == 16):
+            raise ValueError(
+                "the state belongs to another configuration of low_bit: it was made with bits="
+                f"{24 - self.rules.bits}, and this low_bit has bits={self.rules.bits}. Use the "
+                "bits it was made with, or make a new state with init."
+            )
         gradients = jax.tree.map(lambda g: jnp.astype(g, ranging_dtype(g.dtype)), updates)
         params = dequantize_params(params)
         like = updates if params is None else params

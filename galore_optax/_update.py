@@ -92,6 +92,7 @@ class _Galore:
             settings = dataclasses.replace(settings, method=settings.method.with_betas(betas))
         self._settings = settings
         self._lift = Lift(settings.method, settings.stagger)
+        self._made_with = settings.method.made_with(settings.seed)
         self._shapes = functools.cache(lambda view: jax.eval_shape(lambda: self._subspace(view)))
         self._ranks: dict[tuple[object, ...], dict[str, int]] = {}
         self._warned = False
@@ -129,6 +130,7 @@ class _Galore:
             inner=self._inner.init(low_rank, projected),
             accumulator=init_accumulator(low_rank, self._settings.accumulation_steps),
             version=jnp.asarray(VERSION, jnp.int32),
+            made_with=self._made_with,
         )
         # This is for its errors, about moments that could not be moved.
         InnerMoments.of(state.inner, leaves, self._settings.method.sees)
@@ -157,7 +159,9 @@ class _Galore:
         check_mesh((updates, state, params))
         views = self._views(updates, None if excerpt is None else excerpt.ranks)
         leaves = Leaves.of_update(views, updates, params)
-        subspaces = subspaces_of_tree(leaves.structure, leaves.views, state, self._shapes)
+        subspaces = subspaces_of_tree(
+            leaves.structure, leaves.views, state, self._shapes, self._made_with
+        )
         leaves = leaves.following(subspaces, state.inner)
         only = isinstance(refresh, str)
         below = self._down(leaves, subspaces, state, _checked(refresh), only, excerpt)
@@ -189,7 +193,9 @@ class _Galore:
             s._replace(residual=r) for s, r in zip(below.subspaces, residuals, strict=True)
         ]
         subspace = tree_of_subspaces(leaves.structure, subspaces)
-        new_state = GaloreState(step, subspace, inner, accumulator, state.version)
+        new_state = state._replace(
+            step=step, subspace=subspace, inner=inner, accumulator=accumulator
+        )
         return boxed_like(leaves.structure.unflatten(new), boxes[0]), boxed_like(
             new_state, boxes[1]
         )

@@ -10,7 +10,12 @@ from jaxtyping import Array, Float, PyTree
 
 from galore_optax._decoded import decoded
 from galore_optax._galore import galore
-from galore_optax._options import GaloreOptions, shows_galore_options
+from galore_optax._options import (
+    GaloreOptions,
+    check_accumulation,
+    shows_galore_options,
+    warn_of_calls,
+)
 from galore_optax._ownership import Stacked, check_stacked
 from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import static_hint
@@ -68,6 +73,7 @@ def galore_adafactor(
       >>> tx = galore_optax.galore_adafactor(1e-3, multiply_by_parameter_scale=False, rank=8)
     """
     _check_dim_size(min_dim_size_to_factor)
+    warn_of_calls("galore_adafactor", learning_rate, options)
     return galore(
         optax.adafactor(
             learning_rate,
@@ -116,6 +122,7 @@ def galore_lion(
       >>> import galore_optax
       >>> tx = galore_optax.galore_lion(1e-4, rank=8)
     """
+    warn_of_calls("galore_lion", learning_rate, options)
     return galore(
         optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask),
         **options,
@@ -148,6 +155,7 @@ def galore_sgd(
       >>> import galore_optax
       >>> tx = galore_optax.galore_sgd(0.1, momentum=0.9, rank=8)
     """
+    warn_of_calls("galore_sgd", learning_rate, options)
     return galore(
         optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
         **options,
@@ -207,7 +215,7 @@ def flora(
       Hao et al., `Flora <https://arxiv.org/abs/2402.03293>`_, 2024
     """
     given: GaloreOptions = _FLORA | options
-    _check_accumulation("flora", given)
+    check_accumulation("flora", given)
     check_stacked(stacked)
     _check_dim_size(min_dim_size_to_factor)
     selection, clip, scale = _selection(given), clipping_threshold, given.get("scale", 1.0)
@@ -289,7 +297,7 @@ def galore_muon(
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024
     """
     given: GaloreOptions = _MUON | options
-    _check_accumulation("galore_muon", given)
+    check_accumulation("galore_muon", given)
 
     def numbers(low_rank: Params) -> PyTree:
         # Behind the axes that matrices are stacked over.
@@ -348,19 +356,6 @@ def _warning(
         return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(init, tx.update)
-
-
-def _check_accumulation(name: str, options: GaloreOptions) -> None:
-    """Raises an error where gradients would be averaged at rank r.
-
-    What comes after galore, such as a schedule, would take each of them for a step.
-    """
-    steps = options.get("accumulation_steps")
-    if steps is not None and steps != 1:
-        raise ValueError(
-            f"accumulation_steps of {name} must be 1, since what follows galore in it counts "
-            f"steps; got {steps!r}. Put optax.MultiSteps around it instead."
-        )
 
 
 def _check_dim_size(size: object) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, PyTree, PyTreeDef
 from galore_optax._excerpt import Ranks
 from galore_optax._quantized import is_quantized
 from galore_optax._subspace import ABSENT, Subspace, is_absent
-from galore_optax._trees import path_name
+from galore_optax._trees import bare, path_name
 from galore_optax._types import State
 from galore_optax._view import LeafView
 
@@ -68,6 +68,14 @@ def metrics(state: State) -> dict[str, Array]:
 def accumulates(state: State) -> bool:
     """Whether a galore anywhere in a state averages gradients at rank r."""
     return any(not is_absent(node.accumulator) for node in _galore_states(state))
+
+
+def is_at_a_step(state: State) -> Bool[Array, ""]:
+    """Whether no galore in a state has micro-batches of a step that is not complete."""
+    counts = [
+        node.accumulator.count for node in _galore_states(state) if not is_absent(node.accumulator)
+    ]
+    return jnp.all(jnp.array([jnp.asarray(count) for count in counts], jnp.int32) == 0)
 
 
 def at_a_step(state: State) -> State:

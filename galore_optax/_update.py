@@ -66,6 +66,10 @@ class Below(NamedTuple):
     low_rank: list[Array]  # R, or the gradient of a leaf that is not projected.
 
 
+class Accumulating(optax.GradientTransformationExtraArgs):
+    """A transformation whose steps take several gradients: before the last, updates are zeros."""
+
+
 def transformation(
     inner: optax.GradientTransformation, settings: Settings, caution: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,7 +81,10 @@ def transformation(
       caution: the text of a warning that the first ``init`` gives, or None for no warning.
     """
     galore = _Galore(Inner(inner), settings, caution)
-    return optax.GradientTransformationExtraArgs(galore.init, galore.update)
+    kind = optax.GradientTransformationExtraArgs
+    if settings.accumulation_steps > 1:
+        kind = Accumulating
+    return kind(galore.init, galore.update)
 
 
 class _Galore:

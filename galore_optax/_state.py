@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, PyTree, PyTreeDef
 from galore_optax._excerpt import Ranks
 from galore_optax._quantized import is_quantized
 from galore_optax._subspace import ABSENT, Subspace, is_absent
-from galore_optax._trees import bare, path_name
+from galore_optax._trees import path_name
 from galore_optax._types import State
 from galore_optax._view import LeafView
 

@@ -100,7 +100,7 @@ class _Galore:
         self._settings = settings
         self._lift = Lift(settings.method, settings.stagger)
         self._made_with = settings.method.made_with(settings.seed)
-        self._shapes = functools.cache(lambda view: jax.eval_shape(lambda: self._subspace(view)))
+        self._shapes: dict[LeafView, Subspace] = {}
         self._ranks: dict[tuple[object, ...], dict[str, int]] = {}
         self._warned = False
 
@@ -167,7 +167,7 @@ class _Galore:
         views = self._views(updates, None if excerpt is None else excerpt.ranks)
         leaves = Leaves.of_update(views, updates, params)
         subspaces = subspaces_of_tree(
-            leaves.structure, leaves.views, state, self._shapes, self._made_with
+            leaves.structure, leaves.views, state, self._shape_of, self._made_with
         )
         leaves = leaves.following(subspaces, state.inner)
         only = isinstance(refresh, str)
@@ -364,8 +364,15 @@ class _Galore:
             state = jax.eval_shape(of_leaf)
         except Exception:  # such as where a mask has the structure of all leaves
             state = jax.eval_shape(two_moments)
-        arrays = jax.tree.leaves((self._shapes(view), state))
+        arrays = jax.tree.leaves((self._shape_of(view), state))
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+    def _shape_of(self, view: LeafView) -> Subspace:
+        """Returns the shapes of the subspace of a leaf."""
+        # A plain dict, unlike what functools has, lets cloudpickle copy the transformation.
+        if view not in self._shapes:
+            self._shapes[view] = jax.eval_shape(lambda: self._subspace(view))
+        return self._shapes[view]
 
     def _subspace(self, view: LeafView) -> Subspace:
         """Returns the subspace of a leaf before the first step."""

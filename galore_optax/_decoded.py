@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import dequantize_params
+from galore_optax._trees import beside
 from galore_optax._types import Params, State, Updates
 from galore_optax._view import moment_dtype, wide
 
@@ -35,7 +36,7 @@ def decoded(
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: PyTree
     ) -> tuple[Updates, State]:
-        arrays = None if params is None else widened(params)
+        arrays = None if params is None else widened(beside(updates, params))
         new, state = tx.update(jax.tree.map(wide, updates), state, arrays, **extra_args)
         return jax.tree.map(lambda x, like: x.astype(like.dtype), new, updates), state
 

@@ -25,7 +25,7 @@ from galore_optax._quantized import (
 from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._specs import placed_state
 from galore_optax._storage import Storage, Stored
-from galore_optax._trees import bare
+from galore_optax._trees import bare, beside
 from galore_optax._types import Params, Shape, State, Updates
 from galore_optax._view import ranging_dtype, wide
 
@@ -264,7 +264,8 @@ class _LowBit:
                 f"{type(state).__name__}. Was it made by another transformation?"
             )
         boxes = updates, state
-        updates, state, params = bare(updates), bare(state), bare(params)
+        updates, state = bare(updates), bare(state)
+        params = beside(updates, bare(params))
         check_gradients(updates)
         owned = ownership(state.inner, updates, stacked=self.stacked)
         leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)

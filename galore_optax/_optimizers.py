@@ -21,7 +21,7 @@ from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import static_hint
 from galore_optax._select import Selection
 from galore_optax._state import inspection_in_progress
-from galore_optax._trees import logical
+from galore_optax._trees import beside, logical
 from galore_optax._types import DType, Mask, Numeric, Params, State, Updates
 from galore_optax._view import MatrixView
 
@@ -335,13 +335,13 @@ def galore_muon(
         decoded(optax.add_decayed_weights(weight_decay, mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _warning(tx, selection)
+    return _as_of_all(tx, selection)
 
 
-def _warning(
+def _as_of_all(
     tx: optax.GradientTransformationExtraArgs, selection: Selection
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation whose first ``init`` warns, as that of a galore of all leaves does.
+    """Returns a transformation that warns and takes parameters as a galore of all leaves does.
 
     It is for one that shows galore some leaves only.
     """
@@ -355,7 +355,12 @@ def _warning(
             selection.warn(views, stacklevel=2)
         return tx.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, tx.update)
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: object
+    ) -> tuple[Updates, State]:
+        return tx.update(updates, state, beside(updates, params), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_dim_size(size: object) -> None:

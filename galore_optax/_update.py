@@ -38,7 +38,7 @@ from galore_optax._state import (
     tree_of_subspaces,
 )
 from galore_optax._subspace import ABSENT, Subspace
-from galore_optax._trees import bare
+from galore_optax._trees import bare, beside
 from galore_optax._types import Scalar, State, Step, Updates
 from galore_optax._view import LeafView, MatrixView, moment_dtype, wide
 
@@ -161,7 +161,8 @@ class _Galore:
     ) -> tuple[Updates, GaloreState]:
         """Returns the updates and the next state; see `galore_optax.galore`."""
         boxes = updates, state
-        updates, state, params = bare(updates), bare(state), bare(params)
+        updates, state = bare(updates), bare(state)
+        params = beside(updates, bare(params))
         check_gradients(updates)
         check_mesh((updates, state, params))
         views = self._views(updates, None if excerpt is None else excerpt.ranks)

@@ -91,9 +91,12 @@ def galore(
         ``galore()`` in :func:`galore_optax.chain`, which makes what follows the inner
         transformation. It may not keep what it makes from the parameters in its state, as
         weight decay ahead of a momentum (``optax.add_decayed_weights`` then ``optax.trace``),
-        ``optax.novograd``, ``optax.lars``, ``optax.apply_every`` after a decay,
-        ``optax.contrib.prodigy`` and ``optax.contrib.schedule_free`` do: decay after ``galore``
-        then, and put schedule-free around it. What mixes the entries of an update after its
+        ``optax.novograd``, ``optax.lars``, ``optax.lbfgs``, ``optax.apply_every`` after a decay,
+        ``optax.scale_by_distance_over_gradients``, and of ``optax.contrib`` ``schedule_free``,
+        ``mechanize``, ``prodigy``, ``dog``, ``dowg``, ``cocob`` and ``madgrad`` do: decay after
+        ``galore`` then, and put schedule-free and ``mechanize`` around it. The others remember
+        where the weights began, of which a subspace shows them nothing; ``dadapt_adamw`` finds its
+        rate without. What mixes the entries of an update after its
         decay (``optax.centralize``) mixes the decay too, which cannot be seen from outside:
         decay after ``galore`` there.
         Masks and labels inside are best callables: R has another shape, and no Flax box.

@@ -11,7 +11,7 @@ import optax
 
 from galore_optax import projectors
 from galore_optax._adam import Betas
-from galore_optax._decoded import decoded
+from galore_optax._decoded import decoded, rounded_once
 from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
@@ -168,10 +168,14 @@ class AdamW:
         scaling = optax.scale_by_adam(
             self.b1, self.b2, self.eps, self.eps_root, self.mu_dtype, nesterov=self.nesterov
         )
-        return optax.chain(
-            galore(self._held(scaling), **options),
-            decoded(optax.add_decayed_weights(self.weight_decay, self.mask)),
-            self._at_the_rate(lambda learning_rate: optax.scale_by_learning_rate(learning_rate)),
+        return rounded_once(
+            optax.chain(
+                galore(self._held(scaling), **options),
+                decoded(optax.add_decayed_weights(self.weight_decay, self.mask)),
+                self._at_the_rate(
+                    lambda learning_rate: optax.scale_by_learning_rate(learning_rate)
+                ),
+            )
         )
 
     def _at_the_rate(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from galore_optax._decoded import decoded
+from galore_optax._decoded import decoded, rounded_once
 from galore_optax._galore import galore
 from galore_optax._options import (
     GaloreOptions,
@@ -17,7 +17,6 @@ from galore_optax._options import (
     warn_of_calls,
 )
 from galore_optax._ownership import Stacked, check_stacked
-from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import static_hint
 from galore_optax._select import Selection
 from galore_optax._state import inspection_in_progress
@@ -236,7 +235,7 @@ def flora(
                 new[-1] *= jnp.asarray(scale, leaf.dtype)
         return treedef.unflatten(new)
 
-    return optax.chain(
+    line = optax.chain(
         # What follows divides by the size of the momentum, and with it by any scale.
         galore(optax.ema(b1, debias=False), **(given | {"scale": 1.0})),
         decoded(
@@ -248,6 +247,7 @@ def flora(
         decoded(optax.add_decayed_weights(weight_decay, mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return rounded_once(line)
 
 
 _MUON: GaloreOptions = {"scale": 1.0, "transport": "project"}
@@ -310,7 +310,7 @@ def galore_muon(
         nesterov=nesterov,
         weight_dimension_numbers=numbers,
     )
-    adam = standard_promotion(optax.scale_by_adam(adam_b1, adam_b2, eps))
+    adam = decoded(optax.scale_by_adam(adam_b1, adam_b2, eps))
     selection = _selection(given)
 
     def labels(params: Params) -> PyTree:
@@ -335,7 +335,7 @@ def galore_muon(
         decoded(optax.add_decayed_weights(weight_decay, mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _as_of_all(tx, selection)
+    return _as_of_all(rounded_once(tx), selection)
 
 
 def _as_of_all(

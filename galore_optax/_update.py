@@ -39,7 +39,7 @@ from galore_optax._state import (
 )
 from galore_optax._subspace import ABSENT, Subspace
 from galore_optax._trees import bare, beside
-from galore_optax._types import Scalar, State, Step, Updates
+from galore_optax._types import DType, Scalar, State, Step, Updates
 from galore_optax._view import LeafView, MatrixView, moment_dtype, wide
 
 
@@ -157,9 +157,13 @@ class _Galore:
         *,
         refresh: object = None,
         excerpt: Excerpt | None = None,
+        unrounded: bool = False,
         **extra_args: PyTree,
     ) -> tuple[Updates, GaloreState]:
-        """Returns the updates and the next state; see `galore_optax.galore`."""
+        """Returns the updates and the next state; see `galore_optax.galore`.
+
+        With ``unrounded``, updates are in at least float32, for a preset that rounds them itself.
+        """
         boxes = updates, state
         updates, state = bare(updates), bare(state)
         params = beside(updates, bare(params))
@@ -171,21 +175,26 @@ class _Galore:
             leaves.structure, leaves.views, state, self._shape_of, self._made_with
         )
         leaves = leaves.following(subspaces, state.inner)
+        dtypes = [jnp.result_type(like) for like in leaves.likes]
+        if unrounded:
+            dtypes = list(map(moment_dtype, dtypes))
         only = isinstance(refresh, str)
         below = self._down(leaves, subspaces, state, _checked(refresh), only, excerpt)
         if only:
             subspace = tree_of_subspaces(leaves.structure, below.subspaces)
-            zeros = leaves.structure.unflatten(map(zeros_like, leaves.likes))
+            zeros = leaves.structure.unflatten(map(zeros_like, leaves.likes, dtypes))
             new_state = state._replace(subspace=subspace, inner=below.inner)
             return boxed_like(zeros, boxes[0]), boxed_like(new_state, boxes[1])
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
 
         def finish(low_rank: list[Array]) -> tuple[list[Array], list[PyTree], State, Step]:
-            updates, residuals, inner = self._step(leaves, below, low_rank, state, extra_args)
+            updates, residuals, inner = self._step(
+                leaves, below, low_rank, state, extra_args, dtypes
+            )
             return updates, residuals, inner, jnp.asarray(optax.safe_increment(below.step))
 
         def wait() -> tuple[list[Array], list[PyTree], State, Step]:
-            zeros = list(map(zeros_like, leaves.likes))
+            zeros = list(map(zeros_like, leaves.likes, dtypes))
             return zeros, [s.residual for s in below.subspaces], below.inner, below.step
 
         (new, residuals, inner, step), accumulator = accumulate(
@@ -257,8 +266,9 @@ class _Galore:
         low_rank: list[Array],
         state: GaloreState,
         extra_args: Mapping[str, PyTree],
+        dtypes: Sequence[DType],
     ) -> tuple[list[Array], list[PyTree], State]:
-        """Takes a step in the subspaces, and takes all updates up again.
+        """Takes a step in the subspaces, and takes all updates up again, in these dtypes.
 
         Returns:
           The updates, the states of the residuals, and the state of the inner transformation.
@@ -271,8 +281,7 @@ class _Galore:
         call = Call(low_rank, below.inner, weights, leaves.structure, leaves.views, extra_args)
         inner = self._inner.update(call, projected_weights)
         updates, residuals = list(inner.updates), [s.residual for s in below.subspaces]
-        for i, like in enumerate(leaves.likes):
-            view, dtype = leaves.views[i], jnp.result_type(like)
+        for i, (view, dtype) in enumerate(zip(leaves.views, dtypes, strict=True)):
             if not isinstance(view, MatrixView):
                 updates[i] = updates[i].astype(dtype)
                 continue

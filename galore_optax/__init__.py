@@ -1,6 +1,6 @@
 """GaLore for Optax: all parameters trained with optimizer state in a low-rank subspace."""
 
-from galore_optax import projectors, trainers
+from galore_optax import _serialization, projectors, trainers
 from galore_optax._chain import chain
 from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
@@ -50,6 +50,8 @@ from galore_optax._state import GaloreState, metrics
 from galore_optax._subspace import Subspace
 from galore_optax._transports import Keep, Project, Reset, Rotate
 from galore_optax._view import DimensionNumbers
+
+_serialization.register()
 
 __all__ = [
     "DEFAULT_EXCLUDE",

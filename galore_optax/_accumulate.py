@@ -18,7 +18,8 @@ class Accumulator(NamedTuple):
     """The micro-batches of a step so far."""
 
     count: PyTree  # (), int32: how many there are.
-    mean: PyTree  # the sum of their low-rank gradients over the number of a whole step; R's shapes.
+    mean: PyTree  # the sum of their low-rank gradients over ``whole``; R's shapes.
+    whole: PyTree = ABSENT  # (), int32: how many made a step when this was written; 0: as now.
 
 
 def check_accumulation_steps(steps: object) -> None:
@@ -39,7 +40,7 @@ def init_accumulator(low_rank: PyTree, steps: int) -> PyTree:
     if steps == 1:
         return ABSENT
     zeros = jax.tree.map(jnp.zeros_like, low_rank)
-    return Accumulator(jnp.zeros([], jnp.int32), zeros)
+    return Accumulator(jnp.zeros([], jnp.int32), zeros, jnp.asarray(steps, jnp.int32))
 
 
 def is_first(accumulator: PyTree) -> Bool[Array, ""] | bool:
@@ -57,6 +58,9 @@ def accumulate(
     wait: Callable[[], Result],
 ) -> tuple[Result, PyTree]:
     """Adds a micro-batch to those of a step, and finishes the step with the last one.
+
+    A step that was begun with another number is finished as soon as there are as many as make one
+    now, with the mean of those that there are.
 
     Args:
       accumulator: the accumulator that the state holds.
@@ -87,9 +91,19 @@ def accumulate(
         )
     if excerpt is not None and excerpt.complete:
         return finish(low_rank), accumulator
-    count = accumulator.count + 1
+    count, begun = accumulator.count + 1, accumulator.whole
+    done = count >= steps
+    # Both are 1 unless the step was begun with another number.
+    again = jnp.where(begun == 0, 1, begun / steps)
+    of_all = steps / jnp.maximum(count, steps)
     before = treedef.flatten_up_to(accumulator.mean)
-    mean = [a + r / steps for a, r in zip(before, low_rank, strict=True)]
-    result = jax.lax.cond(count == steps, lambda: finish(mean), wait)
-    kept = [jnp.where(count == steps, 0, x).astype(x.dtype) for x in mean]
-    return result, Accumulator(count % steps, treedef.unflatten(kept))
+    pairs = zip(before, low_rank, strict=True)
+    mean = [_times(a, again) + r / steps for a, r in pairs]
+    result = jax.lax.cond(done, lambda: finish([_times(x, of_all) for x in mean]), wait)
+    kept = [jnp.where(done, 0, x).astype(x.dtype) for x in mean]
+    whole = jnp.asarray(steps, jnp.int32)
+    return result, Accumulator(jnp.where(done, 0, count), treedef.unflatten(kept), whole)
+
+
+def _times(array: Inexact[Array, "..."], factor: Array) -> Inexact[Array, "..."]:
+    return array * factor.astype(array.dtype)

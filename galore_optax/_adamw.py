@@ -11,11 +11,11 @@ import optax
 
 from galore_optax import projectors
 from galore_optax._adam import Betas
-from galore_optax._decoded import decoded
+from galore_optax._decoded import decoded, rounded_once
 from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
-from galore_optax._options import GaloreOptions, shows_galore_options
+from galore_optax._options import GaloreOptions, shows_galore_options, warn_of_calls
 from galore_optax._ownership import Stacked
 from galore_optax._residual import Residual
 from galore_optax._residuals import RESIDUALS
@@ -40,6 +40,7 @@ class Preset(Protocol):
         mask: Mask | None = None,
         *,
         nesterov: bool = False,
+        inject_learning_rate: bool = False,
         moment_dtype: DType | None = None,
         **options: Unpack[GaloreOptions],
     ) -> optax.GradientTransformationExtraArgs: ...
@@ -60,6 +61,7 @@ class Preset8Bit(Protocol):
         mask: Mask | None = None,
         *,
         nesterov: bool = False,
+        inject_learning_rate: bool = False,
         block_size: int = 256,
         min_size: int = 4096,
         stacked: Stacked | None = None,
@@ -113,12 +115,14 @@ class AdamW:
     mask: Mask | None
     nesterov: bool
     low_bit: LowBit | None = None
+    inject_learning_rate: bool = False
 
     def whole(self) -> optax.GradientTransformationExtraArgs:
         """Returns AdamW."""
-        return self._held(
-            optax.adamw(
-                self.learning_rate,
+
+        def adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+            return optax.adamw(
+                learning_rate,
                 self.b1,
                 self.b2,
                 self.eps,
@@ -128,7 +132,8 @@ class AdamW:
                 self.mask,
                 nesterov=self.nesterov,
             )
-        )
+
+        return self._held(self._at_the_rate(adamw))
 
     def in_galore(self, options: GaloreOptions) -> optax.GradientTransformationExtraArgs:
         """Returns AdamW in the gradient's subspace.
@@ -163,11 +168,23 @@ class AdamW:
         scaling = optax.scale_by_adam(
             self.b1, self.b2, self.eps, self.eps_root, self.mu_dtype, nesterov=self.nesterov
         )
-        return optax.chain(
-            galore(self._held(scaling), **options),
-            decoded(optax.add_decayed_weights(self.weight_decay, self.mask)),
-            optax.scale_by_learning_rate(self.learning_rate),
+        return rounded_once(
+            optax.chain(
+                galore(self._held(scaling), **options),
+                decoded(optax.add_decayed_weights(self.weight_decay, self.mask)),
+                self._at_the_rate(
+                    lambda learning_rate: optax.scale_by_learning_rate(learning_rate)
+                ),
+            )
         )
+
+    def _at_the_rate(
+        self, make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+    ) -> optax.GradientTransformation:
+        """Returns what is made of the learning rate, with it in the state where that is wanted."""
+        if not self.inject_learning_rate:
+            return make(self.learning_rate)
+        return optax.inject_hyperparams(make)(learning_rate=self.learning_rate)
 
     def _held(
         self, transformation: optax.GradientTransformation
@@ -216,6 +233,7 @@ def _preset(
             if names
             else LowBit.in_dtype(given.pop("moment_dtype"))
         )
+        warn_of_calls(name, given["learning_rate"], options)
         return AdamW(**given, low_bit=low_bit).in_galore(options)
 
     preset.__name__ = preset.__qualname__ = name
@@ -240,6 +258,9 @@ _ARGUMENTS = """Args:
       weight_decay: the decay of whole matrices, times the learning rate, not scaled by ``scale``.
       mask: the leaves to decay.
       nesterov: whether to use Nesterov momentum.
+      inject_learning_rate: whether the state holds the learning rate, as that of
+        ``optax.inject_hyperparams``, so that it can be read and set there. A schedule counts steps,
+        which it does not around a preset with ``accumulation_steps``.
       moment_dtype: ``"bfloat16"`` keeps both moments in it between steps, rounded at random, as
         `galore_optax.low_bit` does with 16 bits; None keeps them in float32, or wider where the
         gradients are.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from galore_optax._adam import Betas
-from galore_optax._basis import Basis, Side
+from galore_optax._basis import Basis, Dense, Regenerated, Side
 from galore_optax._errors import CombinationError
 from galore_optax._projector import Projector
 from galore_optax._random import fold_in
@@ -75,6 +75,30 @@ class Method:
         of_projector = ("first", "second") if "moments" in self.projector.needs else ()
         of_residual = ("first",) if self.residual.absorbs else ()
         return tuple(dict.fromkeys((*of_projector, *of_residual, *self.transport.moves)))
+
+    def made_with(self, seed: int | Array) -> PyTree:
+        """Returns what decides the meaning of a state and does not show in its arrays, as keys.
+
+        The same numbers may be those of rows or of cosines. Of a random basis that is made again
+        there is nothing at all, and it goes by the projector and the seed. The limiters of two
+        residuals remember the norms of different things.
+
+        Args:
+          seed: that of the random numbers; one that is an array is not known.
+
+        Returns:
+          A dict without arrays, or `ABSENT` where there is nothing to say.
+        """
+        said, basis = {}, self.projector.basis
+        if issubclass(basis, Regenerated):
+            said["projector"] = self.projector.name
+            if not isinstance(seed, jax.Array):
+                said["seed"] = str(seed)
+        elif basis is not Dense:
+            said["basis"] = basis.__name__
+        if jax.tree.leaves(jax.eval_shape(lambda: self.residual.initial(1, 1, jnp.float32))):
+            said["residual"] = type(self.residual).__name__
+        return {f"{name}={value}": ABSENT for name, value in said.items()} or ABSENT
 
 
 class Bases(NamedTuple):

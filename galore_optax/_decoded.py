@@ -4,14 +4,38 @@ They know nothing of codes, and square numbers in the dtype that these have.
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import dequantize_params
+from galore_optax._trees import bare, beside
 from galore_optax._types import Params, State, Updates
 from galore_optax._view import moment_dtype, wide
+
+
+def rounded_once(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a chain of galore and others whose updates are in at least float32 until its end.
+
+    Else galore would round to the dtype of the parameters, and what follows it again.
+    """
+    tx = optax.with_extra_args_support(transformation)
+
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: PyTree
+    ) -> tuple[Updates, State]:
+        new, state = tx.update(updates, state, params, unrounded=True, **extra_args)
+        like = updates if params is None else beside(bare(updates), bare(params))
+        leaves, treedef = jax.tree.flatten(new)
+        likes = jax.tree.leaves(like, is_leaf=is_quantized)
+        rounded = [leaf.astype(jnp.result_type(of)) for leaf, of in zip(leaves, likes, strict=True)]
+        return treedef.unflatten(rounded), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def decoded(
@@ -19,7 +43,7 @@ def decoded(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation, run in at least float32, for quantized parameters too.
 
-    Its updates come back in the dtype of those that it gets.
+    Its updates are in at least float32 too; `rounded_once` goes around.
     """
     tx = standard_promotion(transformation)
 
@@ -35,8 +59,7 @@ def decoded(
     def update(
         updates: Updates, state: State, params: Params | None = None, **extra_args: PyTree
     ) -> tuple[Updates, State]:
-        arrays = None if params is None else widened(params)
-        new, state = tx.update(jax.tree.map(wide, updates), state, arrays, **extra_args)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), new, updates), state
+        arrays = None if params is None else widened(beside(updates, params))
+        return tx.update(jax.tree.map(wide, updates), state, arrays, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)

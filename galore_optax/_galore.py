@@ -91,9 +91,12 @@ def galore(
         ``galore()`` in :func:`galore_optax.chain`, which makes what follows the inner
         transformation. It may not keep what it makes from the parameters in its state, as
         weight decay ahead of a momentum (``optax.add_decayed_weights`` then ``optax.trace``),
-        ``optax.novograd``, ``optax.lars``, ``optax.apply_every`` after a decay,
-        ``optax.contrib.prodigy`` and ``optax.contrib.schedule_free`` do: decay after ``galore``
-        then, and put schedule-free around it. What mixes the entries of an update after its
+        ``optax.novograd``, ``optax.lars``, ``optax.lbfgs``, ``optax.apply_every`` after a decay,
+        ``optax.scale_by_distance_over_gradients``, and of ``optax.contrib`` ``schedule_free``,
+        ``mechanize``, ``prodigy``, ``dog``, ``dowg``, ``cocob`` and ``madgrad`` do: decay after
+        ``galore`` then, and put schedule-free and ``mechanize`` around it. The others remember
+        where the weights began, of which a subspace shows them nothing; ``dadapt_adamw`` finds its
+        rate without. What mixes the entries of an update after its
         decay (``optax.centralize``) mixes the decay too, which cannot be seen from outside:
         decay after ``galore`` there.
         Masks and labels inside are best callables: R has another shape, and no Flax box.
@@ -157,7 +160,8 @@ def galore(
       accumulation_steps: the number k of calls of ``update`` that make one step: their gradients
         are projected and averaged at rank r, where ``optax.MultiSteps`` keeps a full-size average.
         None is 1. The first k - 1 return updates of zeros. A step whose refresh is due takes the
-        subspace from its first gradient; else it is exactly that of the mean gradient.
+        subspace from its first gradient; else it is exactly that of the mean gradient. A saved
+        state may go on with another k above 1: a step that was begun is the mean of what it got.
       seed: the seed of the random numbers of projectors, which depend on it, on a leaf's path, on
         the matrix' place in a stack, and on how often it has been refreshed.
       diagnostics: whether to keep in the state what `galore_optax.metrics` reports, at the price
@@ -229,7 +233,7 @@ def galore(
         bool(stagger),
         scale,
         1 if accumulation_steps is None else int(accumulation_steps),
-        seed,
+        seed if isinstance(seed, jax.Array) else int(seed),
     )
     if inner is not None:
         return transformation(inner, settings)

@@ -110,6 +110,10 @@ class Inner:
         if any(projected):
             kept = dependence(self._transformation.init, low_rank_params)
             _check_keeps_none(kept, {i for i, own in enumerate(projected) if own})
+            # It begins with zeros, and its line search wants arguments by which an update could be
+            # traced only later.
+            if has(optax.ScaleByLBFGSState, state):
+                raise KeepsParametersError(_KEEPS_PARAMETERS.format(name="of optax.lbfgs"))
         nodes = jax.tree.leaves(state, is_leaf=_is_multi_steps_state)
         if any(map(_is_multi_steps_state, nodes)):
             raise ValueError(_MULTI_STEPS)
@@ -331,10 +335,11 @@ _MULTI_STEPS = (
 _KEEPS_PARAMETERS = (
     "the inner transformation of galore keeps parameters, or something made from them, in its "
     "state ({name}), where it would see projected ones: it would train other weights than yours. "
-    "Put what keeps them around galore, as optax.contrib.schedule_free(galore(...), ...); put "
-    "weight decay behind what averages, as optax.adamw does, or after galore. "
-    "optax.add_decayed_weights ahead of a momentum, optax.novograd, optax.lars and "
-    "optax.apply_every have it in an average."
+    "Put what keeps them around galore, as optax.contrib.schedule_free(galore(...), ...) or "
+    "optax.contrib.mechanize(galore(...)); put weight decay behind what averages, as optax.adamw "
+    "does, or after galore. optax.add_decayed_weights ahead of a momentum, optax.novograd, "
+    "optax.lars and optax.apply_every have it in an average. prodigy, dog, dowg, cocob and madgrad "
+    "of optax.contrib remember where the weights began: optax.contrib.dadapt_adamw does not."
 )
 
 _NOT_AFFINE = (

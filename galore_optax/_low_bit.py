@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, PyTreeDef
 
 from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._excerpt import Excerpt
-from galore_optax._ownership import FEWEST, Owned, Role, Stacked, ownership
+from galore_optax._ownership import FEWEST, Owned, Role, Stacked, check_stacked, ownership
 from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import (
     QuantizedArray,
@@ -25,9 +25,9 @@ from galore_optax._quantized import (
 from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._specs import placed_state
 from galore_optax._storage import Storage, Stored
-from galore_optax._trees import bare
+from galore_optax._trees import bare, beside
 from galore_optax._types import Params, Shape, State, Updates
-from galore_optax._view import ranging_dtype, wide
+from galore_optax._view import moment_dtype, wide
 
 SCHEMES: Mapping[Role, str] = {"first": "signed", "second": "unsigned", "curvature": "signed"}
 """The codec of the moments of each role, which says whether they have a sign."""
@@ -111,11 +111,7 @@ def low_bit(
             f"{inner!r}. To give the bits, write low_bit(inner, bits=8)."
         )
     _check_seed(seed)
-    if stacked is not None and not callable(stacked):
-        raise TypeError(
-            "stacked must be a function of a path and a shape, which returns a number of leading "
-            f"axes, or None; got {stacked!r}{static_hint(stacked)}"
-        )
+    check_stacked(stacked)
     rules = _Rules(bits, block_size, min_size, dict(names or {}))
     made = _LowBit(standard_promotion(inner), rules, stacked, seed)
     return optax.GradientTransformationExtraArgs(made.init, made.update)
@@ -240,13 +236,17 @@ class _LowBit:
         state = self.inner.init(params)
         leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
         owned = ownership(state, params, stacked=self.stacked)
+        kinds = self.rules.kinds(leaves, owned)
+        pairs = zip(kinds, owned, strict=True)
+        small = [kind is not None and not self.rules.is_large(own) for kind, own in pairs]
+        leaves = self._widened(leaves, treedef, small, params)
         # XLA would compute the codes of constants, zeros mostly, while it compiles: for minutes.
         hide = jax.lax.optimization_barrier
         stored = [
             self.rules.store(wide(hide(leaf)), kind, own.batch_axes)
             if kind and self.rules.is_large(own)
             else leaf
-            for leaf, own, kind in zip(leaves, owned, self.rules.kinds(leaves, owned), strict=True)
+            for leaf, own, kind in zip(leaves, owned, kinds, strict=True)
         ]
         rounds = jnp.zeros([], jnp.int32) if self.rules.bits == 16 else optax.MaskedNode()
         state = LowBitState(treedef.unflatten(stored), rounds)
@@ -268,14 +268,22 @@ class _LowBit:
                 f"{type(state).__name__}. Was it made by another transformation?"
             )
         boxes = updates, state
-        updates, state, params = bare(updates), bare(state), bare(params)
+        updates, state = bare(updates), bare(state)
+        params = beside(updates, bare(params))
         check_gradients(updates)
         owned = ownership(state.inner, updates, stacked=self.stacked)
         leaves, treedef = jax.tree.flatten(state.inner, is_leaf=is_quantized)
         kinds = self.rules.kinds_in_state(leaves, owned)
-        gradients = jax.tree.map(lambda g: jnp.astype(g, ranging_dtype(g.dtype)), updates)
+        if isinstance(state.rounds, optax.MaskedNode) == (self.rules.bits == 16):
+            raise ValueError(
+                "the state belongs to another configuration of low_bit: it was made with bits="
+                f"{24 - self.rules.bits}, and this low_bit has bits={self.rules.bits}. Use the "
+                "bits it was made with, or make a new state with init."
+            )
+        gradients = jax.tree.map(wide, updates)
         params = dequantize_params(params)
         like = updates if params is None else params
+        params = jax.tree.map(wide, params)
         restored = [
             leaf if kind is None else self.rules.restore(leaf, kind)
             for leaf, kind in zip(leaves, kinds, strict=True)
@@ -298,6 +306,28 @@ class _LowBit:
         new_state = LowBitState(treedef.unflatten(stored), rounds)
         return boxed_like(new_updates, boxes[0]), boxed_like(new_state, boxes[1])
 
+    def _widened(
+        self,
+        leaves: list[_Leaf],
+        treedef: PyTreeDef,
+        small: Sequence[bool],
+        params: Params,
+    ) -> list[_Leaf]:
+        """Returns small moments in the dtype that they have for parameters of at least float32.
+
+        In 16 bits they would be sums that small squares leave as they are.
+        """
+        shapes = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(np.shape(p), moment_dtype(jnp.result_type(p))), params
+        )
+        if all(p.dtype == jnp.result_type(q) for p, q in _pairs(shapes, params)):
+            return leaves
+        wider = treedef.flatten_up_to(jax.eval_shape(self.inner.init, shapes))
+        return [
+            _like(jnp.asarray(leaf), like) if widens and not is_quantized(leaf) else leaf
+            for leaf, widens, like in zip(leaves, small, wider, strict=True)
+        ]
+
     def _next_round(
         self, state: LowBitState, excerpt: Excerpt | None
     ) -> tuple[PRNGKeyArray | None, PyTree]:
@@ -312,6 +342,10 @@ class _LowBit:
         if excerpt is None:
             return key, rounds
         return jax.random.fold_in(key, excerpt.turn), excerpt.acknowledge(rounds)
+
+
+def _pairs(one: PyTree, other: PyTree) -> list[tuple[PyTree, PyTree]]:
+    return list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
 def _codes_of(kind: str | None, block_size: int, item_shape: Shape) -> str:

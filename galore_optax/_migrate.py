@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from galore_optax._accumulate import Accumulator
 from galore_optax._state import VERSION, GaloreState, is_galore_state
 from galore_optax._subspace import ABSENT, Subspace, is_absent
 from galore_optax._types import State
@@ -39,18 +40,31 @@ class _GaloreState1(NamedTuple):
     accumulator: PyTree
 
 
+class _Accumulator1(NamedTuple):
+    """`Accumulator` in version 1."""
+
+    count: PyTree
+    mean: PyTree
+
+
 def _from_1(state: State) -> GaloreState:
     # A NamedTuple that was pickled comes back as one of this version's, with defaults at its end.
     subspace = Subspace(*state.subspace)
     absent = jax.tree.map(lambda _: ABSENT, subspace.refreshes, is_leaf=is_absent)
     subspace = subspace._replace(residual=absent, transport=absent)
+    accumulator = state.accumulator
+    if not is_absent(accumulator):
+        accumulator = Accumulator(*accumulator[:2], whole=jnp.zeros([], jnp.int32))
     version = jnp.asarray(2, jnp.int32)
-    return GaloreState(state.step, subspace, state.inner, state.accumulator, version)
+    return GaloreState(state.step, subspace, state.inner, accumulator, version)
 
 
 def _to_1(state: GaloreState) -> State:
     subspace = _Subspace1(*state.subspace[: len(_Subspace1._fields)])
-    return _GaloreState1(state.step, subspace, state.inner, state.accumulator)
+    accumulator = state.accumulator
+    if not is_absent(accumulator):
+        accumulator = _Accumulator1(accumulator.count, accumulator.mean)
+    return _GaloreState1(state.step, subspace, state.inner, accumulator)
 
 
 class _Change(NamedTuple):

@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from galore_optax._decoded import decoded
+from galore_optax._decoded import decoded, rounded_once
 from galore_optax._galore import galore
-from galore_optax._options import GaloreOptions, shows_galore_options
-from galore_optax._ownership import Stacked
-from galore_optax._promotion import standard_promotion
+from galore_optax._options import (
+    GaloreOptions,
+    check_accumulation,
+    shows_galore_options,
+    warn_of_calls,
+)
+from galore_optax._ownership import Stacked, check_stacked
 from galore_optax._quantized import static_hint
 from galore_optax._select import Selection
 from galore_optax._state import inspection_in_progress
-from galore_optax._trees import logical
+from galore_optax._trees import beside, logical
 from galore_optax._types import DType, Mask, Numeric, Params, State, Updates
 from galore_optax._view import MatrixView
 
@@ -68,6 +72,7 @@ def galore_adafactor(
       >>> tx = galore_optax.galore_adafactor(1e-3, multiply_by_parameter_scale=False, rank=8)
     """
     _check_dim_size(min_dim_size_to_factor)
+    warn_of_calls("galore_adafactor", learning_rate, options)
     return galore(
         optax.adafactor(
             learning_rate,
@@ -116,6 +121,7 @@ def galore_lion(
       >>> import galore_optax
       >>> tx = galore_optax.galore_lion(1e-4, rank=8)
     """
+    warn_of_calls("galore_lion", learning_rate, options)
     return galore(
         optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask),
         **options,
@@ -148,6 +154,7 @@ def galore_sgd(
       >>> import galore_optax
       >>> tx = galore_optax.galore_sgd(0.1, momentum=0.9, rank=8)
     """
+    warn_of_calls("galore_sgd", learning_rate, options)
     return galore(
         optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
         **options,
@@ -207,7 +214,8 @@ def flora(
       Hao et al., `Flora <https://arxiv.org/abs/2402.03293>`_, 2024
     """
     given: GaloreOptions = _FLORA | options
-    _check_accumulation("flora", given)
+    check_accumulation("flora", given)
+    check_stacked(stacked)
     _check_dim_size(min_dim_size_to_factor)
     selection, clip, scale = _selection(given), clipping_threshold, given.get("scale", 1.0)
 
@@ -227,7 +235,7 @@ def flora(
                 new[-1] *= jnp.asarray(scale, leaf.dtype)
         return treedef.unflatten(new)
 
-    return optax.chain(
+    line = optax.chain(
         # What follows divides by the size of the momentum, and with it by any scale.
         galore(optax.ema(b1, debias=False), **(given | {"scale": 1.0})),
         decoded(
@@ -239,6 +247,7 @@ def flora(
         decoded(optax.add_decayed_weights(weight_decay, mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return rounded_once(line)
 
 
 _MUON: GaloreOptions = {"scale": 1.0, "transport": "project"}
@@ -288,7 +297,7 @@ def galore_muon(
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024
     """
     given: GaloreOptions = _MUON | options
-    _check_accumulation("galore_muon", given)
+    check_accumulation("galore_muon", given)
 
     def numbers(low_rank: Params) -> PyTree:
         # Behind the axes that matrices are stacked over.
@@ -301,7 +310,7 @@ def galore_muon(
         nesterov=nesterov,
         weight_dimension_numbers=numbers,
     )
-    adam = standard_promotion(optax.scale_by_adam(adam_b1, adam_b2, eps))
+    adam = decoded(optax.scale_by_adam(adam_b1, adam_b2, eps))
     selection = _selection(given)
 
     def labels(params: Params) -> PyTree:
@@ -326,13 +335,13 @@ def galore_muon(
         decoded(optax.add_decayed_weights(weight_decay, mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _warning(tx, selection)
+    return _as_of_all(rounded_once(tx), selection)
 
 
-def _warning(
+def _as_of_all(
     tx: optax.GradientTransformationExtraArgs, selection: Selection
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation whose first ``init`` warns, as that of a galore of all leaves does.
+    """Returns a transformation that warns and takes parameters as a galore of all leaves does.
 
     It is for one that shows galore some leaves only.
     """
@@ -346,20 +355,12 @@ def _warning(
             selection.warn(views, stacklevel=2)
         return tx.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, tx.update)
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: object
+    ) -> tuple[Updates, State]:
+        return tx.update(updates, state, beside(updates, params), **extra_args)
 
-
-def _check_accumulation(name: str, options: GaloreOptions) -> None:
-    """Raises an error where gradients would be averaged at rank r.
-
-    What comes after galore, such as a schedule, would take each of them for a step.
-    """
-    steps = options.get("accumulation_steps")
-    if steps is not None and steps != 1:
-        raise ValueError(
-            f"accumulation_steps of {name} must be 1, since what follows galore in it counts "
-            f"steps; got {steps!r}. Put optax.MultiSteps around it instead."
-        )
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_dim_size(size: object) -> None:

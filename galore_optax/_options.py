@@ -1,9 +1,12 @@
 """Lists the keyword arguments of galore, which all presets take, once for all of them."""
 
 import inspect
+import numbers
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TypedDict, TypeVar
 
+import jax
 import optax
 from jaxtyping import Array
 
@@ -61,3 +64,39 @@ def shows_galore_options(defaults: GaloreOptions | None = None) -> Callable[[Pre
         return preset
 
     return decorate
+
+
+def check_accumulation(name: str, options: GaloreOptions) -> None:
+    """Raises an error where gradients would be averaged at rank r.
+
+    What comes after galore, such as a schedule, would take each of them for a step.
+    """
+    steps = options.get("accumulation_steps")
+    if steps is not None and steps != 1:
+        raise ValueError(
+            f"accumulation_steps of {name} must be 1, since what follows galore in it counts "
+            f"steps; got {steps!r}. Put optax.MultiSteps around it instead."
+        )
+
+
+def warn_of_calls(name: str, learning_rate: object, options: GaloreOptions) -> None:
+    """Warns where a schedule around a preset may take each gradient of a step for a step.
+
+    Args:
+      name: the name of the preset.
+      learning_rate: what it was given for a learning rate; an array under
+        ``optax.inject_hyperparams``, which evaluates schedules itself.
+      options: the arguments of galore.
+    """
+    steps = options.get("accumulation_steps") or 1
+    is_known = isinstance(steps, numbers.Integral)  # galore raises an error for anything else.
+    if is_known and steps > 1 and isinstance(learning_rate, jax.Array):
+        warnings.warn(
+            f"the learning rate of {name} is an array, as optax.inject_hyperparams makes it: if it "
+            f"comes of a schedule, that counts gradients, {steps} for each step. Give the schedule "
+            f"to {name} itself, which counts steps. To read or set it in the state, use "
+            "inject_learning_rate=True of the presets of AdamW, or put "
+            "optax.inject_hyperparams(...) inside galore.",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -18,6 +18,8 @@ import optax
 from jax.tree_util import GetAttrKey, KeyPath, SequenceKey
 from jaxtyping import PyTree
 
+from galore_optax._callables import takes
+from galore_optax._quantized import static_hint
 from galore_optax._trees import leaves_with_keys, logical, path_name
 from galore_optax._types import Params, Shape, State
 from galore_optax._view import LeafView, MatrixView
@@ -140,6 +142,15 @@ def moments_of(owned: Sequence[Owned], owner: int) -> dict[Role, list[int]]:
         if leaf.owner == owner and leaf.role is not None:
             positions.setdefault(leaf.role, []).append(i)
     return positions
+
+
+def check_stacked(stacked: object) -> None:
+    """Raises an error where an argument ``stacked`` cannot be right."""
+    if stacked is not None and not (callable(stacked) and takes(stacked, 2)):
+        raise TypeError(
+            "stacked must be a function of a path and a shape, which returns a number of leading "
+            f"axes, or None; got {stacked!r}{static_hint(stacked)}"
+        )
 
 
 def presumed_batch_axes(shape: Shape) -> int:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
+from galore_optax._callables import takes
 from galore_optax._types import Shape
 from galore_optax._view import LeafView, MatrixView
 
@@ -93,8 +94,7 @@ class RankByRole:
     factors: Factors = dataclasses.field(default_factory=lambda: MOARA, hash=False)
 
     def __post_init__(self):
-        if not callable(self.rank):
-            _check_number(self.rank, "rank of RankByRole")
+        _check_uniform(self.rank, "rank of RankByRole")
         if not isinstance(self.factors, Mapping):
             raise TypeError(
                 "factors of RankByRole must be a mapping from regular expressions to numbers, such "
@@ -167,8 +167,14 @@ def rank_of(rank: RankSpec, path: str, shape: Shape, short: int) -> int:
 
 def check_rank(rank: RankSpec) -> None:
     """Raises an error where galore's argument ``rank`` cannot be right."""
-    if not callable(rank) and not isinstance(rank, RankByRole):
-        _check_number(rank, "rank")
+    if not isinstance(rank, RankByRole):
+        _check_uniform(rank, "rank")
+
+
+def _check_uniform(rank: object, name: str) -> None:
+    """Raises an error where a number, or a callable of path and shape, cannot be right."""
+    if not callable(rank) or not takes(rank, 2):
+        _check_number(rank, name)
 
 
 def _check_number(rank: object, name: str) -> None:

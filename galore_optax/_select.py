@@ -1,7 +1,6 @@
 """Decides which leaves are projected, along which axes, on which side, and to which rank."""
 
 import dataclasses
-import inspect
 import math
 import operator
 import re
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from galore_optax._callables import is_function, takes
 from galore_optax._names import DEFAULT_EXCLUDE, routers, stacked_vectors
 from galore_optax._ranks import RankByRole, RankSpec, check_rank, rank_of, uniform
 from galore_optax._trees import bare, leaves_with_paths, logical
@@ -150,15 +150,18 @@ class Selection:
             found = [re.search(exclude, path) is not None for path, _ in leaves]
             of_experts = routers([path for path, _ in leaves]) if exclude == DEFAULT_EXCLUDE else ()
             return [flag or i in of_experts for i, flag in enumerate(found)]
-        if callable(exclude):
+        must_be = (
+            "exclude must be a regular expression, a callable of path and shape, None, or a tree "
+            "of bools with the structure of the parameters"
+        )
+        if is_function(exclude, tree):
+            if not takes(exclude, 2):
+                raise TypeError(f"{must_be}; got {exclude!r}")
             return [bool(exclude(path, np.shape(leaf))) for path, leaf in leaves]
         mask = [flag for flag, _ in _broadcast_prefix(exclude, tree, "exclude")]
         wrong = [flag for flag in mask if not isinstance(flag, bool | np.bool)]
         if wrong:
-            raise TypeError(
-                "exclude must be a regular expression, a callable of path and shape, None, or a "
-                f"tree of bools; got a leaf {wrong[0]!r}"
-            )
+            raise TypeError(f"{must_be}; got a leaf {wrong[0]!r}")
         return mask
 
     def _dimension_numbers(
@@ -166,22 +169,26 @@ class Selection:
     ) -> list[_NumbersOfLeaf]:
         """Returns each leaf's dimension numbers, and whether a whole subtree was given them."""
         given = self.weight_dimension_numbers
-        if callable(given) and _takes_path_and_shape(given):
+        must_be = (
+            "weight_dimension_numbers must be DimensionNumbers, a tree of them (None where a leaf "
+            "is not to be projected), or a callable that makes such a tree from the parameters, or "
+            "one of them from a path and a shape"
+        )
+        is_callable = is_function(given, tree)
+        if is_callable and not takes(given, 1) and takes(given, 2):
             of_leaf = cast(Callable[[str, Shape], DimensionNumbers | None], given)
             pairs = [(of_leaf(path, np.shape(leaf)), False) for path, leaf in leaves]
         else:
-            if callable(given):
+            if is_callable and not takes(given, 1):
+                raise TypeError(f"{must_be}; got {given!r}")
+            if is_callable:
                 given = cast(Callable[[Params], PyTree], given)(tree)
             pairs = _broadcast_prefix(
                 given, tree, "weight_dimension_numbers", _is_dimension_numbers
             )
         wrong = [numbers for numbers, _ in pairs if not _is_dimension_numbers(numbers)]
         if wrong:
-            raise TypeError(
-                "weight_dimension_numbers must be DimensionNumbers, a tree of them (None where a "
-                "leaf is not to be projected), or a callable that makes such a tree from the "
-                f"parameters, or one of them from a path and a shape; got a leaf {wrong[0]!r}"
-            )
+            raise TypeError(f"{must_be}; got a leaf {wrong[0]!r}")
         return pairs
 
     def _vectors(
@@ -292,23 +299,6 @@ _AMBIGUOUS = "more than two axes and no dimension numbers"
 _STACKED = "vectors stacked like the matrices of"
 _AXES_NOT_KNOWN = "shape alone cannot tell the axes of a matrix from layers or heads"
 _SEEM_VECTORS = "by what lies beside them they are stacks of vectors"
-
-
-def _takes_path_and_shape(function: Callable[..., object]) -> bool:
-    """Whether a callable wants two arguments, the path and the shape of a leaf."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # such as for a function written in C
-        return False
-
-    def takes(*arguments: None) -> bool:
-        try:
-            signature.bind(*arguments)
-        except TypeError:
-            return False
-        return True
-
-    return takes(None, None) and not takes(None)
 
 
 def _is_dimension_numbers(x: object) -> TypeGuard[DimensionNumbers | None]:

@@ -30,6 +30,7 @@ class GaloreState(NamedTuple):
     inner: PyTree  # the inner state; the moments of projected leaves have the shape of R.
     accumulator: PyTree = ABSENT  # an Accumulator where several gradients make a step.
     version: PyTree = ABSENT  # (), int32: the layout's version, so that checkpoints say what it is.
+    made_with: PyTree = ABSENT  # a dict whose keys say what the arrays alone do not; no arrays.
 
 
 def metrics(state: State) -> dict[str, Array]:
@@ -67,6 +68,14 @@ def metrics(state: State) -> dict[str, Array]:
 def accumulates(state: State) -> bool:
     """Whether a galore anywhere in a state averages gradients at rank r."""
     return any(not is_absent(node.accumulator) for node in _galore_states(state))
+
+
+def is_at_a_step(state: State) -> Bool[Array, ""]:
+    """Whether no galore in a state has micro-batches of a step that is not complete."""
+    counts = [
+        node.accumulator.count for node in _galore_states(state) if not is_absent(node.accumulator)
+    ]
+    return jnp.all(jnp.array([jnp.asarray(count) for count in counts], jnp.int32) == 0)
 
 
 def at_a_step(state: State) -> State:
@@ -108,6 +117,7 @@ def subspaces_of_tree(
     views: Sequence[LeafView],
     state: State,
     expected: Callable[[LeafView], Subspace],
+    made_with: PyTree,
 ) -> list[Subspace]:
     """Returns the subspace of each leaf, after a check that the leaf can use it.
 
@@ -116,6 +126,7 @@ def subspaces_of_tree(
       views: how each leaf is seen.
       state: what ``update`` was given for a state.
       expected: returns the shapes of the subspace that a view needs.
+      made_with: what `GaloreState.made_with` should be.
 
     Raises:
       TypeError: the state is not one of galore.
@@ -139,6 +150,14 @@ def subspaces_of_tree(
                 "numbers of axes, refresh, residual and diagnostics that it was made with, or make "
                 "a new state with init."
             )
+    # Those of the first release do not say it; and where one has nothing to say, shapes differ.
+    if not (is_absent(state.made_with) or is_absent(made_with)) and state.made_with != made_with:
+        was, now = (", ".join(sorted(x)) for x in (state.made_with, made_with))
+        raise ValueError(
+            f"the state belongs to another configuration: it was made with {was}, and this galore "
+            f"has {now}, by which its arrays would mean something else. Use the projector, the "
+            "seed and the residual that it was made with, or make a new state with init."
+        )
     return subspaces
 
 

@@ -52,6 +52,28 @@ def bare(tree: PyTree) -> PyTree:
     return jax.tree.map(content, tree, is_leaf=_has_content)
 
 
+def beside(updates: PyTree, params: PyTree) -> PyTree:
+    """Returns parameters without what stands where there is no gradient.
+
+    A model as it is has functions, numbers and frozen arrays there, which Optax' own optimizers
+    leave alone.
+
+    Args:
+      updates: gradients, None where there is none.
+      params: the parameters, or None.
+    """
+
+    def is_none(x: object) -> bool:
+        return x is None
+
+    if params is None:
+        return None
+    try:
+        return jax.tree.map(lambda g, p: None if g is None else p, updates, params, is_leaf=is_none)
+    except ValueError:  # another structure, of which an error says more where it matters
+        return params
+
+
 def path_name(keys: KeyPath) -> str:
     """Returns the components of a path, joined by "/"."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")

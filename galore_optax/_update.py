@@ -38,8 +38,8 @@ from galore_optax._state import (
     tree_of_subspaces,
 )
 from galore_optax._subspace import ABSENT, Subspace
-from galore_optax._trees import bare
-from galore_optax._types import Scalar, State, Step, Updates
+from galore_optax._trees import bare, beside
+from galore_optax._types import DType, Scalar, State, Step, Updates
 from galore_optax._view import LeafView, MatrixView, moment_dtype, wide
 
 
@@ -66,6 +66,10 @@ class Below(NamedTuple):
     low_rank: list[Array]  # R, or the gradient of a leaf that is not projected.
 
 
+class Accumulating(optax.GradientTransformationExtraArgs):
+    """A transformation whose steps take several gradients: before the last, updates are zeros."""
+
+
 def transformation(
     inner: optax.GradientTransformation, settings: Settings, caution: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,7 +81,10 @@ def transformation(
       caution: the text of a warning that the first ``init`` gives, or None for no warning.
     """
     galore = _Galore(Inner(inner), settings, caution)
-    return optax.GradientTransformationExtraArgs(galore.init, galore.update)
+    kind = optax.GradientTransformationExtraArgs
+    if settings.accumulation_steps > 1:
+        kind = Accumulating
+    return kind(galore.init, galore.update)
 
 
 class _Galore:
@@ -92,7 +99,8 @@ class _Galore:
             settings = dataclasses.replace(settings, method=settings.method.with_betas(betas))
         self._settings = settings
         self._lift = Lift(settings.method, settings.stagger)
-        self._shapes = functools.cache(lambda view: jax.eval_shape(lambda: self._subspace(view)))
+        self._made_with = settings.method.made_with(settings.seed)
+        self._shapes: dict[LeafView, Subspace] = {}
         self._ranks: dict[tuple[object, ...], dict[str, int]] = {}
         self._warned = False
 
@@ -129,6 +137,7 @@ class _Galore:
             inner=self._inner.init(low_rank, projected),
             accumulator=init_accumulator(low_rank, self._settings.accumulation_steps),
             version=jnp.asarray(VERSION, jnp.int32),
+            made_with=self._made_with,
         )
         # This is for its errors, about moments that could not be moved.
         InnerMoments.of(state.inner, leaves, self._settings.method.sees)
@@ -148,32 +157,44 @@ class _Galore:
         *,
         refresh: object = None,
         excerpt: Excerpt | None = None,
+        unrounded: bool = False,
         **extra_args: PyTree,
     ) -> tuple[Updates, GaloreState]:
-        """Returns the updates and the next state; see `galore_optax.galore`."""
+        """Returns the updates and the next state; see `galore_optax.galore`.
+
+        With ``unrounded``, updates are in at least float32, for a preset that rounds them itself.
+        """
         boxes = updates, state
-        updates, state, params = bare(updates), bare(state), bare(params)
+        updates, state = bare(updates), bare(state)
+        params = beside(updates, bare(params))
         check_gradients(updates)
         check_mesh((updates, state, params))
         views = self._views(updates, None if excerpt is None else excerpt.ranks)
         leaves = Leaves.of_update(views, updates, params)
-        subspaces = subspaces_of_tree(leaves.structure, leaves.views, state, self._shapes)
+        subspaces = subspaces_of_tree(
+            leaves.structure, leaves.views, state, self._shape_of, self._made_with
+        )
         leaves = leaves.following(subspaces, state.inner)
+        dtypes = [jnp.result_type(like) for like in leaves.likes]
+        if unrounded:
+            dtypes = list(map(moment_dtype, dtypes))
         only = isinstance(refresh, str)
         below = self._down(leaves, subspaces, state, _checked(refresh), only, excerpt)
         if only:
             subspace = tree_of_subspaces(leaves.structure, below.subspaces)
-            zeros = leaves.structure.unflatten(map(zeros_like, leaves.likes))
+            zeros = leaves.structure.unflatten(map(zeros_like, leaves.likes, dtypes))
             new_state = state._replace(subspace=subspace, inner=below.inner)
             return boxed_like(zeros, boxes[0]), boxed_like(new_state, boxes[1])
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
 
         def finish(low_rank: list[Array]) -> tuple[list[Array], list[PyTree], State, Step]:
-            updates, residuals, inner = self._step(leaves, below, low_rank, state, extra_args)
+            updates, residuals, inner = self._step(
+                leaves, below, low_rank, state, extra_args, dtypes
+            )
             return updates, residuals, inner, jnp.asarray(optax.safe_increment(below.step))
 
         def wait() -> tuple[list[Array], list[PyTree], State, Step]:
-            zeros = list(map(zeros_like, leaves.likes))
+            zeros = list(map(zeros_like, leaves.likes, dtypes))
             return zeros, [s.residual for s in below.subspaces], below.inner, below.step
 
         (new, residuals, inner, step), accumulator = accumulate(
@@ -189,7 +210,9 @@ class _Galore:
             s._replace(residual=r) for s, r in zip(below.subspaces, residuals, strict=True)
         ]
         subspace = tree_of_subspaces(leaves.structure, subspaces)
-        new_state = GaloreState(step, subspace, inner, accumulator, state.version)
+        new_state = state._replace(
+            step=step, subspace=subspace, inner=inner, accumulator=accumulator
+        )
         return boxed_like(leaves.structure.unflatten(new), boxes[0]), boxed_like(
             new_state, boxes[1]
         )
@@ -243,8 +266,9 @@ class _Galore:
         low_rank: list[Array],
         state: GaloreState,
         extra_args: Mapping[str, PyTree],
+        dtypes: Sequence[DType],
     ) -> tuple[list[Array], list[PyTree], State]:
-        """Takes a step in the subspaces, and takes all updates up again.
+        """Takes a step in the subspaces, and takes all updates up again, in these dtypes.
 
         Returns:
           The updates, the states of the residuals, and the state of the inner transformation.
@@ -257,8 +281,7 @@ class _Galore:
         call = Call(low_rank, below.inner, weights, leaves.structure, leaves.views, extra_args)
         inner = self._inner.update(call, projected_weights)
         updates, residuals = list(inner.updates), [s.residual for s in below.subspaces]
-        for i, like in enumerate(leaves.likes):
-            view, dtype = leaves.views[i], jnp.result_type(like)
+        for i, (view, dtype) in enumerate(zip(leaves.views, dtypes, strict=True)):
             if not isinstance(view, MatrixView):
                 updates[i] = updates[i].astype(dtype)
                 continue
@@ -351,8 +374,15 @@ class _Galore:
             state = jax.eval_shape(of_leaf)
         except Exception:  # such as where a mask has the structure of all leaves
             state = jax.eval_shape(two_moments)
-        arrays = jax.tree.leaves((self._shapes(view), state))
+        arrays = jax.tree.leaves((self._shape_of(view), state))
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+    def _shape_of(self, view: LeafView) -> Subspace:
+        """Returns the shapes of the subspace of a leaf."""
+        # A plain dict, unlike what functools has, lets cloudpickle copy the transformation.
+        if view not in self._shapes:
+            self._shapes[view] = jax.eval_shape(lambda: self._subspace(view))
+        return self._shapes[view]
 
     def _subspace(self, view: LeafView) -> Subspace:
         """Returns the subspace of a leaf before the first step."""

@@ -143,3 +143,37 @@ def test_state_of_another_accumulation(made_with, used_with):
     state = jax.eval_shape(made.init, tree(0))
     with pytest.raises(ValueError, match="another configuration: it was made with accumulation"):
         jax.eval_shape(used.update, tree(0), state)
+
+
+@pytest.mark.parametrize(
+    ("made_with", "done", "used_with"), [(3, 2, 4), (4, 3, 2), (4, 1, 2), (3, 2, 3)]
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_step_begun_with_another_number_has_the_mean_of_what_it_was_given(
+    made_with, done, used_with, version
+):
+    """Against galore without accumulation, whose gradient is the mean by NumPy."""
+    if version == 1 and made_with != used_with:
+        pytest.skip("a state of version 1 does not say the number")
+    before, after, plain = (
+        make(optax.sgd(1.0), k, projector="rows") for k in (made_with, used_with, 1)
+    )
+    params, grads = tree(0), [tree(i + 1) for i in range(2 * used_with + done)]
+    state = before.init(params)
+    for g in grads[:done]:
+        _, state = before.update(g, state, params)
+    state = galore_optax.migrate(galore_optax.as_version(state, version))
+    update, begun, found = jax.jit(after.update), 0, []
+    for i in range(done, len(grads)):
+        updates, state = update(grads[i], state, params)
+        if any(np.any(u) for u in jax.tree.leaves(updates)):
+            found.append((updates, grads[begun : i + 1]))
+            begun = i + 1
+    first = max(used_with, done + 1)
+    assert [len(given) for _, given in found[:2]] == [first, used_with]
+    plain_state = plain.init(params)._replace(
+        subspace=state.subspace, step=jnp.asarray(1, jnp.int32)
+    )
+    for updates, given in found:
+        expected, _ = plain.update(mean(given), plain_state, params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)

@@ -96,14 +96,14 @@ def test_the_overlap_that_lazy_refresh_decides_by_has_the_highest_precision():
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
-def test_what_low_bit_leaves_as_it_is_keeps_its_type_beside_wider_moments():
+def test_moments_that_are_too_small_for_codes_are_wide_and_keep_their_type():
     params = {"large": jnp.ones(8192, jnp.float16), "small": jnp.ones(8, jnp.float16)}
     tx = galore_optax.low_bit(optax.scale_by_adam())
     state = jax.eval_shape(tx.init, params)
     _, later = jax.eval_shape(tx.update, params, state, params)
     types = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, later)]
     assert types[0] == types[1]
-    assert state.inner.mu["small"].dtype == jnp.float16
+    assert state.inner.mu["small"].dtype == state.inner.nu["small"].dtype == jnp.float32
 
 
 def test_columns_become_orthonormal_where_products_are_less_exact_than_expected(monkeypatch):

@@ -1,7 +1,12 @@
 """Inner transformations that keep parameters in their state are refused, and no others."""
 
+import inspect
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -30,7 +35,16 @@ KEEP = {
         "trace/kernel",
     ),
 }
+KEEP |= {
+    "lbfgs": (optax.lbfgs(), "of optax.lbfgs"),
+    "dog": (optax.contrib.dog(1.0), "init_params/kernel"),
+    "dowg": (optax.contrib.dowg(1.0), "init_params/kernel"),
+    "cocob": (optax.contrib.cocob(1.0), "init_particles/kernel"),
+    "madgrad": (optax.contrib.madgrad(1e-3), "x0/kernel"),
+    "mechanize": (optax.contrib.mechanize(optax.sgd(1e-3)), "x0/kernel"),
+}
 OTHERS = {
+    "dadapt_adamw": optax.contrib.dadapt_adamw(1.0),
     "adamw": optax.adamw(1e-3, weight_decay=0.1),
     "masked decay": optax.adamw(1e-3, weight_decay=0.1, mask=lambda p: jax.tree.map(jnp.size, p)),
     "lion": optax.lion(1e-3, weight_decay=0.1),
@@ -81,3 +95,67 @@ def test_schedule_free_goes_around():
     updates, _ = tx.update(params, tx.init(params), params)
     new = optax.apply_updates(params, updates)
     assert 0.9 < jnp.linalg.norm(new["kernel"]) / jnp.linalg.norm(params["kernel"]) < 1
+
+
+def refused():
+    """All optimizers of Optax that galore refuses, by their names; of the others, that it takes."""
+    found = {True: set(), False: set()}
+    for module in (optax, optax.contrib):
+        for name, make in vars(module).items():
+            if name.startswith("_") or inspect.isclass(make) or not callable(make):
+                continue
+            for arguments in ((1e-3,), (), (optax.sgd(1e-3),)):
+                try:
+                    inner = make(*arguments)
+                    inner.init({"kernel": jnp.ones((8, 12)), "bias": jnp.ones(12)})
+                except Exception:  # it takes other arguments, or is no transformation
+                    continue
+                try:
+                    jax.eval_shape(galore_optax.galore(inner, rank=2).init, PARAMS)
+                except ValueError as error:
+                    found["keeps parameters" in str(error)].add(name)
+                else:
+                    found[False].add(name)
+                break
+    return found
+
+
+@pytest.mark.long("it tries all of Optax")
+@pytest.mark.plain
+@pytest.mark.filterwarnings("ignore")
+def test_the_documentation_lists_what_is_refused():
+    """Each name there is refused, and each that is refused is there, with Optax as it is."""
+    found = refused()
+    assert {"adamw", "adafactor", "dadapt_adamw", "lamb"} <= found[False]
+    # These take more than one argument, or keep parameters only after a decay: see above.
+    by_hand = {"schedule_free", "apply_every"}
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    for text in (galore_optax.galore.__doc__, readme):
+        [passage] = re.findall(
+            r"(?:ahead of a momentum \()(.*?)(?:decay after|Put\s+decay)", text, re.DOTALL | re.I
+        )
+        names = {name.removeprefix("optax.") for name in re.findall(r"`([\w.]+)`", passage)}
+        listed = names - {"galore", "add_decayed_weights", "trace", "adam", "contrib", "init"}
+        short = {re.sub("^scale_by_(?!distance)|_(adamw|sgd)$", "", x) for x in found[True]}
+        assert listed == short | by_hand
+
+
+def test_mechanize_goes_around():
+    """From weights that are not zero, which it has to remember."""
+    tx = optax.contrib.mechanize(galore_optax.galore_sgd(1.0, rank=6, scale=1.0))
+    rng = np.random.default_rng(0)
+    target, params = ({"kernel": jnp.asarray(rng.normal(size=(8, 12)))} for _ in range(2))
+
+    @jax.jit
+    def step(params, state):
+        gradient = jax.tree.map(jnp.subtract, params, target)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def distance(params):
+        return float(jnp.linalg.norm(params["kernel"] - target["kernel"]))
+
+    state, begin = tx.init(params), distance(params)
+    for _ in range(100):
+        params, state = step(params, state)
+    assert distance(params) < 0.5 * begin

@@ -60,12 +60,20 @@ def carry_over(new_state: Any, old_state: Any) -> Any | None:
     new, old = bare(new_state), bare(old_state)
     if arrays(without_accumulators(new)) != arrays(without_accumulators(old)):
         return None
+    if made_with(new) != made_with(old):
+        return None
     kept = jax.tree.map(take_accumulators, new, old, is_leaf=is_galore)
     return kept if new is new_state else new_state._replace(inner_state=kept)
 
 
 def is_galore(state: Any) -> bool:
     return isinstance(state, galore_optax.GaloreState)
+
+
+def made_with(state: Any) -> list[Any]:
+    """What each GaLore of a state says of it that its arrays do not show."""
+    nodes = jax.tree.leaves(state, is_leaf=is_galore)
+    return [node.made_with for node in nodes if is_galore(node)]
 
 
 def without_accumulators(state: Any) -> Any:

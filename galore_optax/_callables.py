@@ -1,0 +1,32 @@
+"""Tells functions from trees, and what they can be called with."""
+
+import inspect
+from collections.abc import Callable
+from typing import TypeGuard
+
+from jaxtyping import PyTree
+
+
+def is_function(given: object, params: PyTree) -> TypeGuard[Callable[..., object]]:
+    """Whether an argument that may be a function or a tree is a function.
+
+    A model is often both: what has the type of the parameters is a tree like them.
+
+    Args:
+      given: the argument.
+      params: the parameters.
+    """
+    return callable(given) and type(given) is not type(params)
+
+
+def takes(function: Callable[..., object], count: int) -> bool:
+    """Whether a function can be called with so many arguments by position, as far as is known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # such as for a function written in C
+        return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True

@@ -78,7 +78,7 @@ test-oldest: $(OLDEST)/.ready-$(VERSION)  ## run the library's tests on the olde
 $(OLDEST)/.ready-$(VERSION): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
-	  -e . beartype chex flax orbax-checkpoint pytest pytest-timeout pytest-xdist
+	  -e . beartype chex cloudpickle flax orbax-checkpoint pytest pytest-timeout pytest-xdist
 	@touch $@
 
 lint: $(READY)  ## check format and style

@@ -131,6 +131,7 @@ class Tied(nnx.Module):
     ],
     ids=["LoRA", "by path", "tied"],
 )
+@pytest.mark.since(flax="0.12.8")
 def test_nnx_trains_what_its_filter_says(make, wrt, frozen):
     module = make(nnx.Rngs(0))
     optimizer = nnx.Optimizer(module, galore_optax.galore_adamw(0.1, rank=2), wrt=wrt)

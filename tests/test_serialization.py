@@ -154,6 +154,7 @@ def exported():
     return jax.export.export(update)(*arguments), arguments, update(*arguments)
 
 
+@pytest.mark.since(jax="0.7")  # which exports a factorization.
 def test_an_exported_update_takes_and_returns_codes():
     update, arguments, expected = exported()
     jax.tree.map(np.testing.assert_array_equal, update.call(*arguments), expected)

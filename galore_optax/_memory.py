@@ -52,7 +52,8 @@ def memory_report(
       A `MemoryReport`: a plain dataclass that prints as a table.
 
     Raises:
-      ValueError: there are specs and no mesh, or as :func:`state_partition_specs` says.
+      ValueError: there are specs and no mesh, or a mesh and no specs, or as
+        :func:`state_partition_specs` says.
 
     Examples:
       >>> import galore_optax, jax, jax.numpy as jnp
@@ -63,6 +64,8 @@ def memory_report(
       >>> report.state_without_galore
       134217732
     """
+    if specs is None and mesh is not None:
+        raise ValueError("memory_report needs specs to say what a device of the mesh has")
     inspection = Inspection()
     state = _Sizes.of(tx, params, inspection)
     without = _Sizes.of(tx, params, Inspection(without_galore=True))

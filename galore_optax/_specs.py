@@ -257,6 +257,11 @@ def _checked(specs: PyTree, params: Params, mesh: AbstractMesh | None) -> list[P
             raise TypeError(f"specs must be jax.sharding.PartitionSpec; {path!r} has {spec!r}")
         if len(spec) > len(shape):
             raise ValueError(f"the spec {spec} of {path!r} has more axes than its shape {shape}")
+        if PartitionSpec.UNCONSTRAINED in spec:
+            raise ValueError(f"the spec {spec} of {path!r} leaves an axis open: name its mesh axes")
+        names = [name for axes in spec for name in names_of(axes)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the spec {spec} of {path!r} has the mesh axis {twice!r} twice")
         for size, axes in zip(shape, spec, strict=False):
             _check_divides(path, shape, size, axes, mesh)
         found.append(padded(spec, len(shape)))

@@ -140,6 +140,8 @@ def test_bytes_of_a_device_need_a_mesh():
     tx, specs = galore_optax.galore_adamw(1e-3, rank=4), {"kernel": P("x")}
     with pytest.raises(ValueError, match="needs the mesh of specs"):
         galore_optax.memory_report(tx, MATRIX, specs)
+    with pytest.raises(ValueError, match="needs specs to say what a device of the mesh has"):
+        galore_optax.memory_report(tx, MATRIX, mesh=AbstractMesh((4,), ("x",)))
     with jax.sharding.use_abstract_mesh(AbstractMesh((4,), ("x",))):
         report = galore_optax.memory_report(tx, MATRIX, specs)
     assert report.of_device.parameters == 64 * 512 * 4 / 4
@@ -152,6 +154,9 @@ def test_bytes_of_a_device_need_a_mesh():
         ({"other": P("x")}, ValueError, "specs must have the structure of the parameters"),
         ({"kernel": P("x", None, None)}, ValueError, "more axes than its shape"),
         ({"kernel": P(("x", "y"))}, ValueError, "64 of its shape .* which are 6 devices"),
+        ({"kernel": P("x", "x")}, ValueError, r"P.*'kernel' has the mesh axis 'x' twice"),
+        ({"kernel": P(("y", "y"))}, ValueError, r"'kernel' has the mesh axis 'y' twice"),
+        ({"kernel": P(P.UNCONSTRAINED)}, ValueError, r"'kernel' leaves an axis open"),
         ({"kernel": "x"}, TypeError, "must be jax.sharding.PartitionSpec"),
     ],
     ids=str,

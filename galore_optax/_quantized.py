@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 
+from galore_optax._blocks import from_blocks, merge, split, stored_shape, to_blocks
 from galore_optax._codec import Coded
 from galore_optax._codecs import CODECS
-from galore_optax._layout import with_layout
 from galore_optax._mesh_axes import fitting, names_of
 from galore_optax._types import Shape
 
@@ -71,7 +71,7 @@ class QuantizedArray:
     @property
     def shape(self) -> Shape:
         """The shape of the array that this stands for."""
-        batch_axes = np.ndim(self.codes) - len(_stored_shape(self.item_shape, self.block_size))
+        batch_axes = np.ndim(self.codes) - len(stored_shape(self.item_shape, self.block_size))
         return (*np.shape(self.codes)[: max(0, batch_axes)], *self.item_shape)
 
     @property
@@ -104,14 +104,14 @@ class QuantizedArray:
         Raises:
           ValueError: an axis of the item itself was sliced, not a batch axis.
         """
-        if np.ndim(self.codes) < len(_stored_shape(self.item_shape, self.block_size)):
+        if np.ndim(self.codes) < len(stored_shape(self.item_shape, self.block_size)):
             raise ValueError(
                 f"a quantized array of item shape {self.item_shape} was sliced or mapped along an "
                 f"axis that is not a batch axis: its codes have shape {np.shape(self.codes)}. "
                 "Quantize with batch_axes=1 to slice along the first axis."
             )
         codec = CODECS[self.scheme]
-        packed = _split(self.codes, self.block_size // codec.codes_per_byte)
+        packed = split(self.codes, self.block_size // codec.codes_per_byte)
         return Coded(codec.unpack(packed), self.scales, self.zeros)
 
     def __jax_array__(self) -> Float[Array, "..."]:
@@ -228,7 +228,7 @@ def requantize(
     codec = CODECS[quantized.scheme]
     updates = to_blocks(updates, quantized.item_shape, quantized.block_size)
     codes, scales, zeros = codec.add(quantized.blocks(), updates, key)
-    codes = _merge(codec.pack(codes))
+    codes = merge(codec.pack(codes))
     return dataclasses.replace(quantized, codes=codes, scales=scales, zeros=zeros)
 
 
@@ -247,14 +247,14 @@ def _quantized(
     if keep_positive:
         codec = codec.keeping_positive() or codec
     codes, scales, zeros = codec.encode(to_blocks(array, item_shape, block_size), key)
-    codes = _merge(codec.pack(codes))
+    codes = merge(codec.pack(codes))
     return QuantizedArray(codes, scales, zeros, item_shape, array.dtype, scheme, block_size)
 
 
 @jax.jit
 def _dequantized(quantized: QuantizedArray) -> Float[Array, "..."]:
     values = CODECS[quantized.scheme].decode(quantized.blocks()).astype(quantized.dtype)
-    return _from_blocks(values, quantized.item_shape, quantized.block_size)
+    return from_blocks(values, quantized.item_shape, quantized.block_size)
 
 
 def placed(
@@ -275,7 +275,7 @@ def placed(
     """
     item, size = quantized.item_shape, quantized.block_size
     cut = len(spec) - len(item)
-    stored, wanted = _stored_shape(item, size), tuple(map(names_of, spec[cut:]))
+    stored, wanted = stored_shape(item, size), tuple(map(names_of, spec[cut:]))
     if stored != item:
         wanted = (tuple(itertools.chain.from_iterable(wanted)),)
     counts = (*stored[:-1], stored[-1] // size)
@@ -325,85 +325,3 @@ def fitting_block_size(item_shape: Shape, block_size: int, scheme: str) -> int:
     """Returns the block size of an item, which is smaller where the whole item is."""
     unit = _unit(scheme)
     return min(block_size, max(unit, -(-math.prod(item_shape) // unit) * unit))
-
-
-def to_blocks(
-    array: Shaped[Array, "..."], item_shape: Shape, block_size: int
-) -> Float32[Array, "*blocks size"]:
-    """Cuts (*batch, *item) in (..., blocks, block size), float32, padded with zeros."""
-    array = jnp.asarray(array)
-    stored = _stored_shape(item_shape, block_size)
-    if stored != item_shape:
-        batch = array.shape[: array.ndim - len(item_shape)]
-        array = _gathered(array, range(len(batch), array.ndim))
-        size = math.prod(item_shape)
-        array = array.reshape(*batch, size)
-        array = jnp.pad(array, [(0, 0)] * len(batch) + [(0, stored[0] - size)])
-    return _split(array, block_size).astype(jnp.float32)
-
-
-def _from_blocks(
-    blocks: Float[Array, "*blocks size"], item_shape: Shape, block_size: int
-) -> Float[Array, "..."]:
-    """Undoes :func:`to_blocks`."""
-    array = _merge(blocks)
-    if _stored_shape(item_shape, block_size) == item_shape:
-        return array
-    array = _gathered(array, [array.ndim - 1])
-    return array[..., : math.prod(item_shape)].reshape(*array.shape[:-1], *item_shape)
-
-
-def _stored_shape(item_shape: Shape, block_size: int) -> Shape:
-    """Returns the shape in which the codes of an item are kept, before packing."""
-    if item_shape and item_shape[-1] % block_size == 0:
-        return item_shape
-    return (-(-math.prod(item_shape) // block_size) * block_size,)
-
-
-def _split(
-    array: Shaped[Array, "*leading all"], size: int
-) -> Shaped[Array, "*leading blocks size"]:
-    """Splits the last axis in blocks."""
-    count = array.shape[-1] // size
-    over = _spec(array)[-1]
-    if over is not None:
-        mesh = jax.typeof(array).sharding.mesh.shape
-        if count % math.prod(mesh[axis] for axis in (over if isinstance(over, tuple) else (over,))):
-            array = _gathered(array, [array.ndim - 1])
-    return _rows_last(array.reshape(*array.shape[:-1], count, size))
-
-
-def _merge(blocks: Shaped[Array, "*leading blocks size"]) -> Shaped[Array, "*leading all"]:
-    """Undoes :func:`_split`."""
-    blocks = _rows_last(blocks)
-    return blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1])
-
-
-def _rows_last(blocks: Shaped[Array, "*blocks size"]) -> Shaped[Array, "*blocks size"]:
-    """Gives blocks (..., rows, blocks, size) a layout that suits a TPU: rows fill its lanes.
-
-    Its tiles are of 128 elements of the last axis in memory and 8 or more of the one before. With
-    rows last a block is a run of whole tiles: to split an axis in blocks moves nothing, and what
-    is computed fuses. Without it float32 arrays of full size are moved, several at a time.
-    """
-    last = blocks.ndim - 3
-    if last < 0 or blocks.shape[last] < 128:
-        return blocks
-    order = (*range(last), last + 1, last + 2, last)
-    return jax.lax.platform_dependent(
-        blocks, tpu=lambda x: with_layout(x, order), default=lambda x: x
-    )
-
-
-def _gathered(array: Shaped[Array, "*shape"], axes: Sequence[int]) -> Shaped[Array, "*shape"]:
-    """Unshards some axes of an array, which under Explicit sharding could not be reshaped."""
-    spec = _spec(array)
-    if all(spec[axis] is None for axis in axes):
-        return array
-    kept = [None if axis in axes else name for axis, name in enumerate(spec)]
-    return jax.sharding.reshard(array, PartitionSpec(*kept))
-
-
-def _spec(array: Shaped[Array, "..."]) -> PartitionSpec:
-    """Returns the axes of an Explicit mesh that each axis is sharded over; None elsewhere."""
-    return jax.typeof(array).sharding.spec

@@ -1,12 +1,11 @@
 """What devices send each other for a refresh and for an ordinary step: bounds, from programs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.devices import on_devices
 
 ROOT = Path(__file__).parents[1]
 EIGHT_DEVICES = """
@@ -22,17 +21,8 @@ print(json.dumps([[row.projector, row.layout, row.axes, figures(row, scale=32)] 
 @pytest.mark.ci
 @pytest.mark.long("compiles a refresh and a step for eight devices in each of six layouts")
 def test_what_eight_devices_send_each_other():
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    found = {tuple(key): value for *key, value in json.loads(done.stdout.splitlines()[-1])}
+    printed = on_devices(8, "-c", EIGHT_DEVICES)
+    found = {tuple(key): value for *key, value in json.loads(printed.splitlines()[-1])}
     for (projector, layout, axes), of in found.items():
         refresh, step = of["refresh"], of["step"]
         # No collective of an ordinary step is larger than the low-rank gradient.

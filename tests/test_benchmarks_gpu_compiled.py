@@ -1,9 +1,6 @@
 """What is compiled for a GPU without one: the rows, the reader of programs, and what fails."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +13,7 @@ from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.devices import Device
 from examples.flax_llama.sharding import make_mesh
 from examples.flax_llama.topology import cuda_extra
+from tests.devices import on_devices
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"hidden": 32, "intermediate": 48, "layers": 3, "heads": 2, "rank": 8, "batch": 8}
@@ -145,17 +143,8 @@ print(json.dumps([{{k: dataclasses.astuple(v) for k, v in x.items()}} for x in f
 @pytest.mark.ci
 @pytest.mark.long("four programs of the application for eight devices, in a process of their own")
 def test_collectives_of_programs_for_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    program, ordinary, layerwise = json.loads(done.stdout.splitlines()[-1])
+    printed = on_devices(8, "-c", EIGHT_DEVICES)
+    program, ordinary, layerwise = json.loads(printed.splitlines()[-1])
     size = 4 * 3 * 7
     assert program == {
         "all-reduce": [2 * 5, 2 * 5 * size, 2 * 5 * size],

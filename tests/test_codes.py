@@ -1,11 +1,8 @@
 """Block-wise codes and quantized arrays, against tables, exact arithmetic and statistics."""
 
 import functools
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import chex
 import jax
@@ -19,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from galore_optax import QuantizedArray, apply_updates, low_bit, quantize
 from galore_optax._codecs import CODECS
+from tests.devices import on_devices
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "adam_8bit.npz")
 DYNAMIC = ("signed", "unsigned")
@@ -382,19 +380,13 @@ def compare_on_eight_devices():
 @pytest.mark.long("its other devices are of a process of its own")
 def test_codes_follow_the_sharding_of_what_they_stand_for():
     """On 8 devices, with Explicit and Auto axes, in a process of its own."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    run = subprocess.run(
-        [
-            *(sys.executable, "-W", "error", "-c"),
-            "from tests import test_codes; test_codes.compare_on_eight_devices()",
-        ],
-        cwd=pathlib.Path(__file__).parents[1],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    on_devices(
+        8,
+        "-W",
+        "error",
+        "-c",
+        "from tests import test_codes; test_codes.compare_on_eight_devices()",
     )
-    assert run.returncode == 0, run.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

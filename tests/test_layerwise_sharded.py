@@ -1,10 +1,8 @@
 """The layer-wise step over several devices: the numbers of one, and no kernel goes around."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.devices import on_devices
 
 SHARDED = """
 import re, sys
@@ -76,14 +74,4 @@ for up, down, mix in eval(sys.argv[1]):
 @pytest.mark.since(jax="0.7")
 def test_sharded_kernels_are_updated_where_they_are(transformations):
     """On 4 devices, in a process of its own; all transformations of each kernel in CI."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED, transformations],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    on_devices(4, "-W", "error", "-c", SHARDED, transformations)

@@ -1,10 +1,7 @@
 """galore on a mesh of Explicit axes: the numbers of one device, and state sharded as parameters."""
 
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 
 import jax
@@ -17,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import galore_optax
+from tests.devices import on_devices
 
 LEAVES = {
     "rows": ((32, 48), P("x", None)),
@@ -386,16 +384,11 @@ def compare_on_eight_devices():
 @pytest.mark.ci
 @pytest.mark.long("its other devices are of a process of its own, which compiles 20 programs")
 def test_eight_devices_change_no_number():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    run = subprocess.run(
-        [
-            *(sys.executable, "-W", "error", "-c"),
-            "from tests import test_sharding; test_sharding.compare_on_eight_devices()",
-        ],
-        cwd=pathlib.Path(__file__).parents[1],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
+    on_devices(
+        8,
+        "-W",
+        "error",
+        "-c",
+        "from tests import test_sharding; test_sharding.compare_on_eight_devices()",
         timeout=600,
     )
-    assert run.returncode == 0, run.stderr[-3000:]

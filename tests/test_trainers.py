@@ -2,11 +2,8 @@
 
 import ast
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 import galore_optax
 from galore_optax import DEFAULT_EXCLUDE, DimensionNumbers, trainers
 from galore_optax._trees import leaves_with_paths
+from tests.devices import on_devices
 from tests.trainer_levanter import Axis, LaterNamedArray, NamedArray, axis_mapping
 from tests.trainer_models import OUTPUT_FIRST, RANK, STEPS
 from tests.trainer_replays import REPLAYS
@@ -37,18 +35,8 @@ def replayed():
 
     def of(names):
         if names[0] not in found:
-            devices = "--xla_force_host_platform_device_count=8"
-            flags = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
-            run = subprocess.run(
-                [sys.executable, "-W", "error", "-m", "tests.trainer_replays", *names],
-                cwd=ROOT,
-                env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-                capture_output=True,
-                text=True,
-                timeout=500,
-            )
-            assert run.returncode == 0, run.stderr[-3000:]
-            found.update(json.loads(run.stdout))
+            words = "-W", "error", "-m", "tests.trainer_replays", *names
+            found.update(json.loads(on_devices(8, *words, timeout=500)))
         return found
 
     return of

@@ -150,8 +150,7 @@ def subspaces_of_tree(
                 "numbers of axes, refresh, residual and diagnostics that it was made with, or make "
                 "a new state with init."
             )
-    # Those of the first release do not say it; and where one has nothing to say, shapes differ.
-    if not (is_absent(state.made_with) or is_absent(made_with)) and state.made_with != made_with:
+    if not _same_meaning(state.made_with, made_with):
         was, now = (", ".join(sorted(x)) for x in (state.made_with, made_with))
         raise ValueError(
             f"the state belongs to another configuration: it was made with {was}, and this galore "
@@ -159,6 +158,21 @@ def subspaces_of_tree(
             "seed and the residual that it was made with, or make a new state with init."
         )
     return subspaces
+
+
+def _same_meaning(was: PyTree, now: PyTree) -> bool:
+    """Returns whether two values of `GaloreState.made_with` say nothing that differs.
+
+    A state of the first release says nothing at all, and a seed that is traced is not known, in
+    the state or here.
+    """
+    if is_absent(was) or is_absent(now):
+        return True
+    was, now = (dict(key.split("=", 1) for key in said) for said in (was, now))
+    if not ("seed" in was and "seed" in now):
+        was.pop("seed", None)
+        now.pop("seed", None)
+    return was == now
 
 
 def _check_version(version: PyTree) -> None:

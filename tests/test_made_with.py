@@ -98,7 +98,22 @@ def test_what_is_about_later_steps_alone_may_be_changed(before, after):
     jax.tree.map(np.testing.assert_array_equal, found.subspace.left, expected.subspace.left)
 
 
-def test_a_seed_that_is_an_array_is_not_known_and_not_compared():
+@pytest.mark.parametrize("projector", ["gaussian", "orthonormal"])
+@pytest.mark.parametrize(
+    ("before", "after"), [(0, jnp.int32(1)), (jnp.int32(1), 0)], ids=["later", "at first"]
+)
+def test_a_seed_that_is_an_array_is_not_known_and_not_compared(projector, before, after):
+    state = begun(make(projector=projector, seed=before))
+    make(projector=projector, seed=after).update(gradients(1), state, PARAMS)
+
+
+def test_what_goes_with_an_unknown_seed_is_compared():
+    state = begun(make(projector="gaussian", seed=jnp.int32(0)))
+    with pytest.raises(ValueError, match="projector=gaussian, and this galore has projector=ortho"):
+        make(projector="orthonormal").update(gradients(1), state, PARAMS)
+
+
+def test_injected_hyperparameters_make_the_seed_an_array():
     tx = optax.inject_hyperparams(galore_optax.apollo_adamw, static_args=("rank",))(0.1, rank=2)
     _, state = tx.update(gradients(0), tx.init(PARAMS), PARAMS)
     tx.update(gradients(1), state, PARAMS)

@@ -1,41 +1,81 @@
 """Cuts arrays in blocks, and puts them together again: how codes lie in memory and on a mesh."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Shaped
 
 from galore_optax._layout import with_layout
+from galore_optax._mesh_axes import fitting, names_of
 from galore_optax._types import Shape
 
 
 def to_blocks(
-    array: Shaped[Array, "..."], item_shape: Shape, block_size: int
+    array: Shaped[Array, "..."],
+    item_shape: Shape,
+    block_size: int,
+    where: PartitionSpec | None = None,
 ) -> Float32[Array, "*blocks size"]:
-    """Cuts (*batch, *item) in (..., blocks, block size), float32, padded with zeros."""
+    """Cuts (*batch, *item) in (..., blocks, block size), float32, padded with zeros.
+
+    Args:
+      array: the array.
+      item_shape: its shape without batch axes.
+      block_size: the number of elements of a block.
+      where: where the codes lie that are made of it, if it lies on a mesh of Explicit axes; None
+        for where :func:`stored_spec` says.
+    """
     array = jnp.asarray(array)
     stored = stored_shape(item_shape, block_size)
-    if stored != item_shape:
-        batch = array.shape[: array.ndim - len(item_shape)]
-        array = _gathered(array, range(len(batch), array.ndim))
-        size = math.prod(item_shape)
-        array = array.reshape(*batch, size)
-        array = jnp.pad(array, [(0, 0)] * len(batch) + [(0, stored[0] - size)])
-    return split(array, block_size).astype(jnp.float32)
+    if where is None:
+        typed = jax.typeof(array).sharding
+        where = stored_spec(item_shape, block_size, typed.spec, typed.mesh)
+
+    def cut(array: Shaped[Array, "..."]) -> Float32[Array, "*blocks size"]:
+        if stored != item_shape:
+            batch = array.shape[: array.ndim - len(item_shape)]
+            size = math.prod(item_shape)
+            array = array.reshape(*batch, size)
+            array = jnp.pad(array, [(0, 0)] * len(batch) + [(0, stored[0] - size)])
+        return split(array, block_size).astype(jnp.float32)
+
+    return _lying(cut, array, PartitionSpec(*where, None))
 
 
 def from_blocks(
-    blocks: Float[Array, "*blocks size"], item_shape: Shape, block_size: int
+    blocks: Float[Array, "*blocks size"],
+    item_shape: Shape,
+    block_size: int,
+    where: PartitionSpec | None = None,
 ) -> Float[Array, "..."]:
-    """Undoes :func:`to_blocks`."""
-    array = merge(blocks)
-    if stored_shape(item_shape, block_size) == item_shape:
-        return array
-    array = _gathered(array, [array.ndim - 1])
-    return array[..., : math.prod(item_shape)].reshape(*array.shape[:-1], *item_shape)
+    """Undoes :func:`to_blocks`.
+
+    Args:
+      blocks: the blocks.
+      item_shape: the shape of the array without batch axes.
+      block_size: the number of elements of a block.
+      where: where the array shall lie, if the blocks are on a mesh of Explicit axes; None leaves
+        the axes whole that are not those of the blocks.
+    """
+    stored = stored_shape(item_shape, block_size)
+    if where is None:
+        of_blocks = _spec(blocks)[:-1]
+        where = PartitionSpec(*of_blocks)
+        if stored != item_shape:
+            where = PartitionSpec(*of_blocks[:-1], *[None] * len(item_shape))
+
+    def put_together(blocks: Float[Array, "*blocks size"]) -> Float[Array, "..."]:
+        array = merge(blocks)
+        if stored == item_shape:
+            return array
+        return array[..., : math.prod(item_shape)].reshape(*array.shape[:-1], *item_shape)
+
+    return _lying(put_together, blocks, where)
 
 
 def stored_shape(item_shape: Shape, block_size: int) -> Shape:
@@ -43,6 +83,33 @@ def stored_shape(item_shape: Shape, block_size: int) -> Shape:
     if item_shape and item_shape[-1] % block_size == 0:
         return item_shape
     return (-(-math.prod(item_shape) // block_size) * block_size,)
+
+
+def stored_spec(
+    item_shape: Shape, block_size: int, spec: PartitionSpec, mesh: AbstractMesh | None
+) -> PartitionSpec:
+    """Returns where the codes of an array lie on a mesh: where it lies itself, in whole blocks.
+
+    Mesh axes that do not divide the blocks of the axis that they divide in the array divide
+    another axis of an item, if they can.
+
+    Args:
+      item_shape: the shape of the array without batch axes.
+      block_size: the number of elements of a block.
+      spec: that of the array, with an entry for each axis.
+      mesh: the mesh, or None where anything can be divided.
+    """
+    cut = len(spec) - len(item_shape)
+    stored, wanted = stored_shape(item_shape, block_size), tuple(map(names_of, spec[cut:]))
+    if stored != item_shape:
+        wanted = (tuple(itertools.chain.from_iterable(wanted)),)
+    counts = (*stored[:-1], stored[-1] // block_size)
+    axes = [fitting(mesh, [names], count) for names, count in zip(wanted, counts, strict=True)]
+    for k, count in enumerate(counts):
+        used = set(itertools.chain.from_iterable(map(names_of, axes)))
+        left = [name for name in itertools.chain.from_iterable(wanted) if name not in used]
+        axes[k] = fitting(mesh, [axes[k], *left], count)
+    return PartitionSpec(*spec[:cut], *axes)
 
 
 def split(array: Shaped[Array, "*leading all"], size: int) -> Shaped[Array, "*leading blocks size"]:
@@ -85,6 +152,18 @@ def _gathered(array: Shaped[Array, "*shape"], axes: Sequence[int]) -> Shaped[Arr
         return array
     kept = [None if axis in axes else name for axis, name in enumerate(spec)]
     return jax.sharding.reshard(array, PartitionSpec(*kept))
+
+
+def _lying(
+    function: Callable[[Array], Array], array: Array, where: PartitionSpec
+) -> Shaped[Array, "..."]:
+    """Returns a function of an array, which under Explicit axes lies somewhere else than it.
+
+    How it gets there is left to XLA, since no rule of types says it.
+    """
+    if not any(_spec(array)) and not any(where):
+        return function(array)
+    return cast(Array, jax.sharding.auto_axes(function, out_sharding=where)(array))
 
 
 def _spec(array: Shaped[Array, "..."]) -> PartitionSpec:

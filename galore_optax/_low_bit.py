@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, PyTreeDef
 
 from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._excerpt import Excerpt
+from galore_optax._mesh_axes import has_explicit_axes
 from galore_optax._ownership import FEWEST, Owned, Role, Stacked, check_stacked, ownership
 from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import (
@@ -20,10 +22,11 @@ from galore_optax._quantized import (
     check_block_size,
     fitting_block_size,
     is_quantized,
+    lying_as,
     static_hint,
 )
 from galore_optax._quantized_params import check_gradients, dequantize_params
-from galore_optax._specs import placed_state
+from galore_optax._specs import placed_state, specs_of
 from galore_optax._storage import Storage, Stored
 from galore_optax._trees import bare, beside
 from galore_optax._types import Params, Shape, State, Updates
@@ -216,9 +219,11 @@ class _Rules:
             wide(array), batch_axes=batch_axes, key=key, keep_positive=kind == "unsigned"
         )
 
-    def restore(self, stored: Stored, kind: str) -> Float[Array, "..."]:
+    def restore(
+        self, stored: Stored, kind: str, where: PartitionSpec | None
+    ) -> Float[Array, "..."]:
         """Returns a moment as the inner transformation sees it, in at least float32."""
-        return wide(self.storage(kind).load(stored))
+        return wide(self.storage(kind).load(stored, where))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,8 +290,8 @@ class _LowBit:
         like = updates if params is None else params
         params = jax.tree.map(wide, params)
         restored = [
-            leaf if kind is None else self.rules.restore(leaf, kind)
-            for leaf, kind in zip(leaves, kinds, strict=True)
+            leaf if kind is None else self.rules.restore(leaf, kind, where)
+            for leaf, kind, where in zip(leaves, kinds, _places(state.inner, updates), strict=True)
         ]
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
         new_updates, new_inner = self.inner.update(
@@ -302,7 +307,9 @@ class _LowBit:
                 stored.append(_like(new, old))
             else:
                 leaf_key = None if key is None else jax.random.fold_in(key, i)
-                stored.append(self.rules.store(new, kind, owned[i].batch_axes, leaf_key))
+                stored.append(
+                    lying_as(old, self.rules.store(new, kind, owned[i].batch_axes, leaf_key))
+                )
         new_state = LowBitState(treedef.unflatten(stored), rounds)
         return boxed_like(new_updates, boxes[0]), boxed_like(new_state, boxes[1])
 
@@ -346,6 +353,19 @@ class _LowBit:
 
 def _pairs(one: PyTree, other: PyTree) -> list[tuple[PyTree, PyTree]]:
     return list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def _places(state: State, updates: Updates) -> Sequence[PartitionSpec | None]:
+    """Returns where each leaf of a state lies out of codes, on a mesh of Explicit axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not has_explicit_axes(mesh):
+        return [None] * len(jax.tree.leaves(state, is_leaf=is_quantized))
+    decoded = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), state, is_leaf=is_quantized
+    )
+    specs = [jax.typeof(x).sharding.spec for x in jax.tree.leaves(updates)]
+    found = specs_of(decoded, updates, {}, specs, mesh)
+    return jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _codes_of(kind: str | None, block_size: int, item_shape: Shape) -> str:

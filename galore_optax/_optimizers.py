@@ -19,6 +19,7 @@ from galore_optax._options import (
 from galore_optax._ownership import Stacked, check_stacked
 from galore_optax._quantized import static_hint
 from galore_optax._select import Selection
+from galore_optax._sharding import under_auto
 from galore_optax._state import inspection_in_progress
 from galore_optax._trees import beside, logical
 from galore_optax._types import DType, Mask, Numeric, Params, State, Updates
@@ -328,7 +329,7 @@ def galore_muon(
         return treedef.unflatten([x * f for x, f in zip(leaves, factors, strict=True)])
 
     # Leaves that are excluded are not there for this galore, which would say that none is.
-    in_galore = galore(muon, **(given | {"exclude": None}))
+    in_galore = galore(under_auto(muon), **(given | {"exclude": None}))
     matrices = optax.chain(in_galore, optax.stateless(widened))
     tx = optax.chain(
         optax.partition({"muon": matrices, "adam": adam}, labels),

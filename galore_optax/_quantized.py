@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 import numbers
 from collections.abc import Sequence
@@ -14,10 +13,16 @@ import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 
-from galore_optax._blocks import from_blocks, merge, split, stored_shape, to_blocks
+from galore_optax._blocks import (
+    from_blocks,
+    merge,
+    split,
+    stored_shape,
+    stored_spec,
+    to_blocks,
+)
 from galore_optax._codec import Coded
 from galore_optax._codecs import CODECS
-from galore_optax._mesh_axes import fitting, names_of
 from galore_optax._types import Shape
 
 
@@ -96,7 +101,7 @@ class QuantizedArray:
         Raises:
           ValueError: an axis of the item itself was sliced, not a batch axis.
         """
-        return _dequantized(self)
+        return dequantized(self)
 
     def blocks(self) -> Coded:
         """Returns the blocks as their codec reads them: unpacked codes (..., block, element).
@@ -225,11 +230,14 @@ def requantize(
     Returns:
       The sum, with the same static attributes.
     """
-    codec = CODECS[quantized.scheme]
-    updates = to_blocks(updates, quantized.item_shape, quantized.block_size)
-    codes, scales, zeros = codec.add(quantized.blocks(), updates, key)
+    codec, blocks = CODECS[quantized.scheme], quantized.blocks()
+    where = PartitionSpec(*jax.typeof(blocks.codes).sharding.spec[:-1])
+    updates = to_blocks(updates, quantized.item_shape, quantized.block_size, where)
+    codes, scales, zeros = codec.add(blocks, updates, key)
     codes = merge(codec.pack(codes))
-    return dataclasses.replace(quantized, codes=codes, scales=scales, zeros=zeros)
+    return lying_as(
+        quantized, dataclasses.replace(quantized, codes=codes, scales=scales, zeros=zeros)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
@@ -251,19 +259,19 @@ def _quantized(
     return QuantizedArray(codes, scales, zeros, item_shape, array.dtype, scheme, block_size)
 
 
-@jax.jit
-def _dequantized(quantized: QuantizedArray) -> Float[Array, "..."]:
+@functools.partial(jax.jit, static_argnums=1)
+def dequantized(
+    quantized: QuantizedArray, where: PartitionSpec | None = None
+) -> Float[Array, "..."]:
+    """Returns the array that this stands for; see :func:`galore_optax._blocks.from_blocks`."""
     values = CODECS[quantized.scheme].decode(quantized.blocks()).astype(quantized.dtype)
-    return from_blocks(values, quantized.item_shape, quantized.block_size)
+    return from_blocks(values, quantized.item_shape, quantized.block_size, where)
 
 
 def placed(
     quantized: QuantizedArray, spec: PartitionSpec, mesh: AbstractMesh | None
 ) -> QuantizedArray:
-    """Says where codes lie on a mesh: where the array lies that they stand for, in whole blocks.
-
-    Mesh axes that do not divide the blocks of the axis that they divide in the array divide
-    another axis of an item, if they can.
+    """Says where codes lie on a mesh; see :func:`galore_optax._blocks.stored_spec`.
 
     Args:
       quantized: the array in codes, or its shapes.
@@ -273,20 +281,19 @@ def placed(
     Returns:
       A quantized array with a ``PartitionSpec`` in the place of each array.
     """
-    item, size = quantized.item_shape, quantized.block_size
-    cut = len(spec) - len(item)
-    stored, wanted = stored_shape(item, size), tuple(map(names_of, spec[cut:]))
-    if stored != item:
-        wanted = (tuple(itertools.chain.from_iterable(wanted)),)
-    counts = (*stored[:-1], stored[-1] // size)
-    axes = [fitting(mesh, [names], count) for names, count in zip(wanted, counts, strict=True)]
-    for k, count in enumerate(counts):
-        used = set(itertools.chain.from_iterable(map(names_of, axes)))
-        left = [name for name in itertools.chain.from_iterable(wanted) if name not in used]
-        axes[k] = fitting(mesh, [axes[k], *left], count)
-    where = PartitionSpec(*spec[:cut], *axes)
+    where = stored_spec(quantized.item_shape, quantized.block_size, spec, mesh)
     parts = jax.tree.map(lambda _: where, (quantized.codes, quantized.scales, quantized.zeros))
     return dataclasses.replace(quantized, codes=parts[0], scales=parts[1], zeros=parts[2])
+
+
+def lying_as(old: PyTree, new: PyTree) -> PyTree:
+    """Returns arrays that lie on a mesh of Explicit axes where others do, of the same structure."""
+
+    def put(before: Array, now: Array) -> Array:
+        spec = jax.typeof(before).sharding.spec
+        return now if jax.typeof(now).sharding.spec == spec else jax.sharding.reshard(now, spec)
+
+    return jax.tree.map(put, old, new)
 
 
 def either(names: Sequence[str]) -> str:

@@ -6,12 +6,13 @@ from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from galore_optax._mesh_axes import has_explicit_axes, names_of
 from galore_optax._quantized import is_quantized
-from galore_optax._types import DType, MeshAxes
+from galore_optax._types import DType, MeshAxes, Params, State, Updates
 
 Result = TypeVar("Result")
 
@@ -74,6 +75,30 @@ def in_auto(function: Callable[..., Result], places: PyTree, *arguments: PyTree)
 
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
     return cast(Result, jax.sharding.auto_axes(call, out_sharding=places)(arrays))
+
+
+def under_auto(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation whose arithmetic knows no Explicit axes, and leaves all in place.
+
+    It is for those whose products do not say how their results are sharded.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: Updates, state: State, params: Params | None = None, **extra_args: PyTree
+    ) -> tuple[Updates, State]:
+        places = None
+        if has_explicit_axes(jax.sharding.get_abstract_mesh()):
+            places = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+
+        def update_of(
+            updates: Updates, state: State, params: Params | None, extra: dict[str, PyTree]
+        ) -> tuple[Updates, State]:
+            return tx.update(updates, state, params, **extra)
+
+        return in_auto(update_of, places, updates, state, params, extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def each_its_own(

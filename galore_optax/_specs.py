@@ -158,7 +158,9 @@ def specs_of(
             found.append(jax.tree.map(lambda _: PartitionSpec(), part.array))
             continue
         (path, leaf), spec = leaves[part.owner], specs[part.owner]
-        matrices = [view for view in views.get(path, ()) if isinstance(view, MatrixView)]
+        # Outside of galore nothing has the shape of R, but by chance.
+        seen = () if part.field is None else views.get(path, ())
+        matrices = [view for view in seen if isinstance(view, MatrixView)]
         placements = [Placement(view, spec, mesh, shares) for view in matrices]
         found.append(_of_part(part, np.shape(leaf), spec, placements, mesh))
     return jax.tree.structure(state, is_leaf=is_quantized).unflatten(found)
@@ -211,7 +213,7 @@ def _of_part(
             return place.of(array, place.basis(0 if part.field == "left" else 1))
         if part.field == "residual":
             return place.of(array, place.whole)
-        if part.field not in (None, "inner", "accumulator"):
+        if part.field not in ("inner", "accumulator"):
             return place.of(array, None)
         if array.shape == place.view.low_rank_shape:
             return place.of(array, place.low_rank)

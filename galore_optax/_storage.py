@@ -3,10 +3,11 @@
 import dataclasses
 from typing import TypeAlias
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from galore_optax._codecs import CODECS
-from galore_optax._quantized import is_quantized, quantize
+from galore_optax._quantized import dequantized, is_quantized, quantize
 
 Stored: TypeAlias = PyTree
 """What is held of an array: a `QuantizedArray`, or an array of some floating-point dtype."""
@@ -77,9 +78,15 @@ class Storage:
             array, self.codec, self.block_size, batch_axes, key, keep_positive=keep_positive
         )
 
-    def load(self, stored: Stored) -> Float[Array, "..."]:
-        """Returns the array that is held: out of codes in its own dtype, else as it is held."""
-        return stored.dequantize() if is_quantized(stored) else stored
+    def load(self, stored: Stored, where: PartitionSpec | None = None) -> Float[Array, "..."]:
+        """Returns the array that is held: out of codes in its own dtype, else as it is held.
+
+        Args:
+          stored: what is held of it.
+          where: where it shall lie if it is in codes on a mesh of Explicit axes; see
+            :func:`galore_optax._quantized.dequantized`.
+        """
+        return dequantized(stored, where) if is_quantized(stored) else stored
 
 
 def resolve_storage(argument: str, name: str | None) -> Storage:

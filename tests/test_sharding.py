@@ -56,6 +56,7 @@ VARIANTS = {
     "Grass": lambda **shared: galore_optax.grass_adamw(1e-2, projector="sampled_rows", **shared),
     "APOLLO-Mini": lambda **shared: galore_optax.apollo_mini_adamw(1e-2, **{**shared, "rank": 1}),
     "Q-GaLore": lambda **shared: galore_optax.q_galore_adamw(1e-2, block_size=16, **shared),
+    "Muon": lambda **shared: galore_optax.galore_muon(1e-2, **shared),
     "FRUGAL": lambda **shared: galore_optax.frugal_adamw(1e-2, **shared),
 }
 
@@ -82,6 +83,10 @@ def tree(leaves, seed=0):
 
 def put(values, mesh):
     return {k: jax.device_put(x, NamedSharding(mesh, LEAVES[k][1])) for k, x in values.items()}
+
+
+def padded(where, axes):
+    return (*where, *[None] * (axes - len(where)))
 
 
 def spec(x):
@@ -127,6 +132,61 @@ def test_types_say_that_updates_lie_as_parameters_and_state_stays_where_it_is(na
         assert spec(state.subspace.due["stack"]) == ("y",)
         assert spec(mu["stack"]) == ("y", None, "x")
         assert spec(mu["heads"]) == (None, "x")
+
+
+STATES = {
+    "up": ((512, 2816), P("x", "y")),  # rows of 11 blocks
+    "down": ((2816, 512), P("y", "x")),
+    "table": ((320, 1152), P("x", "y")),  # rows of 4.5 blocks
+    "stack": ((4, 64, 96), P("x", None, "y")),
+    "norms": ((3, 48, 32), P(None, "x", "y")),
+}
+PRESETS = ("q_galore_adamw", "tracked_adamw_8bit", "flora", "galore_muon", "adamw_8bit")
+
+
+def states_lie_as_their_specs_say():
+    """By types alone: what init makes, and what update makes of it and of what specs describe."""
+    mesh = mesh_of(4, 2)
+    numbers = {"up": 0, "down": 0, "stack": 1}
+    numbers = {
+        k: galore_optax.DimensionNumbers(numbers[k], numbers[k] + 1) if k in numbers else None
+        for k in STATES
+    }
+    params = {
+        k: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, where))
+        for k, (shape, where) in STATES.items()
+    }
+
+    def typed(tree):
+        def of(x):
+            where = () if x.sharding is None else x.sharding.spec
+            return x.shape, x.dtype, padded(where, x.ndim)
+
+        return list(map(of, jax.tree.leaves(tree)))
+
+    for name in PRESETS:
+        options = {} if name == "adamw_8bit" else {"rank": 24, "weight_dimension_numbers": numbers}
+        tx = getattr(galore_optax, name)(1e-3, **options)
+        shardings = galore_optax.state_shardings(tx, params)
+        with jax.set_mesh(mesh):
+            state = jax.eval_shape(tx.init, params)
+            planned = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                state,
+                shardings,
+            )
+            for before in (state, planned):
+                updates, after = jax.eval_shape(tx.update, params, before, params)
+                assert typed(before) == typed(planned), name
+                assert typed(after) == typed(planned), name
+                assert typed(updates) == typed(params), name
+        print(name, flush=True)
+
+
+@pytest.mark.filterwarnings("ignore:the inner transformation:UserWarning")  # of Adafactor
+def test_states_lie_as_their_specs_say_also_where_blocks_do_not_divide():
+    call = "from tests import test_sharding; test_sharding.states_lie_as_their_specs_say()"
+    assert on_devices(8, "-c", call).split() == list(PRESETS)
 
 
 def test_a_mesh_of_one_device_changes_no_number():

@@ -1,5 +1,6 @@
 """Runs of several processes: who is missing or has ended is told, and numbers are those of one."""
 
+import math
 import os
 import random
 import signal
@@ -30,9 +31,9 @@ MEMBER = """
 import atexit, sys, time
 from examples.flax_llama.roll_call import together
 from examples.flax_llama.usage import UsageError
-port, count, number, timeout = map(int, sys.argv[1:])
+port, count, number, timeout = map(int, sys.argv[1:5])
 try:
-    with together("localhost", port, count, number, timeout):
+    with together("localhost", port, count, number, timeout, {"lr": float(sys.argv[5])}):
         print("here", flush=True)
         word = sys.stdin.readline().strip()
         if word == "error":
@@ -57,20 +58,22 @@ def free_port():
             return port
 
 
+def member(*arguments):
+    """A process with a port, how many there are, its number, a time limit, and a setting."""
+    return subprocess.Popen(
+        [sys.executable, "-c", MEMBER, *map(str, arguments)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def members(count, *numbers, timeout=30):
     """Processes of these numbers."""
     port = free_port()
-    return {
-        number: subprocess.Popen(
-            [sys.executable, "-c", MEMBER, *map(str, (port, count, number, timeout))],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in numbers
-    }
+    return {number: member(port, count, number, timeout, 0.1) for number in numbers}
 
 
 @pytest.mark.parametrize(("there", "missing"), [((0, 2), "process 1"), ((1, 2), "process 0")])
@@ -83,6 +86,26 @@ def test_a_process_that_never_comes_is_named(there, missing):
         assert (out, rest) == ("", "")
         assert error.startswith(f"error: distributed_timeout=1: of 3 processes, {missing} has not")
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ((3, 1, 30, 0.2), "process 1 has lr=0.2, and process 0 has lr=0.1: start 3 processes with"),
+        ((2, 1, 30, 0.1), "process 1 has processes=2, and process 0 has processes=3: start 3"),
+        ((3, 2, 30, 0.1), "process=2 was started twice: start 3 processes with the same settings"),
+    ],
+    ids=["setting", "count", "twice"],
+)
+def test_processes_that_do_not_belong_together_are_told_so(other, message):
+    port = free_port()
+    right = [member(port, 3, k, 30, 0.1) for k in {0, other[1]} & {0, 2}]
+    found = [*right, member(port, *other)]
+    errors = [process.stderr.readline() for process in found]
+    for process in found:
+        process.kill()
+        process.communicate()
+    assert all(error.startswith(f"error: {message}") for error in errors), errors
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -126,7 +149,22 @@ def test_processes_that_are_done_end_one_after_the_other():
             {"coordinator": "here", "processes": 2, "process": 0},
             "coordinator='here': expected HOST",
         ),
-        ({"coordinator": "a:1", "processes": 2, "process": 2}, "process=2: expected 0 to 1, of"),
+        ({"coordinator": "a:9", "processes": 2, "process": 2}, "process=2: expected 0 to 1, of"),
+        *(
+            (
+                {"coordinator": f"a:{port}", "processes": 2, "process": 0},
+                f"coordinator='a:{port}': expected HOST:PORT of process 0, the port from 2 to 655",
+            )
+            for port in ("1", "99999", "-5", "\u0665\u0665")
+        ),
+        ({"processes": 0}, "processes=0: expected at least 1"),
+        *(
+            (
+                {"distributed_timeout": value},
+                f"distributed_timeout={value}: expected at least 1 sec",
+            )
+            for value in (math.nan, math.inf, 0.0, -1.0)
+        ),
     ],
 )
 def test_what_is_not_known_of_processes_is_refused(monkeypatch, settings, message):

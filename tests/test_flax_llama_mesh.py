@@ -139,9 +139,15 @@ def test_what_an_axis_does_not_divide_is_whole():
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("data=2,model=4", r"mesh='data=2,model=4': there is no axis 'model'; expected sizes of"),
-        ("data", r"mesh='data': expected a size of data of at least 1"),
-        ("data=0", r"mesh='data=0': expected a size of data of at least 1"),
+        (
+            "data=2,model=4",
+            r"mesh='data=2,model=4': 'model=4' is not the size of an axis; expected",
+        ),
+        ("data", r"mesh='data': 'data' is not the size of an axis; expected sizes of data, fsdp"),
+        ("data=0", r"'data=0' is not the size of an axis; .*, each at least 1"),
+        ("data=2.0", r"'data=2.0' is not the size"),
+        ("data=\u0662", r"'data=\u0662' is not the size"),
+        ("data=2,", r"mesh='data=2,': '' is not the size"),
         ("data=2,data=2", r"mesh='data=2,data=2' has data twice"),
         ("data=2,fsdp=3", r"mesh='data=2,fsdp=3' is 6 devices, and here are 1: choose sizes whose"),
     ],

@@ -133,11 +133,7 @@ class Beginning:
     @property
     def settings(self) -> dict[str, Any]:
         """What a checkpoint says of itself."""
-        return settings_of(self.config) | {DIGESTS: digests(self.fingerprint)}
-
-
-def digests(fingerprint: Fingerprint) -> dict[str, str]:
-    return {"train": fingerprint.train.digest, "valid": fingerprint.of_validation.digest}
+        return settings_of(self.config) | {DIGESTS: self.fingerprint.digests}
 
 
 def begin(config: Config) -> Beginning:
@@ -164,7 +160,7 @@ def go_on(config: Config, out: Path) -> Beginning:
         check_tokenizer(config, stored, out)
     now, before = fingerprint_now(config), read_fingerprint(out)
     changed = check_data(config, out, now, before)
-    was = settings.get(DIGESTS) or digests(before or now)
+    was = settings.get(DIGESTS) or (before or now).digests
     found = Beginning(
         config,
         now,

@@ -2,16 +2,20 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
+from examples.flax_llama.changes import settings_of
 from examples.flax_llama.config import Config
 from examples.flax_llama.roll_call import together
 from examples.flax_llama.usage import UsageError
+from examples.flax_llama.values import check_processes
 
 # Seconds without a heartbeat after which JAX takes a process for gone.
 HEARTBEAT = 10
@@ -19,12 +23,17 @@ HEARTBEAT = 10
 PATIENCE = 1800
 
 
+# Settings of which each process may have its own.
+OWN = ("coordinator", "process", "distributed_timeout", "quiet", "by_default")
+
+
 @contextlib.contextmanager
 def processes(config: Config) -> Iterator[None]:
     """Makes this process one of several for as long as the context lasts, where that is asked for.
 
     Raises:
-      UsageError: it is not known which one, or not all of them have come.
+      UsageError: it is not known which one, not all of them have come, or they have been given
+        other settings than each other.
     """
     if not config.distributed:
         yield
@@ -32,7 +41,7 @@ def processes(config: Config) -> Iterator[None]:
     address, count, number, devices = found(config)
     host, _, port = address.rpartition(":")
     timeout = config.distributed_timeout
-    with together(host, int(port) - 1, count, number, timeout):
+    with together(host, int(port) - 1, count, number, timeout, shared(config)):
         # Of CPUs, on which nothing else can add up over processes.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
@@ -44,6 +53,12 @@ def processes(config: Config) -> Iterator[None]:
         yield
 
 
+def shared(config: Config) -> dict[str, Any]:
+    """What must be the same in all processes, so that they compute the same program."""
+    settings = {k: v for k, v in settings_of(config).items() if k not in OWN}
+    return {**settings, "jax.__version__": jax.__version__}
+
+
 def found(config: Config) -> tuple[str, int, int, list[int] | None]:
     """The address of the first process, how many there are, which one this is, and its devices.
 
@@ -53,6 +68,7 @@ def found(config: Config) -> tuple[str, int, int, list[int] | None]:
     Raises:
       UsageError: something is neither given nor can be found.
     """
+    check_processes(config)
     address = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count, number, devices = config.processes, config.process, None
     if address is None or count is None or number is None:
@@ -67,8 +83,11 @@ def found(config: Config) -> tuple[str, int, int, list[int] | None]:
             "SLURM, Open MPI, Kubernetes or a TPU pod, of which JAX knows: "
             "coordinator=HOST:PORT, processes=N and process=0 to N - 1."
         )
-    if not (":" in address and address.rpartition(":")[2].isdecimal()):
-        raise UsageError(f"coordinator={address!r}: expected HOST:PORT of process 0.")
+    host, _, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal() and 1 < int(port) < 65536):
+        raise UsageError(
+            f"coordinator={address!r}: expected HOST:PORT of process 0, the port from 2 to 65535."
+        )
     if not 0 <= number < count:
         raise UsageError(f"process={number}: expected 0 to {count - 1}, of processes={count}.")
     return address, count, number, list(devices) if devices else None
@@ -93,3 +112,28 @@ def agreed(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(value))
+
+
+def check_same_data(digests: Mapping[str, str]) -> None:
+    """Refuses processes that were given other data than each other, under the same names.
+
+    Args:
+      digests: of what the data is known by, in hexadecimal, all of one length; the keys say what
+        is done with it.
+
+    Raises:
+      UsageError: says which processes have other data than the first one.
+    """
+    if jax.process_count() == 1:
+        return
+    meet("data")
+    own = np.stack([np.frombuffer(bytes.fromhex(x), np.uint8) for x in digests.values()])
+    found = multihost_utils.process_allgather(own)
+    for what, of_processes in zip(digests, np.moveaxis(found, 0, 1), strict=True):
+        others = np.flatnonzero((of_processes != of_processes[0]).any(axis=-1))
+        if others.size:
+            who = f"process {', '.join(map(str, others))}"
+            raise UsageError(
+                f"{who} of {jax.process_count()} has other data to {what} on than process 0: give "
+                "each host the same files under the same names."
+            )

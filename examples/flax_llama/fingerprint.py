@@ -79,6 +79,11 @@ class Fingerprint:
         """The marks of the data that it validates on."""
         return self.valid or self.train
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Those of what it trains and validates on."""
+        return {"train": self.train.digest, "valid": self.of_validation.digest}
+
 
 def fingerprint_of(config: Config) -> Fingerprint:
     """The fingerprint of the data of a configuration, as it is now.

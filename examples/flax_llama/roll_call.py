@@ -7,18 +7,20 @@ does. Who ends when all do says so before.
 """
 
 import contextlib
+import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from examples.flax_llama.usage import UsageError
 
-# Of the lines that are sent: the number of a process; that all are there; which are missing; that a
-# process has ended; that this one has come to its end.
-HERE, MISSING, ENDED, DONE = "here", "missing", "ended", "done"
+# Of the lines that are sent: who a process is, and that all are there; which are missing; what does
+# not fit together; that a process has ended; that this one has come to its end.
+HERE, MISSING, WRONG, ENDED, DONE = "here", "missing", "wrong", "ended", "done"
 # Seconds between attempts to reach the first process, and those after which a host that does not
 # answer any more is gone: at first silent, then asked so often, so far apart.
 RETRY = 0.2
@@ -34,13 +36,24 @@ class RollCall:
       count: of processes.
       number: of this one.
       timeout: seconds within which all must come.
+      settings: what must be the same in all of them; of strings, numbers and the like.
 
     Raises:
-      UsageError: not all have; says which.
+      UsageError: not all have, or something is not the same; says which.
     """
 
-    def __init__(self, host: str, port: int, count: int, number: int, timeout: float):
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        count: int,
+        number: int,
+        timeout: float,
+        settings: Mapping[str, Any],
+    ):
         self._count, self._number = count, number
+        # As they are after they have been sent.
+        self._settings = json.loads(json.dumps({**settings, "processes": count}, default=str))
         self._peers: dict[int, socket.socket] = {}
         # Those that have said that they are at their end.
         self._done: set[int] = set()
@@ -75,8 +88,8 @@ class RollCall:
                 peer.settimeout(SILENT)
                 with contextlib.suppress(OSError):
                     word, _, rest = read_line(peer).partition(" ")
-                    if word == HERE and rest.isdecimal():
-                        self._peers[int(rest)] = peer
+                    if word == HERE:
+                        self._admit(peer, **json.loads(rest))
         missing = set(range(1, self._count)) - self._peers.keys()
         absent = ", ".join(map(str, sorted(missing)))
         self._tell(f"{MISSING} {absent}" if missing else HERE)
@@ -85,26 +98,57 @@ class RollCall:
         for number, peer in self._peers.items():
             self._watch(number, peer)
 
+    def _admit(self, peer: socket.socket, number: int, settings: Mapping[str, Any]) -> None:
+        """Takes a process in, as the first one, if it is one of this run.
+
+        Raises:
+          UsageError: it is not; it and those that are here are told so.
+        """
+        wrong = None
+        if settings != self._settings:
+            names = [k for k in self._settings if settings.get(k) != self._settings[k]]
+            theirs, ours = (
+                ", ".join(f"{name}={of.get(name)!r}" for name in names)
+                for of in (settings, self._settings)
+            )
+            wrong = f"process {number} has {theirs}, and process 0 has {ours}"
+        elif number in self._peers or number == 0:
+            wrong = f"process={number} was started twice"
+        if wrong is None:
+            self._peers[number] = peer
+            return
+        wrong += (
+            f": start {self._count} processes with the same settings, and process=0 to "
+            f"{self._count - 1}, one each."
+        )
+        send(peer, f"{WRONG} {wrong}")
+        self._tell(f"{WRONG} {wrong}")
+        raise UsageError(wrong)
+
     def _join(self, host: str, port: int, end: float, timeout: float) -> None:
         """Reports to the first process, and waits until all others have."""
         while True:
             try:
                 peer = socket.create_connection((host, port), timeout=SILENT)
                 break
-            except OSError:
+            except OSError as error:
                 if time.monotonic() > end:
-                    raise self._missing("0", timeout, f" (no answer at {host}:{port})") from None
+                    why = f" (no answer at {host}:{port}: {error.strerror or error})"
+                    raise self._missing("0", timeout, why) from None
                 time.sleep(RETRY)
         self._peers[0] = peer
-        send(peer, f"{HERE} {self._number}")
+        who = {"number": self._number, "settings": self._settings}
+        send(peer, f"{HERE} {json.dumps(who)}")
         # The first process says who is missing; by then it has waited as long.
         peer.settimeout(max(1.0, end - time.monotonic() + timeout))
         try:
-            answer, _, who = read_line(peer).partition(" ")
+            answer, _, more = read_line(peer).partition(" ")
         except OSError:
-            answer, who = "", ""
+            answer, more = "", ""
+        if answer == WRONG:
+            raise UsageError(more)
         if answer != HERE:
-            raise self._missing(who or "0", timeout)
+            raise self._missing(more or "0", timeout)
         self._watch(0, peer)
 
     def _missing(self, who: str, timeout: float, more: str = "") -> UsageError:
@@ -184,15 +228,18 @@ def read_line(peer: socket.socket) -> str:
 
 
 @contextlib.contextmanager
-def together(host: str, port: int, count: int, number: int, timeout: float) -> Iterator[None]:
+def together(
+    host: str, port: int, count: int, number: int, timeout: float, settings: Mapping[str, Any]
+) -> Iterator[None]:
     """Runs a process of several, all of which are there, and ends it where one of them ends.
 
     An error may be what comes of the end of another process, of which that is told in its place.
+    The arguments are those of `RollCall`.
 
     Raises:
-      UsageError: not all processes have come.
+      UsageError: not all processes have come, or they do not belong together.
     """
-    call = RollCall(host, port, count, number, timeout)
+    call = RollCall(host, port, count, number, timeout, settings)
     try:
         yield
     except SystemExit as stopped:

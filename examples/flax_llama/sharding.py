@@ -63,15 +63,13 @@ def sizes_of(mesh: str | None) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for word in mesh.split(",") if mesh is not None else ():
         axis, _, size = (part.strip() for part in word.partition("="))
-        if axis not in AXES:
+        if axis not in AXES or not (size.isascii() and size.isdecimal() and int(size) > 0):
             raise UsageError(
-                f"mesh={mesh!r}: there is no axis {axis!r}; expected sizes of {', '.join(AXES)}, "
-                "as in 'data=2,fsdp=4'."
+                f"mesh={mesh!r}: {word!r} is not the size of an axis; expected sizes of "
+                f"{', '.join(AXES)}, each at least 1, as in 'data=2,fsdp=4'."
             )
         if axis in sizes:
             raise UsageError(f"mesh={mesh!r} has {axis} twice.")
-        if not (size.isdecimal() and int(size) > 0):
-            raise UsageError(f"mesh={mesh!r}: expected a size of {axis} of at least 1.")
         sizes[axis] = int(size)
     return {axis: sizes.get(axis, 1) for axis in AXES}
 

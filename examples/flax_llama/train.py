@@ -35,7 +35,7 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.conversation_data import recognise
 from examples.flax_llama.data import Data, open_data
-from examples.flax_llama.distributed import agreed, is_first, meet, processes
+from examples.flax_llama.distributed import agreed, check_same_data, is_first, meet, processes
 from examples.flax_llama.evaluate import Evaluation, make_evaluate
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import settings_given
@@ -142,6 +142,7 @@ def train(
                 check_directory(out, resume=config.resume)
         beginning = begin(config)
         config = beginning.config
+        check_same_data(beginning.fingerprint.digests)
         check_divides(config)
         optimizer, mesh = make_optimizer(config), make_mesh(config.mesh)
         dataset = open_dataset(own_tokenizer(config, beginning))

@@ -42,12 +42,7 @@ def check_values(config: "Config") -> None:
         *("eval_every", "save_every", "keep"),
     ):
         at_least_one(name, getattr(config, name))
-    if config.processes is not None:
-        at_least_one("processes", config.processes)
-    if not 0 < config.distributed_timeout < math.inf:
-        raise UsageError(
-            f"distributed_timeout={config.distributed_timeout}: expected a positive number."
-        )
+    check_processes(config)
     if config.eval_tokens is not None:
         at_least_one("eval_tokens", config.eval_tokens)
     if config.batch % config.accumulate:
@@ -101,3 +96,17 @@ def check_values(config: "Config") -> None:
         if value == "":
             raise UsageError(f"{name}='' is empty: expected a value, or leave it out.")
     reading_of(config)
+
+
+def check_processes(config: "Config") -> None:
+    """Refuses what cannot be said of several processes.
+
+    Raises:
+      UsageError: says which, and what would be right.
+    """
+    if config.processes is not None:
+        at_least_one("processes", config.processes)
+    if not 1 <= config.distributed_timeout < math.inf:
+        raise UsageError(
+            f"distributed_timeout={config.distributed_timeout}: expected at least 1 second."
+        )

@@ -1,4 +1,4 @@
-"""Holds the error of arguments that cannot go together."""
+"""Holds the errors that several modules raise of arguments."""
 
 
 class CombinationError(ValueError):
@@ -16,3 +16,21 @@ class CombinationError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.reason}. {self.remedy}"
+
+
+def check_transformation(name: str, given: object, hint: str = "") -> None:
+    """Raises where an argument is no transformation.
+
+    Args:
+      name: of the argument.
+      given: what it is.
+      hint: a sentence to add to the message.
+
+    Raises:
+      TypeError: it is not an Optax transformation.
+    """
+    if not all(callable(getattr(given, method, None)) for method in ("init", "update")):
+        raise TypeError(
+            f"{name} must be an Optax transformation such as optax.scale_by_adam(); got {given!r}"
+            + (hint and f". {hint}")
+        )

@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array, PyTree, PyTreeDef
 
 from galore_optax._core import Method
+from galore_optax._errors import check_transformation
 from galore_optax._jaxpr import dependence
 from galore_optax._limiter import LimitNormGrowthState
 from galore_optax._promotion import standard_promotion
@@ -82,13 +83,7 @@ class Inner:
     """
 
     def __init__(self, transformation: optax.GradientTransformation):
-        if not callable(getattr(transformation, "init", None)) or not callable(
-            getattr(transformation, "update", None)
-        ):
-            raise TypeError(
-                "inner must be an Optax transformation such as optax.scale_by_adam(); got "
-                f"{transformation!r}. To give the rank, write galore(rank=128)."
-            )
+        check_transformation("inner", transformation, "To give the rank, write galore(rank=128).")
         if isinstance(transformation, optax.MultiSteps):
             raise ValueError(_MULTI_STEPS)
         self._transformation = standard_promotion(transformation)

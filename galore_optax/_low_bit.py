@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, PyTreeDef
 
 from galore_optax._boxes import boxed_like, boxed_state
+from galore_optax._errors import check_transformation
 from galore_optax._excerpt import Excerpt
 from galore_optax._mesh_axes import has_explicit_axes
 from galore_optax._ownership import FEWEST, Owned, Role, Stacked, check_stacked, ownership
@@ -108,11 +109,7 @@ def low_bit(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, 2021.
     """
-    if not callable(getattr(inner, "init", None)) or not callable(getattr(inner, "update", None)):
-        raise TypeError(
-            "inner must be an Optax transformation such as optax.scale_by_adam(); got "
-            f"{inner!r}. To give the bits, write low_bit(inner, bits=8)."
-        )
+    check_transformation("inner", inner, "To give the bits, write low_bit(inner, bits=8).")
     _check_seed(seed)
     check_stacked(stacked)
     rules = _Rules(bits, block_size, min_size, dict(names or {}))

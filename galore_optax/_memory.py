@@ -15,6 +15,8 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from galore_optax._codecs import CODECS
+from galore_optax._errors import check_transformation
+from galore_optax._given_specs import checked_mesh
 from galore_optax._memory_report import DeviceBytes, LeafGroup, MemoryReport
 from galore_optax._mesh_axes import names_of
 from galore_optax._parts import parts
@@ -64,6 +66,7 @@ def memory_report(
       >>> report.state_without_galore
       134217732
     """
+    check_transformation("tx", tx)
     if specs is None and mesh is not None:
         raise ValueError("memory_report needs specs to say what a device of the mesh has")
     inspection = Inspection()
@@ -111,11 +114,12 @@ def _of_device(
     mesh: Mesh | AbstractMesh | None,
 ) -> DeviceBytes:
     """Returns the bytes of one device of a mesh."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if not mesh.shape:
+    found = checked_mesh(mesh)
+    if found is None:
         raise ValueError("memory_report needs the mesh of specs: pass mesh, or use jax.set_mesh")
-    of_state = state_partition_specs(tx, params, specs, mesh=mesh)
-    of_params = state_partition_specs(_PARAMS, params, specs, mesh=mesh)
+    sizes = found.shape
+    of_state = state_partition_specs(tx, params, specs, mesh=found)
+    of_params = state_partition_specs(_PARAMS, params, specs, mesh=found)
     state = jax.eval_shape(lambda p: tx.init(p), _unsharded(params))
 
     def nbytes(tree: PyTree, places: PyTree) -> int:
@@ -126,10 +130,10 @@ def _of_device(
             strict=True,
         ):
             axes = itertools.chain.from_iterable(map(names_of, spec))
-            total += _bytes(x) // math.prod(mesh.shape[axis] for axis in axes)
+            total += _bytes(x) // math.prod(sizes[axis] for axis in axes)
         return total
 
-    return DeviceBytes(mesh.size, nbytes(params, of_params), nbytes(state, of_state))
+    return DeviceBytes(found.size, nbytes(params, of_params), nbytes(state, of_state))
 
 
 # Its state is the parameters, which lie by the same rules where they are in codes.

@@ -10,14 +10,15 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from galore_optax._mesh_axes import names_of
+from galore_optax._errors import check_transformation
+from galore_optax._given_specs import checked_mesh, checked_shardings, checked_specs
 from galore_optax._parts import Part, parts
 from galore_optax._placement import Placement, lying, padded
 from galore_optax._quantized import is_quantized
 from galore_optax._sharding import auto_sharding, put
 from galore_optax._state import Inspection, inspecting
 from galore_optax._trees import bare, leaves_with_paths, logical
-from galore_optax._types import MeshAxes, Params, Shape, State
+from galore_optax._types import Params, Shape, State
 from galore_optax._view import LeafView, MatrixView
 
 
@@ -56,7 +57,7 @@ def state_partition_specs(
       ``PartitionSpec`` for each array.
 
     Raises:
-      TypeError: a spec is no ``PartitionSpec``.
+      TypeError: ``tx`` is no transformation, a spec no ``PartitionSpec``, or ``mesh`` no mesh.
       ValueError: specs of another tree, of too many axes, or of axes that the mesh does not have or
         that do not divide the parameter.
 
@@ -69,11 +70,10 @@ def state_partition_specs(
       >>> specs.subspace.left["kernel"], specs.inner[0].mu["kernel"]
       (P(('fsdp', 'tensor'), None), P(None, ('tensor', 'fsdp')))
     """
-    if mesh is None and not (mesh := jax.sharding.get_abstract_mesh()).axis_names:
-        mesh = None
-    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    check_transformation("tx", tx)
+    abstract = checked_mesh(mesh)
     params = bare(params)
-    of_leaves = _checked(specs, params, abstract)
+    of_leaves = checked_specs(specs, params, abstract)
     inspection = Inspection()
     with inspecting(inspection):
         # This is a function of its own, so that no earlier trace of tx.init is reused.
@@ -92,15 +92,16 @@ def state_shardings(
     Args:
       tx: any transformation.
       params: the parameters, or their ``jax.ShapeDtypeStruct``.
-      shardings: a tree of ``jax.sharding.NamedSharding`` with the structure of the parameters, or
-        None for those that the parameters have.
+      shardings: a tree of ``jax.sharding.NamedSharding``, or of None for what is on every device,
+        with the structure of the parameters or a prefix of it; by default those that the parameters
+        have.
 
     Returns:
       A tree with the structure of ``tx.init(params)``, boxes of Flax left out, and a
       ``NamedSharding`` for each array: what ``jax.jit(tx.init, out_shardings=...)`` wants.
 
     Raises:
-      TypeError: a sharding is no ``NamedSharding``.
+      TypeError: ``tx`` is no transformation, or a sharding is no ``NamedSharding``.
       ValueError: shardings of another tree, or on several meshes.
 
     Examples:
@@ -115,20 +116,9 @@ def state_shardings(
       P('fsdp', None)
     """
     params = bare(params)
-    if shardings is None:
-        found = [_sharding_of(path, leaf) for path, leaf in leaves_with_paths(logical(params))]
-    else:
-        found = _like(params, bare(shardings), "shardings")
-    wrong = [x for x in found if not isinstance(x, NamedSharding)]
-    if wrong:
-        raise TypeError(f"shardings must be jax.sharding.NamedSharding; got {wrong[0]!r}")
-    meshes = {sharding.mesh for sharding in found}
-    if len(meshes) != 1:
-        raise ValueError(f"shardings must be on one mesh; got {len(meshes)} meshes")
-    (mesh,) = meshes
+    found, mesh = checked_shardings(shardings, params)
     treedef = jax.tree.structure(logical(params))
-    specs = treedef.unflatten([sharding.spec for sharding in found])
-    specs = state_partition_specs(tx, params, specs, mesh=mesh)
+    specs = state_partition_specs(tx, params, treedef.unflatten(found), mesh=mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
@@ -248,80 +238,8 @@ def _aligned(shape: Shape, whole: Shape, spec: PartitionSpec) -> PartitionSpec |
     return PartitionSpec(*(None if size == 1 else next(of_sizes) for size in shape))
 
 
-def _checked(specs: PyTree, params: Params, mesh: AbstractMesh | None) -> list[PartitionSpec]:
-    """Returns the spec of each leaf of the parameters, with an entry for each axis."""
-    found = []
-    for (path, leaf), given in zip(
-        leaves_with_paths(logical(params)), _like(params, bare(specs), "specs"), strict=True
-    ):
-        spec, shape = PartitionSpec() if given is None else given, np.shape(leaf)
-        if not isinstance(spec, PartitionSpec):
-            raise TypeError(f"specs must be jax.sharding.PartitionSpec; {path!r} has {spec!r}")
-        if len(spec) > len(shape):
-            raise ValueError(f"the spec {spec} of {path!r} has more axes than its shape {shape}")
-        if PartitionSpec.UNCONSTRAINED in spec:
-            raise ValueError(f"the spec {spec} of {path!r} leaves an axis open: name its mesh axes")
-        names = [name for axes in spec for name in names_of(axes)]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"the spec {spec} of {path!r} has the mesh axis {twice!r} twice")
-        for size, axes in zip(shape, spec, strict=False):
-            _check_divides(path, shape, size, axes, mesh)
-        found.append(padded(spec, len(shape)))
-    return found
-
-
-def _check_divides(
-    path: str, shape: Shape, size: int, axes: MeshAxes, mesh: AbstractMesh | None
-) -> None:
-    if mesh is None:
-        return
-    parts = 1
-    for axis in names_of(axes):
-        if axis not in mesh.shape:
-            raise ValueError(
-                f"the spec of {path!r} has the mesh axis {axis!r}; the mesh has "
-                f"{', '.join(map(repr, mesh.axis_names))}"
-            )
-        parts *= mesh.shape[axis]
-    if size % parts:
-        raise ValueError(
-            f"the spec of {path!r} divides an axis of {size} of its shape {shape} over {axes!r}, "
-            f"which are {parts} devices: leave it whole, by None"
-        )
-
-
-def _like(params: Params, tree: PyTree, name: str) -> list[PyTree]:
-    """Returns the entry of a tree for each leaf of the parameters."""
-    found: list[PyTree] = []
-
-    def spread(entry: PyTree, part: PyTree) -> None:
-        found.extend([entry] * len(jax.tree.leaves(part)))
-
-    try:
-        jax.tree.map(spread, tree, logical(params), is_leaf=_is_entry)
-    except ValueError as error:
-        raise ValueError(
-            f"{name} must have the structure of the parameters, or be a prefix of it: {error}"
-        ) from error
-    return found
-
-
-def _is_entry(x: object) -> bool:
-    return x is None or isinstance(x, PartitionSpec | NamedSharding)
-
-
 def _is_spec(x: object) -> bool:
     return isinstance(x, PartitionSpec)
-
-
-def _sharding_of(path: str, leaf: PyTree) -> NamedSharding:
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        raise TypeError(
-            f"state_shardings needs parameters with a NamedSharding, or shardings; {path!r} has "
-            f"{sharding!r}"
-        )
-    return sharding
 
 
 def _unsharded(params: Params) -> Params:

@@ -179,6 +179,9 @@ def partition_rules(specs: PyTree) -> tuple[tuple[str, PartitionSpec], ...]:
     Args:
       specs: what :func:`galore_optax.state_partition_specs` returns.
 
+    Raises:
+      TypeError: something in it is no ``PartitionSpec``.
+
     Examples:
       >>> import galore_optax, jax, jax.numpy as jnp
       >>> from jax.sharding import PartitionSpec as P
@@ -191,4 +194,10 @@ def partition_rules(specs: PyTree) -> tuple[tuple[str, PartitionSpec], ...]:
     leaves = jax.tree_util.tree_leaves_with_path(
         specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
+    for keys, spec in leaves:
+        if not isinstance(spec, PartitionSpec):
+            raise TypeError(
+                "specs must be what state_partition_specs returns, with a PartitionSpec for each "
+                f"array; {path_name(keys)!r} has {spec!r}"
+            )
     return tuple((f"^{re.escape(path_name(keys))}(/.*)?$", spec) for keys, spec in leaves)

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 import galore_optax
 from galore_optax import DimensionNumbers, state_partition_specs
@@ -151,7 +157,10 @@ def test_bytes_of_a_device_need_a_mesh():
     ("specs", "error", "says"),
     [
         ({"kernel": P("z")}, ValueError, "'kernel' has the mesh axis 'z'; the mesh has 'x', 'y'"),
-        ({"other": P("x")}, ValueError, "specs must have the structure of the parameters"),
+        ({"other": P("x")}, ValueError, "specs must have the structure of .*no parameter 'other'"),
+        ({}, ValueError, "specs must have the structure .*: there is nothing for 'kernel'"),
+        ({"kernel": ("x", None)}, ValueError, "'kernel' is one parameter and has several entries"),
+        ({"kernel": P(), "b": P()}, ValueError, "there is no parameter 'b'"),
         ({"kernel": P("x", None, None)}, ValueError, "more axes than its shape"),
         ({"kernel": P(("x", "y"))}, ValueError, "64 of its shape .* which are 6 devices"),
         ({"kernel": P("x", "x")}, ValueError, r"P.*'kernel' has the mesh axis 'x' twice"),
@@ -165,3 +174,60 @@ def test_specs_that_cannot_be_right(specs, error, says):
     mesh = AbstractMesh((3, 2), ("x", "y"))
     with pytest.raises(error, match=says):
         state_partition_specs(galore_optax.galore_adamw(1e-3, rank=4), MATRIX, specs, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"tx": "adamw"}, "tx must be an Optax transformation .*got 'adamw'"),
+        ({"mesh": "x"}, "mesh must be a jax.sharding.Mesh or AbstractMesh, or None; got 'x'"),
+        ({"mesh": {"x": 4}}, "mesh must be .*got {'x': 4}"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("function", [state_partition_specs, galore_optax.memory_report])
+def test_arguments_of_another_kind_are_refused(function, given, says):
+    right = {"tx": galore_optax.galore_adamw(1e-3, rank=4), "mesh": AbstractMesh((2,), ("x",))}
+    with pytest.raises(TypeError, match=says):
+        function(**{**right, **given}, params=MATRIX, specs={"kernel": P("x")})
+
+
+def mesh_of(*axes):
+    return Mesh(np.array(jax.devices()[:1]).reshape([1] * len(axes)), axes)
+
+
+def test_a_sharding_of_none_is_on_every_device():
+    tx, params = galore_optax.galore_adamw(1e-3, rank=4), {**MATRIX, "bias": MATRIX["kernel"]}
+    kernel = NamedSharding(mesh_of("x"), P("x"))
+    found, same = (
+        galore_optax.state_shardings(tx, params, {"kernel": kernel, "bias": bias})
+        for bias in (None, NamedSharding(kernel.mesh, P()))
+    )
+    assert found == same
+
+
+@pytest.mark.parametrize(
+    ("shardings", "error", "says"),
+    [
+        (lambda: P("x"), TypeError, r"must be jax.sharding.NamedSharding; 'bias' has P"),
+        (lambda: SingleDeviceSharding(jax.devices()[0]), TypeError, "'bias' has SingleDevice"),
+        (
+            lambda: NamedSharding(mesh_of("z"), P()),
+            ValueError,
+            "on one mesh; that of 'bias' is on Mesh.*'z'.*, and that of 'kernel' on Mesh.*'x'",
+        ),
+    ],
+    ids=["spec", "one device", "another mesh"],
+)
+def test_shardings_that_cannot_be_right(shardings, error, says):
+    tx, params = galore_optax.galore_adamw(1e-3, rank=4), {**MATRIX, "bias": MATRIX["kernel"]}
+    of_kernel = NamedSharding(mesh_of("x"), P("x"))
+    with pytest.raises(error, match=says):
+        galore_optax.state_shardings(tx, params, {"kernel": of_kernel, "bias": shardings()})
+    with pytest.raises(ValueError, match="at least one NamedSharding"):
+        galore_optax.state_shardings(tx, params, {"kernel": None, "bias": None})
+
+
+def test_rules_of_paths_are_of_specs():
+    with pytest.raises(TypeError, match="PartitionSpec for each array; 'kernel' has ShapeDtype"):
+        galore_optax.trainers.partition_rules(MATRIX)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from jaxtyping import Array, Float, PyTree
 
+from galore_optax._errors import check_transformation
 from galore_optax._types import Params, Transformation
 
 Batch: TypeAlias = PyTree
@@ -41,9 +42,7 @@ class Settings:
     round_bfloat16: bool
 
     def __post_init__(self):
-        tx = self.tx
-        if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
-            raise TypeError(f"tx must be an Optax transformation; got {tx!r}")
+        check_transformation("tx", self.tx)
         for name in ("embed", "block", "head_loss"):
             if not callable(function := getattr(self, name)):
                 raise TypeError(f"{name} must be a function; got {function!r}")

@@ -64,8 +64,8 @@ test: $(READY)  ## run the tests that a change needs before it is committed
 test-all: $(READY)  ## run all tests, as CI does
 	$(PYTEST) --seconds
 
-test-versions: $(READY)  ## run what another Python or JAX could change, two cases of a test
-	$(PYTEST) --seconds --at-most 2 -m "both or not (ci or plain)"
+test-versions: $(READY)  ## run what another Python or JAX could change, a case of each test
+	$(PYTEST) --seconds --at-most 1 -m "both or not (ci or plain)"
 
 # The library alone, with the oldest JAX, Optax and Flax that it is for; without the pins of another
 # environment, and without JAX's settings, which take a fifth of the time.

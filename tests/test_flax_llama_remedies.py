@@ -107,7 +107,6 @@ def lattice(asked):
     scope="module",
     params=[
         "adamw",
-        pytest.param("galore", marks=pytest.mark.ci),
         pytest.param("q_galore", marks=pytest.mark.ci),
     ],
 )

@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.machine import machine
-from examples.flax_llama.checkpoint import load_run
+from examples.flax_llama.loading import load_run
 from examples.flax_llama.records import GROUPS, METRICS
 from examples.flax_llama.run_directory import SETTINGS
 

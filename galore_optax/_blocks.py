@@ -8,7 +8,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Float, Float32, PyTree, Shaped
 
 from galore_optax._layout import with_layout
 from galore_optax._mesh_axes import fitting, names_of
@@ -127,6 +127,16 @@ def merge(blocks: Shaped[Array, "*leading blocks size"]) -> Shaped[Array, "*lead
     """Undoes :func:`split`."""
     blocks = _rows_last(blocks)
     return blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1])
+
+
+def lying_as(old: PyTree, new: PyTree) -> PyTree:
+    """Returns arrays that lie on a mesh of Explicit axes where others do, of the same structure."""
+
+    def put(before: Array, now: Array) -> Array:
+        spec = jax.typeof(before).sharding.spec
+        return now if jax.typeof(now).sharding.spec == spec else jax.sharding.reshard(now, spec)
+
+    return jax.tree.map(put, old, new)
 
 
 def _rows_last(blocks: Shaped[Array, "*blocks size"]) -> Shaped[Array, "*blocks size"]:

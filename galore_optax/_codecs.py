@@ -9,8 +9,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, PRNGKeyArray, UInt
 
+from galore_optax._blocks import lying_as
 from galore_optax._codec import Codec, Coded
 from galore_optax._types import DType
 
@@ -105,7 +106,7 @@ class Integer(Codec):
             moves = jnp.round(rest)
         else:
             # What is drawn is compared with the fraction, so that an integer never moves.
-            drawn = jax.random.bits(key, numbers.shape, jnp.uint32)
+            drawn = _draw(key, numbers, jnp.uint32)
             drawn = jnp.where(rest < 0, ~drawn, drawn).astype(jnp.float32) * 2.0**-32
             size = jnp.abs(rest)
             whole = jnp.floor(size)
@@ -291,7 +292,7 @@ class BFloat16(Plain):
         # bfloat16 is float32 without its last 16 bits; adding to these carries as often as it
         # should.
         as_bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
-        as_bits += jax.random.bits(key, array.shape, jnp.uint16).astype(jnp.uint32)
+        as_bits += _draw(key, array, jnp.uint16).astype(jnp.uint32)
         rounded = jax.lax.bitcast_convert_type(as_bits & jnp.uint32(0xFFFF0000), jnp.float32)
         return Coded(jnp.where(jnp.isfinite(array), rounded, array).astype(self.dtype))
 
@@ -307,6 +308,11 @@ CODECS: dict[str, Codec] = {
     "unsigned": Dynamic(signed=False),
 }
 """Every codec by its name. Saved states contain these names."""
+
+
+def _draw(key: PRNGKeyArray, like: Float[Array, "*shape"], dtype: DType) -> UInt[Array, "*shape"]:
+    """Returns random bits of the shape of an array, which lie where it does."""
+    return lying_as(like, jax.random.bits(key, like.shape, dtype))
 
 
 def _absolute_maximum(blocks: Float32[Array, "*blocks size"]) -> Float32[Array, "*blocks"]:

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, PyTreeDef
 
+from galore_optax._blocks import lying_as
 from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._errors import check_transformation
 from galore_optax._excerpt import Excerpt
@@ -23,7 +24,6 @@ from galore_optax._quantized import (
     check_block_size,
     fitting_block_size,
     is_quantized,
-    lying_as,
     static_hint,
 )
 from galore_optax._quantized_params import check_gradients, dequantize_params

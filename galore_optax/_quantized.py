@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 
 from galore_optax._blocks import (
     from_blocks,
+    lying_as,
     merge,
     split,
     stored_shape,
@@ -284,16 +285,6 @@ def placed(
     where = stored_spec(quantized.item_shape, quantized.block_size, spec, mesh)
     parts = jax.tree.map(lambda _: where, (quantized.codes, quantized.scales, quantized.zeros))
     return dataclasses.replace(quantized, codes=parts[0], scales=parts[1], zeros=parts[2])
-
-
-def lying_as(old: PyTree, new: PyTree) -> PyTree:
-    """Returns arrays that lie on a mesh of Explicit axes where others do, of the same structure."""
-
-    def put(before: Array, now: Array) -> Array:
-        spec = jax.typeof(before).sharding.spec
-        return now if jax.typeof(now).sharding.spec == spec else jax.sharding.reshard(now, spec)
-
-    return jax.tree.map(put, old, new)
 
 
 def either(names: Sequence[str]) -> str:

@@ -13,10 +13,10 @@ from flax_llama_runs import tiny, write_text
 
 import galore_optax
 from examples.flax_llama.adapters import TARGETS, Adapter, lora_of, merged, without_lora
-from examples.flax_llama.checkpoint import load_params, load_run
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.export_hf import export_hf
 from examples.flax_llama.import_hf import import_hf
+from examples.flax_llama.loading import load_params, load_run
 from examples.flax_llama.memory import estimate
 from examples.flax_llama.model import Llama, dimension_numbers
 from examples.flax_llama.optimizers import make_optimizer

@@ -32,10 +32,11 @@ from examples.flax_llama import (
 )
 from examples.flax_llama.beginning import begin
 from examples.flax_llama.changes import RULES
-from examples.flax_llama.checkpoint import Checkpoints, load_run
+from examples.flax_llama.checkpoint import Checkpoints
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import position_in_batches
 from examples.flax_llama.fit import Fit
+from examples.flax_llama.loading import load_run
 from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.usage import UsageError

@@ -39,9 +39,10 @@ from examples.flax_llama import (
     train,
 )
 from examples.flax_llama.beginning import begin
-from examples.flax_llama.checkpoint import CheckpointError, Checkpoints, load_run
+from examples.flax_llama.checkpoint import CheckpointError, Checkpoints
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.evaluate import Evaluation
+from examples.flax_llama.loading import load_run
 
 
 def anywhere():
@@ -328,7 +329,7 @@ def test_a_checksum_changes_with_any_bit_and_with_the_order(dtype):
         assert expected not in changed
         assert checksums.checksums({"x": jnp.asarray(x[::-1])}) != expected
         with pytest.raises(ValueError, match=r"^x is not what was saved: its checksum is another"):
-            checksums.check({"x": jnp.asarray(other)}, expected)
+            checksums.check(checksums.checksums({"x": jnp.asarray(other)}), expected)
 
 
 @pytest.mark.parametrize("item", ["params", "optimizer"])
@@ -348,6 +349,32 @@ def test_a_bit_that_flipped_on_disk_is_found_and_its_array_named(copy, item):
     if item == "params":
         with pytest.raises(UsageError, match="its checksum is another"):
             load_run(copy.out)
+
+
+def flip_a_digit(path):
+    """Makes another number of the last digit of a file, by one bit."""
+    content = bytearray(path.read_bytes())
+    place = max(i for i, byte in enumerate(content) if chr(byte).isdecimal())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("item", ["data/process_0-of-1.json", "settings/metadata"])
+def test_a_number_that_flipped_in_json_is_found_and_named(copy, item):
+    broken = copy.out / "checkpoints" / "12"
+    flip_a_digit(broken / item)
+    name = item.removesuffix("/metadata")
+    message = rf"{re.escape(str(broken))} cannot be read \({name} is not what was saved.*update 8,"
+    with pytest.raises(UsageError, match=message):
+        train.train(copy)
+
+
+def test_a_damaged_loss_chooses_no_best_checkpoint(copy):
+    broken = copy.out / "checkpoints" / "12" / "metrics" / "metrics"
+    flip_a_digit(broken)
+    with pytest.raises(UsageError, match=r"step='best': .*12/metrics is damaged.*: .*12\."):
+        load_run(copy.out, "best")
+    load_run(copy.out)
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy, monkeypatch):
@@ -439,7 +466,7 @@ def test_a_checkpoint_of_other_bits_or_blocks_names_the_leaf(eight_bit, monkeypa
     with pytest.raises(UsageError, match=f"1/optimizer does not fit: .*{message}"):
         train.train(eight_bit)
     assert contents(eight_bit.out) == before
-    assert all(keys == {"settings"} for keys in read)
+    assert all(keys == {"settings", "checksums"} for keys in read)
 
 
 def test_a_model_of_another_shape_names_the_leaf(finished):

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 
 from examples.flax_llama import compare as module
 from examples.flax_llama import train as training
-from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.compare import compare, parse_sweep, search
 from examples.flax_llama.config import UsageError
 from examples.flax_llama.flags import command_line
+from examples.flax_llama.loading import load_run
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.report import Comparison, Run, mean_loss
 from examples.flax_llama.report_pictures import draw_bytes, draw_curves, draw_sweep

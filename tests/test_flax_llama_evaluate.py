@@ -13,8 +13,8 @@ from flax import nnx
 from flax_llama_runs import finish, start, tiny, write_text
 
 from examples.flax_llama import evaluate, train
-from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.config import UsageError
+from examples.flax_llama.loading import load_run
 
 
 @pytest.fixture(scope="module")

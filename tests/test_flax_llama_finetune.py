@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from examples.flax_llama.adapters import lora_of, without_lora
 from examples.flax_llama.architecture import Architecture
-from examples.flax_llama.checkpoint import load_params
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.export_hf import export_hf
 from examples.flax_llama.finetune import Settings, finetune, from_command_line
+from examples.flax_llama.loading import load_params
 from examples.flax_llama.model import is_quantized
 from examples.flax_llama.pretrained import open_model
 from examples.flax_llama.step import initial_params

@@ -10,8 +10,8 @@ from flax_llama_runs import tiny, write_text
 
 import galore_optax
 from examples.flax_llama import sharding, step
-from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.config import Config, UsageError
+from examples.flax_llama.loading import load_run
 from examples.flax_llama.model import Llama, is_quantized
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.step import initial_params

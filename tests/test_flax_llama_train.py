@@ -18,8 +18,8 @@ from flax import nnx
 from flax_llama_runs import metrics, tiny, write_text
 
 from examples.flax_llama import progress, sharding, step, train
-from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.config import LlamaConfig, UsageError
+from examples.flax_llama.loading import load_run
 from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.model import Llama
 from examples.flax_llama.optimizers import OPTIMIZERS

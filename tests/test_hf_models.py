@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, models
 
 import galore_optax
 from examples.flax_llama.attention import empty_cache
-from examples.flax_llama.checkpoint import load_params, load_run
 from examples.flax_llama.config import Config
 from examples.flax_llama.export_hf import export_hf
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.import_hf import import_hf
+from examples.flax_llama.loading import load_params, load_run
 from examples.flax_llama.model import Llama, is_quantized
 from examples.flax_llama.pretrained import open_model
 from examples.flax_llama.train import train

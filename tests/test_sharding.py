@@ -1,5 +1,6 @@
 """galore on a mesh of Explicit axes: the numbers of one device, and state sharded as parameters."""
 
+import functools
 import pathlib
 import re
 import tempfile
@@ -181,6 +182,12 @@ def states_lie_as_their_specs_say():
                 assert typed(after) == typed(planned), name
                 assert typed(updates) == typed(params), name
         print(name, flush=True)
+    with jax.set_mesh(mesh):
+        make = {"rank": 24, "weight_dimension_numbers": numbers}
+        before = jax.eval_shape(lambda p: galore_optax.quantize_params(p, **make), params)
+        for key in (None, jax.random.key(0)):
+            add = functools.partial(galore_optax.apply_updates, key=key)
+            assert typed(jax.eval_shape(add, before, params)) == typed(before)
 
 
 @pytest.mark.filterwarnings("ignore:the inner transformation:UserWarning")  # of Adafactor

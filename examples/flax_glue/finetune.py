@@ -42,7 +42,6 @@ from examples.flax_llama.checkpoint import (
     CheckpointError,
     Checkpoints,
     hide_abandoned_writes,
-    on,
     told_of_errors,
 )
 from examples.flax_llama.command import program
@@ -51,6 +50,7 @@ from examples.flax_llama.interrupts import stopping
 from examples.flax_llama.progress import print_text
 from examples.flax_llama.records import Record
 from examples.flax_llama.run_directory import check_contents, check_directory, lock
+from examples.flax_llama.sharding import on
 from examples.flax_llama.step import State
 from examples.flax_llama.train import never
 from examples.flax_llama.units import size

@@ -6,35 +6,26 @@ projectors and rounding are functions of the seed, which is in the configuration
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 from orbax.checkpoint import checkpoint_manager, checkpoint_managers
 
 import galore_optax
-from examples.flax_llama.changes import config_of
-from examples.flax_llama.checksums import check, checksums
-from examples.flax_llama.distributed import meet
+from examples.flax_llama.checksums import check, checksums, of_json
+from examples.flax_llama.distributed import agreed, gathered, meet
 from examples.flax_llama.interleaved import merged
-from examples.flax_llama.model import Llama
-from examples.flax_llama.run_directory import imported_from, read_settings
-from examples.flax_llama.shapes import LlamaConfig
-from examples.flax_llama.sharding import on
-from examples.flax_llama.step import State, initial_params
+from examples.flax_llama.run_directory import read_settings
+from examples.flax_llama.step import State
 from examples.flax_llama.stored import check_arrays, has_version
-from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
 from examples.flax_llama.usage import UsageError, file_and_reason, first_line, reason
-from examples.flax_llama.weights_file import read_weights
 
 DIRECTORY = "checkpoints"
 
@@ -81,7 +72,8 @@ class Checkpoints:
         self, out: Path, *, keep: int = 1, read_only: bool = False, validated_since: int = 0
     ):
         def rank(metrics: dict[str, float]) -> Any:
-            return -metrics.get("validated_since", 0), metrics["valid_loss"]
+            loss = metrics["valid_loss"] if is_sound(metrics) else math.inf
+            return -metrics.get("validated_since", 0), loss
 
         best = checkpoint_managers.BestN(
             get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -138,6 +130,8 @@ class Checkpoints:
                 f"{name}='best': no checkpoint in {self.path} has a validation loss yet; those "
                 f"there are, {self}, are named by their number of updates or 'last'."
             )
+        if which == "best":
+            self._check_losses(name)
         if step not in self.steps:
             raise UsageError(
                 f"{name}={which}: there is no such checkpoint in {self.path}; expected 'last', "
@@ -149,15 +143,30 @@ class Checkpoints:
         return ", ".join(map(str, self.steps)) or "none"
 
     def improves(self, valid_loss: float | None) -> bool:
-        """Whether a validation loss, if there is one, is lower than all that it compares with."""
+        """Whether a validation loss, if there is one, is lower than all that it compares with.
+
+        It waits for the losses that are being written, and is the same in all processes.
+        """
         if valid_loss is None:
             return False
+        self.wait()
         found = [self._manager.metrics(step) for step in self.steps]
-        return all(
-            valid_loss < metrics["valid_loss"]
-            for metrics in found
-            if metrics and metrics.get("validated_since", 0) == self._validated_since
+        return agreed(
+            all(
+                valid_loss < metrics["valid_loss"]
+                for metrics in found
+                if metrics and metrics.get("validated_since", 0) == self._validated_since
+            )
         )
+
+    def _check_losses(self, name: str) -> None:
+        """Refuses to say which checkpoint is the best where a validation loss is damaged."""
+        for step in self.steps:
+            if not is_sound(self._manager.metrics(step) or {}):
+                raise UsageError(
+                    f"{name}='best': {self.path / str(step) / 'metrics'} is damaged, so that it is "
+                    f"not known which checkpoint is. Name one by its number of updates: {self}."
+                )
 
     def save(
         self,
@@ -173,14 +182,16 @@ class Checkpoints:
           CheckpointError: this or an earlier one could not be written.
         """
         self.wait()
+        saved = checksums({"params": state.params, "optimizer": state.optimizer})
+        saved["settings"] = of_json(settings)
+        for number, position in enumerate(positions := gathered(of_json(batches.get_state()))):
+            saved[f"data/process_{number}-of-{len(positions)}.json"] = position
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer),
             data=grain.checkpoint.CheckpointSave(batches),
             settings=ocp.args.JsonSave(settings),
-            checksums=ocp.args.JsonSave(
-                checksums({"params": state.params, "optimizer": state.optimizer})
-            ),
+            checksums=ocp.args.JsonSave(saved),
         )
         self._writing = step
         try:
@@ -208,7 +219,8 @@ class Checkpoints:
     def _metrics(self, valid_loss: float | None) -> dict[str, float] | None:
         if valid_loss is None or not math.isfinite(valid_loss):
             return None
-        return {"valid_loss": valid_loss, "validated_since": self._validated_since}
+        metrics = {"valid_loss": valid_loss, "validated_since": self._validated_since}
+        return metrics | {"checksum": of_json(metrics)}
 
     def wait(self) -> None:
         """Waits until everything is written.
@@ -244,9 +256,9 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(optimizer),
         )
         state = State(items["params"], galore_optax.migrate(items["optimizer"]))
-        return state, self._position(step)
+        return state, self._position(step, items.get("checksums") or {})
 
-    def _position(self, step: int) -> Any:
+    def _position(self, step: int, saved: dict[str, int]) -> Any:
         """The position in the data, out of the files that the processes of the run wrote.
 
         These may have been more or fewer than there are now, so that grain does not find them.
@@ -256,7 +268,9 @@ class Checkpoints:
             files = sorted(directory.glob("process_*-of-*.json"))
             if not files:
                 raise FileNotFoundError(f"{directory} has no position in the data")
-            return merged([json.loads(path.read_text()) for path in files])
+            positions = {f"data/{path.name}": json.loads(path.read_text()) for path in files}
+            check({name: of_json(position) for name, position in positions.items()}, saved)
+            return merged(list(positions.values()))
         except (OSError, ValueError) as error:
             raise self._unreadable(step, error) from error
 
@@ -270,12 +284,14 @@ class Checkpoints:
             for name, item in trees.items():
                 check_arrays(self.path / str(step) / name, item.item)
             # Those of an earlier version have none.
-            if trees and (self.path / str(step) / "checksums").exists():
+            if (self.path / str(step) / "checksums").exists():
                 items["checksums"] = ocp.args.JsonRestore()
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
             if "checksums" in items:
                 meet("restored")
-                check({name: found[name] for name in trees}, found["checksums"])
+                sums = {k: of_json(found[k]) for k in items.keys() - trees.keys() - {"checksums"}}
+                sums |= checksums({name: found[name] for name in trees}) if trees else {}
+                check(sums, found["checksums"])
             return found
         except UsageError:
             raise
@@ -303,6 +319,12 @@ class Checkpoints:
         return CheckpointError(
             f"the checkpoint after update {self._writing} could not be written: {reason(error)}"
         )
+
+
+def is_sound(metrics: dict[str, float]) -> bool:
+    """Whether the metrics of a checkpoint are as they were saved, as far as that can be told."""
+    others = {name: value for name, value in metrics.items() if name != "checksum"}
+    return metrics.get("checksum", of_json(others)) == of_json(others)
 
 
 @contextlib.contextmanager
@@ -341,31 +363,6 @@ def last_checkpoint(out: Path) -> tuple[int, dict[str, Any]]:
     return 0, read_settings(out)["train"]
 
 
-def load_params(
-    directory: Path, step: int | str, where: jax.sharding.Sharding | Callable[[Any], Any]
-) -> Any:
-    """The parameters of a run's checkpoint, or of an imported model, as they are kept there.
-
-    Args:
-      directory: the `out` of a run, which may go on meanwhile, or an imported model.
-      step: number of updates of a checkpoint; or "last", or "best" for the lowest validation loss.
-      where: to put all of them, or says of their shapes where to put each, as `on` has it.
-
-    Raises:
-      UsageError: there is no such run or checkpoint, or it cannot be read.
-    """
-    settings = read_settings(directory)
-    config, shape = config_of(settings["train"]), model_of(settings)
-    shapes = jax.eval_shape(lambda: initial_params(config, shape))
-    like = on(where if isinstance(where, jax.sharding.Sharding) else where(shapes), shapes)
-    if imported_from(directory):
-        if step not in ("last", 0):
-            raise UsageError(f"step={step}: {directory} is an imported model, which has but one.")
-        return read_weights(directory, like)
-    with open_run(directory) as checkpoints:
-        return checkpoints.restore_params(checkpoints.find(step), like)
-
-
 def open_run(directory: Path) -> Checkpoints:
     """The checkpoints of a run, to be read.
 
@@ -375,18 +372,3 @@ def open_run(directory: Path) -> Checkpoints:
     if not (directory / DIRECTORY).is_dir():
         raise UsageError(f"There is no checkpoint in {directory} yet.")
     return Checkpoints(directory, read_only=True)
-
-
-def model_of(settings: dict[str, Any]) -> LlamaConfig:
-    """The shape of a run's model, on a machine that may be another one than that of the run."""
-    return dataclasses.replace(LlamaConfig.of(settings["model"]), attention="auto")
-
-
-def load_run(directory: Path, step: int | str = "last") -> tuple[Llama, Tokenizer]:
-    """The model, on one device, and the tokenizer of a run; see `load_params`."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = load_params(directory, step, device)
-    shape = model_of(read_settings(directory))
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
-    model = nnx.merge(graphdef, galore_optax.dequantize_params(params))
-    return model, load_tokenizer(directory, None)

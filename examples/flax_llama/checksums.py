@@ -1,10 +1,12 @@
-"""Checksums of the arrays of a checkpoint, by which a bit that has flipped on disk is found.
+"""Checksums of what a checkpoint has, by which a bit that has flipped on disk is found.
 
 Files are compressed, so that most damage is seen when they are read; what is not becomes a wrong
-number that nobody notices. A checksum is of the numbers, not of files: it is computed where the
-array is, by each device of its part, and does not depend on how the array is divided.
+number that nobody notices. The checksum of an array is of its numbers, not of files: it is computed
+where the array is, by each device of its part, and does not depend on how the array is divided.
 """
 
+import json
+import zlib
 from typing import Any
 
 import jax
@@ -22,13 +24,21 @@ def checksums(tree: Any) -> dict[str, int]:
     return dict(zip(arrays(tree), map(int, found), strict=True))
 
 
-def check(tree: Any, saved: dict[str, int]) -> None:
-    """Raises an error where an array is another than the one that was saved.
+def of_json(value: Any) -> int:
+    """The checksum of what is saved as JSON."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def check(found: dict[str, int], saved: dict[str, int]) -> None:
+    """Raises an error where something is not what was saved.
+
+    Args:
+      found: checksums by the names of what there is.
+      saved: those that were saved; of what has none there, nothing is known.
 
     Raises:
-      ValueError: the checksum of an array is another; it is named.
+      ValueError: a checksum is another; what it is of is named.
     """
-    found = checksums(tree)
     if wrong := [name for name in found if found[name] != saved.get(name, found[name])]:
         others = f" (nor are {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ValueError(f"{wrong[0]} is not what was saved{others}: its checksum is another")
@@ -42,7 +52,8 @@ def _all(leaves: list[Array]) -> list[UInt32[Array, ""]]:
 def checksum(array: Array) -> UInt32[Array, ""]:
     """The sum, modulo 2^32, of a hash of each number and of its place.
 
-    The hash is one-to-one in the number, so that a single wrong number always changes the sum.
+    The hash is one-to-one in a number of up to 32 bits, so that a single one that is wrong always
+    changes the sum. Numbers of 64 bits are two such.
     """
     narrow = array.dtype == jnp.bool or array.dtype in (jnp.int4, jnp.uint4)
     array = array.astype(jnp.uint8) if narrow else array

@@ -114,6 +114,13 @@ def agreed(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(value))
 
 
+def gathered(value: int) -> list[int]:
+    """What each process has, in their order, in all of them; of at most 32 bits."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.uint32(value)).tolist()
+
+
 def check_same_data(digests: Mapping[str, str]) -> None:
     """Refuses processes that were given other data than each other, under the same names.
 

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from examples.flax_llama.changes import config_of
-from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.conversation_data import open_valid_conversations
@@ -30,6 +29,7 @@ from examples.flax_llama.fingerprint import (
     read_fingerprint,
 )
 from examples.flax_llama.flags import command_line
+from examples.flax_llama.loading import load_run
 from examples.flax_llama.loss import token_losses
 from examples.flax_llama.model import Params
 from examples.flax_llama.reading import Reading, reading_of

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from examples.flax_llama.adapters import merged
-from examples.flax_llama.checkpoint import load_params, model_of
 from examples.flax_llama.command import program
 from examples.flax_llama.flags import command_line
+from examples.flax_llama.loading import load_params, model_of
 from examples.flax_llama.run_directory import read_settings
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer

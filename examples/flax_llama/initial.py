@@ -10,9 +10,10 @@ import galore_optax
 from examples.flax_llama.adapters import lora_of, merged, with_lora, without_lora
 from examples.flax_llama.beginning import Beginning
 from examples.flax_llama.changes import config_of
-from examples.flax_llama.checkpoint import Checkpoints, load_params, open_run
+from examples.flax_llama.checkpoint import Checkpoints, open_run
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data
+from examples.flax_llama.loading import load_params
 from examples.flax_llama.model import Params
 from examples.flax_llama.optimizer_state import arrays, carry_over, from_the_start
 from examples.flax_llama.optimizers import make_optimizer

@@ -6,10 +6,10 @@ python -m examples.flax_llama.sample --run runs/galore --prompt "It is a truth"
 from collections.abc import Iterator
 from pathlib import Path
 
-from examples.flax_llama.checkpoint import load_run
 from examples.flax_llama.command import program
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.generate import stream
+from examples.flax_llama.loading import load_run
 
 
 def sample(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Protocol, Unpack, cast
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -17,12 +18,14 @@ from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
 from galore_optax._options import GaloreOptions, shows_galore_options, warn_of_calls
 from galore_optax._ownership import Stacked
+from galore_optax._quantized import is_quantized
 from galore_optax._residual import Residual
 from galore_optax._residuals import RESIDUALS
 from galore_optax._tables import resolve
 from galore_optax._transport import Transport
 from galore_optax._transports import TRANSPORTS, Reset
-from galore_optax._types import DType, Mask, Numeric
+from galore_optax._types import DType, Mask, Numeric, Params, State
+from galore_optax._view import moment_dtype
 
 
 class Preset(Protocol):
@@ -172,11 +175,22 @@ class AdamW:
             optax.chain(
                 galore(self._held(scaling), **options),
                 decoded(optax.add_decayed_weights(self.weight_decay, self.mask)),
-                self._at_the_rate(
-                    lambda learning_rate: optax.scale_by_learning_rate(learning_rate)
-                ),
+                self._rate(),
             )
         )
+
+    def _rate(self) -> optax.GradientTransformation:
+        """Returns what multiplies updates by the learning rate.
+
+        The state has it in at least float32: half-precision parameters would round the rate too.
+        """
+        made = self._at_the_rate(lambda learning_rate: optax.scale_by_learning_rate(learning_rate))
+
+        def init(params: Params) -> State:
+            leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+            return made.init([jnp.zeros((), moment_dtype(leaf.dtype)) for leaf in leaves])
+
+        return optax.GradientTransformation(init, made.update)
 
     def _at_the_rate(
         self, make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]

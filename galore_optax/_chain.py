@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import cast
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_optax._galore import BareGalore
+from galore_optax._jaxpr import dependence
 from galore_optax._sharding import zeros_like
 from galore_optax._state import accumulates, is_at_a_step
 from galore_optax._types import Params, State, Updates
@@ -34,7 +36,8 @@ def chain(*transformations: optax.GradientTransformation) -> optax.GradientTrans
     Raises:
       ValueError: more than one bare ``galore(...)``; or, at ``init``, a galore with
         ``accumulation_steps`` in a wrapper such as ``optax.masked``, and something after it that
-        has a state: the wrapper hides when a step is complete.
+        has a state or uses the parameters, as weight decay does: the wrapper hides when a step is
+        complete.
 
     Examples:
       >>> import galore_optax, optax
@@ -61,7 +64,7 @@ def chain(*transformations: optax.GradientTransformation) -> optax.GradientTrans
 
     def init(params: Params) -> State:
         state = cast(tuple[State, ...], made.init(params))
-        _check_visible(members, state)
+        _check_visible(members, state, params)
         return state
 
     in_steps = any(isinstance(member, Accumulating) for member in members)
@@ -96,20 +99,38 @@ def _by_steps(members: Sequence[optax.GradientTransformation]) -> optax.Transfor
     return update
 
 
-def _check_visible(members: Sequence[optax.GradientTransformation], state: Sequence[State]) -> None:
+def _check_visible(
+    members: Sequence[optax.GradientTransformation], state: Sequence[State], params: Params
+) -> None:
     """Raises an error where a wrapper hides the steps of a galore from what follows.
 
     Args:
       members: the members of a chain.
       state: their states.
+      params: the parameters.
     """
     for i, (tx, own) in enumerate(zip(members, state, strict=True)):
         if isinstance(tx, Accumulating) or not accumulates(own):
             continue
-        if jax.tree.leaves(state[i + 1 :]):
+        if jax.tree.leaves(state[i + 1 :]) or _uses_params(members[i + 1 :], params):
             raise ValueError(
                 f"argument {i} of chain has a galore with accumulation_steps in a wrapper, and "
                 "what follows would count gradients for steps. Put what follows into the wrapper, "
                 "as in optax.masked(galore_optax.chain(galore(...), ...), mask), or leave out "
                 "accumulation_steps and put optax.MultiSteps around all of it."
             )
+
+
+def _uses_params(members: Sequence[optax.GradientTransformation], params: Params) -> bool:
+    """Returns whether the updates of a chain without a state depend on the parameters."""
+    tail = optax.with_extra_args_support(optax.chain(*members))
+
+    def updates_of(params: Params) -> Updates:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return tail.update(zeros, tail.init(params), params)[0]
+
+    return any(jax.tree.leaves(dependence(updates_of, params), is_leaf=_is_inputs))
+
+
+def _is_inputs(x: object) -> bool:
+    return isinstance(x, frozenset)

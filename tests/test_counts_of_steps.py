@@ -98,6 +98,9 @@ def test_a_wrapper_that_hides_steps_from_what_counts_them_is_refused():
         )
     # Without a state there is nothing to count.
     galore_optax.chain(hidden, optax.scale(0.1)).init(normal(0))
+    # But it would decay with each gradient.
+    with pytest.raises(ValueError, match="argument 0 of chain has a galore with accumulation_s"):
+        galore_optax.chain(hidden, optax.scale(0.1), optax.add_decayed_weights(0.1)).init(normal(0))
 
 
 @pytest.mark.parametrize("name", ["galore_adamw", "galore_lion", "galore_sgd", "galore_adafactor"])
@@ -130,3 +133,15 @@ def test_an_injected_learning_rate_is_that_of_the_argument_and_can_be_set(preset
         injected.update(gradient, state, params)[0],
         half.update(gradient, half.init(params), params)[0],
     )
+
+
+@pytest.mark.parametrize("preset", [galore_optax.galore_adamw, galore_optax.fira_adamw])
+def test_an_injected_learning_rate_is_not_rounded_to_half_precision(preset):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), normal(0))
+    tx = preset(1.01e-3, inject_learning_rate=True, **SUBSPACE)
+    state = tx.init(params)
+    for _ in range(2):
+        rate = optax.tree.get(state, "learning_rate", filtering=is_rate)
+        assert (rate.dtype, float(rate)) == (jnp.float32, np.float32(1.01e-3))
+        updates, state = tx.update(params, state, params)
+    assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)

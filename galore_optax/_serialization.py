@@ -5,6 +5,7 @@ Pickle, NumPy and Orbax see the leaves of a pytree, or its attributes, and need 
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -25,10 +26,11 @@ from galore_optax._subspace import Subspace
 _ARRAYS = ("codes", "scales", "zeros")
 
 
+@functools.cache
 def register() -> None:
     """Registers the types of this library with ``jax.export``, and with Flax if it is there.
 
-    It is done once, when the library is imported.
+    It is done once, when the library is imported, and not again where that is reloaded.
     """
     jax.export.register_pytree_node_serialization(
         QuantizedArray,
@@ -40,8 +42,8 @@ def register() -> None:
         jax.export.register_namedtuple_serialization(
             named, serialized_name=f"galore_optax.{named.__name__}"
         )
-    # Flax is no dependency; whatever is wrong with one that is there is not for us to say.
-    with contextlib.suppress(Exception):
+    # Flax is no dependency.
+    with contextlib.suppress(ImportError):
         _register_with_flax()
 
 

@@ -108,6 +108,27 @@ def test_processes_that_do_not_belong_together_are_told_so(other, message):
     assert all(error.startswith(f"error: {message}") for error in errors), errors
 
 
+@pytest.mark.parametrize(
+    "words", [b"\x16\x03\x01\xff\n", b"here \xff\n", b"here {}\n", b'here {"number": "1"}\n', b""]
+)
+def test_what_looks_for_open_ports_is_no_process(words):
+    port = free_port()
+    first = member(port, 2, 0, 30, 0.1)
+    while True:
+        try:
+            stranger = socket.create_connection(("localhost", port))
+            break
+        except OSError:
+            time.sleep(0.05)
+    with stranger:
+        stranger.sendall(words)
+    other = member(port, 2, 1, 30, 0.1)
+    for process in (first, other):
+        assert process.stdout.readline() == "here\n"
+    for process in (first, other):
+        assert process.communicate("\n", timeout=30)[1] == ""
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("how", ["killed", "error"])
 def test_all_processes_end_where_one_does_and_say_which(victim, how):

@@ -294,3 +294,15 @@ def test_an_index_with_a_name_that_no_file_has_is_refused(tmp_path):
 def test_a_name_that_no_file_has_is_no_tokenizer():
     with pytest.raises(UsageError, match="there is no such file"):
         load_tokenizer("a" * 5000)
+
+
+def test_a_long_list_is_looked_at_once(tmp_path, monkeypatch):
+    files = [tmp_path / f"part{i}" / "text.txt" for i in range(100)]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("text")
+    asked = []
+    isdir = paths.os.path.isdir
+    monkeypatch.setattr(paths.os.path, "isdir", lambda path: asked.append(path) or isdir(path))
+    assert paths.expand(",".join(map(str, files))) == files
+    assert len(asked) < 3 * len(files)

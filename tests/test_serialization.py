@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import pickle
 import subprocess
 import sys
@@ -195,3 +196,7 @@ for tx in (
 def test_a_transformation_can_be_sent_to_another_process():
     """Also when it was used already, and remembers what it traced."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", SENT], check=True)
+
+
+def test_the_library_may_be_imported_again():
+    importlib.reload(galore_optax)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from examples.flax_llama.changes import settings_of
@@ -72,6 +71,9 @@ def found(config: Config) -> tuple[str, int, int, list[int] | None]:
     address = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count, number, devices = config.processes, config.process, None
     if address is None or count is None or number is None:
+        # Here, so that a version of JAX that has it elsewhere does not end runs of one process.
+        from jax._src.clusters import ClusterEnv
+
         address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
             *(address, count, number, None, None), int(config.distributed_timeout)
         )

@@ -100,10 +100,9 @@ def open_shards(
     found = paths.expand(data, name)
     if valid_data is not None and is_of_files(valid_data):
         found = paths.apart(found, paths.expand(valid_data, "valid_data"))
-    return [
-        files.File(path, reading, number)
-        for path, number in zip(found, files.numbers(found), strict=True)
-    ]
+    # They choose what is held out, which nothing is beside data to validate on.
+    numbers = files.numbers(found) if valid_data is None else range(len(found))
+    return [files.File(path, reading, number) for path, number in zip(found, numbers, strict=True)]
 
 
 def is_of_files(data: str | Sequence[Path]) -> bool:

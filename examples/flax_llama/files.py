@@ -130,8 +130,9 @@ def skip(file: Any, size: int) -> bool:
 def numbers(paths: Sequence[Path]) -> list[int]:
     """For each file the place of the first one that begins as it does.
 
-    So a file has one number by all paths that lead to it, as have its copies, what was added to
-    one of them, and what was compressed.
+    So a file has one number by all paths that lead to it, as have its copies, and those that were
+    compressed; also where something was added to one of them, behind the first document of JSON
+    lines, or behind the first piece of a text.
     """
     if len(paths) == 1:
         return [0]

@@ -197,7 +197,8 @@ def differences(was: Marks, now: Marks) -> str:
 def difference(was: FileMark, now: FileMark | None) -> str:
     """What became of a file that is not what it was."""
     if now is None:
-        return "is gone"
+        # Deleted, not named any more, or left out since valid_data has it.
+        return "is no longer among them"
     grown = now.size - was.size
     if grown > 0 and sample(Path(now.path), was.size) == was.digest:
         return f"has {grown:,} bytes more at its end"

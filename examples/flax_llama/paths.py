@@ -21,8 +21,8 @@ NAMES = (
 # Files of a directory that are about the data, by how their names begin.
 NO_DATA = (".", "readme", "license")
 TRAINED_ON = "Note: all of data is valid_data too, which is validated on what was trained on"
-# No path is longer.
-LONGEST = 4096
+# No name in a directory is longer.
+LONGEST = 255
 
 
 def content_suffix(path: Path) -> str:
@@ -75,7 +75,7 @@ def listed(data: str, name: str) -> list[Path]:
 
 def first_of(parts: list[str], name: str) -> tuple[int, list[Path]]:
     """How many parts of a list are the first name in it, and the files of that name."""
-    joined = [",".join(parts[:count]) for count in range(1, within_a_path(parts) + 1)]
+    joined = within_a_path(parts)
     for count in range(len(joined), 0, -1):
         whole, before = joined[count - 1], len(",".join(parts[: count - 1]))
         if os.path.lexists(whole):
@@ -108,14 +108,27 @@ def directory_of(pattern: str) -> str:
     return ""
 
 
-def within_a_path(parts: list[str]) -> int:
-    """How many parts can be one name together, at least 1."""
-    length = 0
-    for count, part in enumerate(parts):
-        length += len(part) + 1
-        if length > LONGEST:
-            return max(1, count)
-    return len(parts)
+def within_a_path(parts: list[str]) -> list[str]:
+    """The first part, and with those after it as long as they can be one name together.
+
+    They cannot where what is before the last slash is no directory: it is no beginning of another
+    name then either, so that of a long list of files each is looked at once.
+    """
+    joined = [parts[0]]
+    for part in parts[1:]:
+        whole = f"{joined[-1]},{part}"
+        directory, _, last = whole.rpartition("/")
+        if len(last) > LONGEST or (directory and not is_directory(directory)):
+            break
+        joined.append(whole)
+    return joined
+
+
+def is_directory(pattern: str) -> bool:
+    """Whether there is a directory of a name, or one that a glob matches."""
+    if os.path.isdir(pattern):
+        return True
+    return glob.has_magic(pattern) and any(map(os.path.isdir, glob.iglob(pattern, recursive=True)))
 
 
 def matching(pattern: str, name: str) -> list[str]:

@@ -8,6 +8,7 @@ does. Who ends when all do says so before.
 
 import contextlib
 import json
+import math
 import os
 import socket
 import sys
@@ -86,10 +87,8 @@ class RollCall:
                 except TimeoutError:
                     break
                 peer.settimeout(SILENT)
-                with contextlib.suppress(OSError):
-                    word, _, rest = read_line(peer).partition(" ")
-                    if word == HERE:
-                        self._admit(peer, **json.loads(rest))
+                if (member := introduced(peer)) is not None:
+                    self._admit(peer, *member)
         missing = set(range(1, self._count)) - self._peers.keys()
         absent = ", ".join(map(str, sorted(missing)))
         self._tell(f"{MISSING} {absent}" if missing else HERE)
@@ -219,12 +218,30 @@ def send(peer: socket.socket, line: str) -> None:
         peer.sendall(f"{line}\n".encode())
 
 
-def read_line(peer: socket.socket) -> str:
-    """A line that a process has sent; nothing where it is gone."""
-    line = b""
+def read_line(peer: socket.socket, seconds: float = math.inf) -> str:
+    """A line that a process has sent; nothing where it is gone, or has not sent it in time."""
+    line, end = b"", time.monotonic() + seconds
     while (byte := peer.recv(1)) not in (b"", b"\n"):
         line += byte
-    return line.decode() if byte else ""
+        if time.monotonic() > end:
+            return ""
+    return line.decode(errors="replace") if byte else ""
+
+
+def introduced(peer: socket.socket) -> tuple[int, dict[str, Any]] | None:
+    """The number and the settings that a process says to have; None of what is no such process.
+
+    Ports are also asked by what looks for open ones.
+    """
+    try:
+        word, _, rest = read_line(peer, SILENT).partition(" ")
+        said = json.loads(rest) if word == HERE else None
+    except (OSError, ValueError):
+        return None
+    match said:
+        case {"number": int(number), "settings": dict(settings)}:
+            return number, settings
+    return None
 
 
 @contextlib.contextmanager

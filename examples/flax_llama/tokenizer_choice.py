@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.flax_llama.document_end import NO_END
-from examples.flax_llama.documents import Shard
+from examples.flax_llama.documents import BUILT_IN, Shard
 from examples.flax_llama.tokenizer import (
     Tokenizer,
     is_trained_here,
@@ -45,6 +45,11 @@ def check_same(tokenizer: str | None, encoder: Tokenizer, data: str) -> None:
 
 def check_end(eos_token: str, encoder: Tokenizer, data: str | Sequence[Path]) -> None:
     """Refuses a token that the documents of tokens do not end in."""
+    if data == BUILT_IN:
+        raise UsageError(
+            f"eos_token={eos_token!r} has no effect: nothing stands between the books of "
+            f"data={data}. Leave it out."
+        )
     end = NO_END if encoder.eos_id is None else encoder.name_of(encoder.eos_id)
     if eos_token != end:
         raise UsageError(

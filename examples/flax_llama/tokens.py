@@ -6,7 +6,7 @@ Such a directory holds `tokens.bin`, all documents one after the other; `ends.bi
 
 import contextlib
 import dataclasses
-import itertools
+import hashlib
 import json
 import shutil
 import tempfile
@@ -26,6 +26,8 @@ TOKENS = "tokens.bin"
 ENDS = "ends.bin"
 # In meta.json: the CRC-32 of what is in each file, and bytes of tokens that are summed.
 SUMS, SUMMED = "crc32", 1 << 30
+# Bytes that are read at once.
+PIECE = 1 << 22
 # Likewise, where it is so.
 ALIKE = "files_that_begin_alike"
 DTYPES = ("uint16", "uint32")
@@ -74,11 +76,18 @@ class Tokens:
         )
 
     def _repeats(self, first: int) -> bool:
-        """Whether a document from some place on is before it too."""
+        """Whether a document from some place on is before it too.
+
+        The few last ones are remembered, by their digests.
+        """
         starts = [0, *self.ends[:-1].tolist()]
-        documents = (self.ids[a:b].tobytes() for a, b in zip(starts, self.ends, strict=True))
-        before = set(itertools.islice(documents, first))
-        return any(document in before for document in documents)
+
+        def digests(places: slice) -> Iterator[bytes]:
+            for a, b in zip(starts[places], self.ends[places], strict=True):
+                yield hashlib.blake2b(self.ids[a:b].tobytes(), digest_size=16).digest()
+
+        last = set(digests(slice(first, None)))
+        return any(digest in last for digest in digests(slice(first)))
 
 
 def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
@@ -112,12 +121,21 @@ def load_tokens(directory: Path) -> tuple[Tokens, Tokenizer]:
     for name in (META, ENDS, TOKENS, tokenizer.file_name) if sums is not None else ():
         # Of more tokens than are read in a second, nobody waits for the sum.
         if name != META and (name != TOKENS or ids.nbytes <= SUMMED):
-            damaged = zlib.crc32((directory / name).read_bytes()) != sums[name]
+            damaged = crc32_of(directory / name) != sums[name]
         if damaged:
             raise UsageError(
                 f"{directory / name} is damaged, or was changed: run the tokenize command again."
             )
     return Tokens(ids, ends, num_bytes / count, alike), tokenizer
+
+
+def crc32_of(path: Path) -> int:
+    """The CRC-32 of a file, which is read in pieces."""
+    found = 0
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            found = zlib.crc32(piece, found)
+    return found
 
 
 def sum_of(meta: dict[str, Any]) -> int:

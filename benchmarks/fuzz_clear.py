@@ -1,0 +1,82 @@
+"""Evaluates a drawn configuration, and judges the error that refuses it."""
+
+import contextlib
+import dataclasses
+import re
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+import galore_optax
+from benchmarks import fuzz_names
+from benchmarks.fuzz_search import Wrong
+
+OURS = str(Path(galore_optax.__file__).parent)
+# What Python says itself of a call.
+OF_A_CALL = re.compile(r"(unexpected keyword|missing .*|multiple values for) argument|too many posi")
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """A tree of parameters and a transformation, as code.
+
+    Attributes:
+      params: the code of the parameters.
+      tx: the code of the transformation, which may use `params`.
+      wrong: the argument that has a wrong value, if one has.
+    """
+
+    params: str
+    tx: str
+    wrong: str | None = None
+
+    def __str__(self) -> str:
+        about = "" if self.wrong is None else f"  # {self.wrong} is wrong"
+        return (
+            f"from benchmarks.fuzz_names import *\nparams = {self.params}\ntx = {self.tx}{about}"
+        )
+
+    @contextlib.contextmanager
+    def in_its_dtypes(self) -> Iterator[None]:
+        """Has float64 where the parameters have it."""
+        with jax.enable_x64("float64" in self.params):
+            yield
+
+    def make_params(self) -> Any:
+        return eval(self.params, vars(fuzz_names))
+
+    def make_tx(self, params: Any) -> optax.GradientTransformationExtraArgs:
+        made = eval(self.tx, vars(fuzz_names) | {"params": params})
+        return optax.with_extra_args_support(made)
+
+
+def check_clear(error: Exception, wrong: str | None = None) -> None:
+    """Raises `Wrong` unless an error says in its own words what is not right.
+
+    Args:
+      error: the error.
+      wrong: the argument that has a wrong value, where one has.
+    """
+    said = str(error)
+    if not isinstance(error, ValueError | TypeError):
+        raise Wrong(f"a bare {type(error).__name__}: {_short(error)}") from error
+    if OF_A_CALL.search(said):
+        return
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if not last.filename.startswith(OURS) or not (last.line or "").startswith("raise "):
+        raise Wrong(f"not in words of this library: {_short(error)}") from error
+    if wrong is not None and not re.search(rf"\b{wrong}\b", said):
+        raise Wrong(f"an error without {wrong!r}: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """Returns what an error says, and through which of our lines it came."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename.startswith(OURS)][-2:]
+    last = frames[-1:] if frames[-1] not in own else []
+    places = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in [*own, *last])
+    return f"{type(error).__name__}: {str(error)[:400]} [{places}]"

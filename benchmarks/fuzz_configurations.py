@@ -1,0 +1,128 @@
+"""Tries random configurations: each is refused in one clear error, or trains as it should.
+
+python -m benchmarks.fuzz_configurations --seed 0 --count 3000 --out fuzz.json
+python -m benchmarks.fuzz_configurations --kinds arguments wrappers views --count 100000 --out b.json
+
+A configuration is a tree of parameters and a transformation, drawn as code, which a failure prints.
+Hypothesis draws it from random bytes, so that a case of some kind and number is always the same
+with the same version of it: --number tries one again, and makes it smaller while it fails. The same
+command again goes on where it was.
+"""
+
+import dataclasses
+import random
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+
+import jax
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.database import InMemoryExampleDatabase
+
+from benchmarks import fuzz_compiled, fuzz_search, fuzz_uncompiled
+from benchmarks.fuzz_search import Wrong
+
+# Random bytes for one configuration; what is drawn ends where they do.
+BYTES = 2**13
+# Cases after which what was compiled is forgotten.
+FORGET = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of cases: what is drawn, and what must be true of it, lest it raise `Wrong`."""
+
+    cases: st.SearchStrategy
+    check: Callable[..., None]
+    compiles: bool
+
+
+KINDS = {
+    "steps": Kind(fuzz_compiled.cases(), fuzz_compiled.check, True),
+    "layerwise": Kind(fuzz_compiled.layerwise_cases(), fuzz_compiled.check_layerwise, True),
+    "arguments": Kind(fuzz_uncompiled.calls(), fuzz_uncompiled.check, False),
+    "wrappers": Kind(fuzz_uncompiled.cases(), fuzz_uncompiled.check, False),
+    "views": Kind(fuzz_uncompiled.views(), fuzz_uncompiled.check_views, False),
+}
+# Three of four, since a layer-wise one takes fewer trees and wrappers.
+COMPILED = ("steps", "steps", "steps", "layerwise")
+UNCOMPILED = ("arguments", "wrappers", "views", "views")
+
+
+def bytes_of(seed: int, number: int) -> bytes:
+    """Returns the bytes that a case is drawn from."""
+    return random.Random(f"{seed} {number}").randbytes(BYTES)
+
+
+def try_case(
+    seed: int, number: int, kinds: Sequence[str] = COMPILED, shrink: bool = False
+) -> tuple[str, str | None]:
+    """Tries one case.
+
+    Args:
+      seed: of the search.
+      number: of the case.
+      kinds: of the cases, in turns.
+      shrink: whether to look for a smaller case that fails too, which takes some hundred more.
+
+    Returns:
+      Its kind, and what is wrong, if something is.
+    """
+    kind = kinds[number % len(kinds)]
+    database = InMemoryExampleDatabase()
+
+    @settings(
+        database=database,
+        deadline=None,
+        phases=[Phase.reuse, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(KINDS[kind].cases)
+    def case(drawn: object) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                KINDS[kind].check(drawn)
+        except Wrong as error:
+            raise Wrong(f"{error}\n{drawn}") from error
+        except Exception as error:
+            raise Wrong(f"{traceback.format_exc(limit=-4)}\n{drawn}") from error
+
+    if KINDS[kind].compiles and number % FORGET == 0:
+        jax.clear_caches()
+    try:
+        case.hypothesis.fuzz_one_input(bytes_of(seed, number))
+    except Wrong as error:
+        wrong = str(error)
+        if shrink:
+            try:
+                case()
+            except Wrong as error:
+                wrong = str(error)
+        return kind, wrong
+    return kind, None
+
+
+def main() -> None:
+    parser = fuzz_search.parser(__doc__)
+    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), default=COMPILED)
+    parser.add_argument("--number", type=int, help="try this case alone, and make it smaller")
+    given = parser.parse_args()
+    # Each program runs a few times.
+    jax.config.update("jax_disable_most_optimizations", True)
+    if given.number is not None:
+        _, wrong = try_case(given.seed, given.number, given.kinds, shrink=True)
+        raise SystemExit(wrong)
+    found = fuzz_search.search(
+        lambda seed, number: try_case(seed, number, given.kinds),
+        given.seed,
+        given.count,
+        given.out,
+    )
+    fuzz_search.report(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Lists values of the arguments of galore and of the presets, right ones and wrong ones, as code."""
+"""Lists values of arguments, right ones and wrong ones, as code, and draws calls with them."""
 
 import inspect
 
@@ -66,7 +66,13 @@ RIGHT: Values = {
     ),
     "side": ('"short"', '"long"', '"left"', '"right"', '"both"'),
     "exclude": (
-        *("None", '"bias|norm"', '""', 're.compile("KERNEL", re.I)', "galore_optax.DEFAULT_EXCLUDE"),
+        *(
+            "None",
+            '"bias|norm"',
+            '""',
+            're.compile("KERNEL", re.I)',
+            "galore_optax.DEFAULT_EXCLUDE",
+        ),
         "lambda path, shape: len(shape) < 2",
         "lambda path, shape: 'kernel' in path",
         "by_path(lambda path: 'norm' in path, params)",
@@ -78,7 +84,7 @@ RIGHT: Values = {
         *(f"{_NUMBERS}()", f"{_NUMBERS}(-2, -1)", f"{_NUMBERS}(1, 2)", f"{_NUMBERS}(1, 0)"),
         f"lambda path, shape: {_NUMBERS}(-1, -2) if len(shape) > 1 else None",
         f"lambda path, shape: {_NUMBERS}(0, tuple(range(1, len(shape)))) if shape[1:] else None",
-        f"lambda params: jax.tree.map(lambda x: {_NUMBERS}(-2, -1) if x.ndim > 1 else None, params)",
+        f"lambda p: jax.tree.map(lambda x: {_NUMBERS}(-2, -1) if x.ndim > 1 else None, p)",
         f"jax.tree.map(lambda x: {_NUMBERS}([0], [-1]) if x.ndim > 1 else None, params)",
         f"lambda params: {_NUMBERS}(-2, -1)",
     ),
@@ -182,7 +188,7 @@ WRONG: Values = {
     "block_size": ("0", "3", "-2", "2.0", "None", '"64"', "jnp.asarray(64)"),
     "min_size": ("-1", "1.5", "None", '"0"', "jnp.asarray(1)"),
     "stacked": ("3", "lambda path: 0", "lambda path, shape: 9", "lambda path, shape: None", "[]"),
-    "momentum": (*_NO_RATE[:4], '"0.9"', "[0.9]"),
+    "momentum": ("-0.1", "float('nan')", '"0.9"', "[0.9]"),
     "accumulator_dtype": _NO_DTYPE,
     "min_dim_size_to_factor": ("jnp.asarray(2)", '"2"', "None", "2.5", "[]"),
     "decay_rate": _NO_NUMBER,
@@ -192,7 +198,7 @@ WRONG: Values = {
     "dtype_momentum": _NO_DTYPE,
     "weight_decay_rate": ('"0.1"', "[0.1]", "object()"),
     "factored": _NO_BOOL,
-    "weight_decay_mask": _NO_MASK,
+    "weight_decay_mask": tuple(mask for mask in _NO_MASK if "other" not in mask),
     "beta": _NO_RATE,
     "ns_steps": ("0", "-1", "1.5", "None", '"5"'),
     "adam_b1": _NO_RATE,
@@ -201,11 +207,60 @@ WRONG: Values = {
     "ranks": ("2",),
 }
 
+# What arguments may be made of: its code, the argument that is wrong, and values of that.
+PARTS = (
+    ("galore_optax.low_bit(optax.adam(1e-3), bits={})", "bits", ("4", "None", '"8"', "8.5", "[8]")),
+    ("galore_optax.low_bit(optax.adam(1e-3), block_size={})", "block_size", WRONG["block_size"]),
+    ("galore_optax.low_bit(optax.adam(1e-3), min_size={})", "min_size", WRONG["min_size"]),
+    ("galore_optax.low_bit(optax.adam(1e-3), stacked={})", "stacked", WRONG["stacked"]),
+    ("galore_optax.low_bit(optax.adam(1e-3), seed={})", "seed", WRONG["seed"]),
+    (
+        "galore_optax.low_bit(optax.adam(1e-3), names={})",
+        "names",
+        ("3", "{'mu': 'sign'}", "['mu']", "{'mu': True}", "{3: 'signed'}", '"mu"'),
+    ),
+    ("galore_optax.low_bit({})", "inner", ("None", "3", "optax.adam", "optax.adam(1e-3).update")),
+    ("galore_optax.galore({})", "inner", ("8", '"adam"', "optax.adam", "[optax.adam(1e-3)]")),
+    ("galore_optax.limit_norm_growth({})", "gamma", ("0.5", "None", '"1"', "float('inf')", "[2]")),
+    ("galore_optax.limit_norm_growth(stacked={})", "stacked", WRONG["stacked"]),
+    *(
+        (
+            f"galore_optax.galore(optax.scale_by_adam(), {argument}=galore_optax.{part})",
+            name,
+            values,
+        )
+        for argument, part, name, values in (
+            ("residual", "Sign(beta={})", "beta", (*_NO_NUMBER, "float('nan')", "True")),
+            ("residual", "NormScaled(beta={})", "beta", (*_NO_NUMBER, "float('inf')")),
+            ("residual", "NormScaled(gamma={})", "gamma", ("0.5", '"1"', "True", "[1.01]")),
+            ("residual", "NormScaled(subtract={})", "subtract", ('"half"', "None", "[]")),
+            (
+                *("residual", 'NormScaled(subtract="scaled", betas={})', "betas|b2"),
+                ("0.9", "(0.9,)", "(0.9, 1.5)", "('a', 'b')", "(0.9, 0.99, 0.999)", "[0.9, None]"),
+            ),
+            ("residual", "ScaleGradient({})", "per", ('"row"', "None", "1", "[]")),
+            ("residual", "ScaleGradient(gamma={})", "gamma", ("0.0", '"1"', "float('nan')")),
+            ("residual", "ErrorFeedback({})", "b1", ("-0.1", "1.0", '"0.9"', "[0.9]", "True")),
+            ("transport", "Rotate({}, 0.999)", "b1", ("-0.1", "1.0", '"0.9"', "[0.9]", "True")),
+            ("transport", "Rotate(0.9, {})", "b2", ("-0.1", "1.0", '"0.9"', "[0.9]", "None")),
+            ("transport", "Reset({}, 0.999)", "b1", ("-0.1", "1.0", '"0.9"', "[0.9]", "True")),
+            ("transport", "Reset(0.9, {})", "b2", ("2.0", "float('nan')", '"0.9"', "None")),
+            ("refresh", "Lazy(threshold={})", "threshold", ("0.0", '"a"', "2.0", "None", "[0.4]")),
+            ("refresh", "Lazy(queue={})", "queue", ("0", "1.5", "None", '"5"', "[5]")),
+            ("rank", "RankByRole({})", "rank", WRONG["rank"][:-2]),
+            (
+                *("rank", "RankByRole(2, {})", "factors"),
+                ("None", "3", "{'(': 1.0}", "{'k': 0}", "{'k': 'a'}", "{3: 1.0}", "['k']"),
+            ),
+        )
+    ),
+)
+
 PRESETS = tuple(
     name
     for name in galore_optax.__all__
     if inspect.isfunction(made := getattr(galore_optax, name))
-    and {"learning_rate"} <= {*inspect.signature(made).parameters}
+    and "learning_rate" in inspect.signature(made).parameters
     and name != "learning_rate_from_adamw"
 )
 
@@ -247,10 +302,26 @@ def calls(
 
 
 INNERS = (
-    *("optax.adamw(1e-3)", "optax.scale_by_adam()", "optax.sgd(0.1)", "optax.sgd(0.1, momentum=0.9)"),
-    *("optax.adam(1e-3, nesterov=True)", "optax.lion(1e-4)", "optax.rmsprop(1e-3)", "optax.yogi(1e-3)"),
+    *(
+        "optax.adamw(1e-3)",
+        "optax.scale_by_adam()",
+        "optax.sgd(0.1)",
+        "optax.sgd(0.1, momentum=0.9)",
+    ),
+    *(
+        "optax.adam(1e-3, nesterov=True)",
+        "optax.lion(1e-4)",
+        "optax.rmsprop(1e-3)",
+        "optax.yogi(1e-3)",
+    ),
     *("optax.adagrad(0.1)", "optax.adabelief(1e-3)", "optax.amsgrad(1e-3)", "optax.adamax(1e-3)"),
-    *("optax.lamb(1e-3)", "optax.novograd(1e-3)", "optax.lars(0.1)", "optax.sm3(0.1)", "optax.adan(1e-3)"),
+    *(
+        "optax.lamb(1e-3)",
+        "optax.novograd(1e-3)",
+        "optax.lars(0.1)",
+        "optax.sm3(0.1)",
+        "optax.adan(1e-3)",
+    ),
     *("optax.radam(1e-3)", "optax.rprop(1e-3)", "optax.identity()", "optax.trace(0.9)"),
     "optax.adafactor(1e-3, min_dim_size_to_factor=2)",
     "optax.contrib.muon(1e-3)",
@@ -276,44 +347,57 @@ INNERS = (
     "galore_optax.adamw_8bit(1e-3, min_size=0)",
     "optax.MultiSteps(optax.adamw(1e-3), 2)",
     "optax.apply_every(2)",
-    "optax.lookahead(optax.sgd(0.1), 2, 0.5)",
 )
 
 _NDIM = "lambda p: jax.tree.map(lambda x: x.ndim > 1, p)"
 _LABELS = "lambda p: by_path(lambda path: 'a' if 'k' in path else 'b', p)"
 
+# TX stands for what is wrapped.
 WRAPPERS = (
-    "optax.chain(optax.clip_by_global_norm(1.0), {})",
-    "galore_optax.chain(optax.clip_by_global_norm(1.0), {})",
-    "galore_optax.chain({}, optax.add_decayed_weights(0.1), optax.scale(0.5))",
-    "galore_optax.chain({}, optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 5)))",
-    f"optax.masked({{}}, {_NDIM})",
-    f"optax.partition({{{{'a': {{}}, 'b': optax.sgd(0.1)}}}}, {_LABELS})",
-    f"optax.partition({{{{'a': optax.set_to_zero(), 'b': {{}}}}}}, {_LABELS})",
-    "optax.MultiSteps({}, 2)",
-    "optax.MultiSteps({}, 3).gradient_transformation()",
-    "optax.apply_if_finite({}, 3)",
-    "optax.with_extra_args_support({})",
-    "galore_optax.low_bit({}, min_size=0)",
-    "galore_optax.galore({}, rank=2)",
-    "optax.flatten({})",
-    "optax.contrib.schedule_free({}, 1e-3)",
-    "optax.conditionally_transform({}, lambda step: step >= 0)",
-    "optax.inject_hyperparams(lambda learning_rate: optax.chain({}, optax.scale(learning_rate)))"
+    "optax.chain(optax.clip_by_global_norm(1.0), TX)",
+    "galore_optax.chain(optax.clip_by_global_norm(1.0), TX)",
+    "galore_optax.chain(TX, optax.add_decayed_weights(0.1), optax.scale(0.5))",
+    "galore_optax.chain(TX, optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 5)))",
+    f"optax.masked(TX, {_NDIM})",
+    f"optax.partition({{'a': TX, 'b': optax.sgd(0.1)}}, {_LABELS})",
+    f"optax.partition({{'a': optax.set_to_zero(), 'b': TX}}, {_LABELS})",
+    f"optax.partition({{'a': galore_optax.galore_lion(1e-4, rank=2), 'b': TX}}, {_LABELS})",
+    "optax.MultiSteps(TX, 2)",
+    "optax.MultiSteps(TX, 3).gradient_transformation()",
+    "optax.apply_if_finite(TX, 3)",
+    "optax.with_extra_args_support(TX)",
+    "galore_optax.low_bit(TX, min_size=0)",
+    "galore_optax.galore(TX, rank=2)",
+    "optax.flatten(TX)",
+    "optax.contrib.schedule_free(TX, 1e-3)",
+    "optax.conditionally_transform(TX, lambda step: step >= 0)",
+    "optax.inject_hyperparams(lambda learning_rate: optax.chain(TX, optax.scale(learning_rate)))"
     "(learning_rate=optax.linear_schedule(1.0, 0.0, 5))",
 )
 
 
 @st.composite
-def transformations(draw: st.DrawFn) -> str:
-    """Draws a transformation: galore or a preset, with right arguments, in up to two wrappers."""
-    if draw(st.integers(0, 2)) == 0:
-        code = draw(calls("galore", inner=draw(st.sampled_from(INNERS))))
+def transformations(draw: st.DrawFn) -> dict[str, str]:
+    """Draws a transformation: galore or a preset, with right arguments, in up to two wrappers.
+
+    Returns:
+      The fields of a `Configuration` but the parameters.
+    """
+    plain, kind = "optax.adamw(1e-3)", draw(st.integers(0, 19))
+    if kind == 0:
+        plain = draw(st.sampled_from(INNERS))
+        tx = f"galore_optax.chain({draw(calls('galore'))}, {plain})"
+    elif kind < 8:
+        plain = draw(st.sampled_from(INNERS))
+        tx = draw(calls("galore", inner=plain))
     else:
-        code = draw(calls(draw(st.sampled_from(PRESETS))))
-    if draw(st.integers(0, 19)) == 19:
-        last = draw(st.sampled_from(INNERS))
-        code = f"galore_optax.chain({draw(calls('galore'))}, {last})"
+        preset = draw(st.sampled_from(PRESETS))
+        tx = draw(calls(preset))
+        if kind == 8:
+            static = {*names_of(preset)} - {"learning_rate", "weight_decay", "scale"}
+            called = f"optax.inject_hyperparams(galore_optax.{preset}, {sorted(static)})"
+            tx = tx.replace(f"galore_optax.{preset}", called)
+    around = "TX"
     for _ in range(draw(st.sampled_from((0, 0, 0, 1, 1, 2)))):
-        code = draw(st.sampled_from(WRAPPERS)).format(code)
-    return code
+        around = draw(st.sampled_from(WRAPPERS)).replace("TX", around)
+    return {"tx": tx, "plain": plain, "around": around}

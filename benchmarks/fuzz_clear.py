@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from benchmarks.fuzz_search import Wrong
 
 OURS = str(Path(galore_optax.__file__).parent)
 # What Python says itself of a call.
-OF_A_CALL = re.compile(r"(unexpected keyword|missing .*|multiple values for) argument|too many posi")
+OF_A_CALL = re.compile(
+    r"(unexpected keyword|missing .*|multiple values for) argument|too many posi"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +30,34 @@ class Configuration:
     Attributes:
       params: the code of the parameters.
       tx: the code of the transformation, which may use `params`.
+      around: the code of what is around the transformation, which TX stands for.
+      plain: the code of a transformation of Optax that does without galore, if there is one.
       wrong: the argument that has a wrong value, if one has.
     """
 
     params: str
     tx: str
+    around: str = "TX"
+    plain: str | None = None
     wrong: str | None = None
 
     def __str__(self) -> str:
         about = "" if self.wrong is None else f"  # {self.wrong} is wrong"
         return (
-            f"from benchmarks.fuzz_names import *\nparams = {self.params}\ntx = {self.tx}{about}"
+            f"from benchmarks.fuzz_names import *\nparams = {self.params}\ntx = {self.code}{about}"
         )
+
+    @property
+    def code(self) -> str:
+        """The code of the transformation and of what is around it."""
+        return self.around.replace("TX", self.tx)
+
+    @property
+    def without_galore(self) -> "Configuration | None":
+        """The same with a transformation of Optax, if there is one."""
+        if self.plain is None:
+            return None
+        return dataclasses.replace(self, tx=self.plain, plain=None)
 
     @contextlib.contextmanager
     def in_its_dtypes(self) -> Iterator[None]:
@@ -50,7 +69,7 @@ class Configuration:
         return eval(self.params, vars(fuzz_names))
 
     def make_tx(self, params: Any) -> optax.GradientTransformationExtraArgs:
-        made = eval(self.tx, vars(fuzz_names) | {"params": params})
+        made = eval(self.code, vars(fuzz_names) | {"params": params})
         return optax.with_extra_args_support(made)
 
 
@@ -69,8 +88,28 @@ def check_clear(error: Exception, wrong: str | None = None) -> None:
     last = traceback.extract_tb(error.__traceback__)[-1]
     if not last.filename.startswith(OURS) or not (last.line or "").startswith("raise "):
         raise Wrong(f"not in words of this library: {_short(error)}") from error
-    if wrong is not None and not re.search(rf"\b{wrong}\b", said):
+    if wrong is not None and not re.search(rf"\b({wrong})\b", said):
         raise Wrong(f"an error without {wrong!r}: {_short(error)}") from error
+
+
+def as_in_optax(check: Callable[[Configuration], str]) -> Callable[[Configuration], str]:
+    """Decorates a check, which then lets pass what goes wrong without galore as well."""
+
+    @functools.wraps(check)
+    def checked(configuration: Configuration) -> str:
+        try:
+            return check(configuration)
+        except Wrong:
+            plain = configuration.without_galore
+            if plain is None:
+                raise
+            try:
+                check(plain)
+            except Wrong:
+                return "as in Optax"
+            raise
+
+    return checked
 
 
 def _short(error: Exception) -> str:

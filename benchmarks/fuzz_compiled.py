@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from hypothesis import strategies as st
 
 from benchmarks import fuzz_arguments, fuzz_trees
-from benchmarks.fuzz_clear import Configuration, check_clear
+from benchmarks.fuzz_clear import Configuration, as_in_optax, check_clear
 from benchmarks.fuzz_search import Wrong
 
 STEPS = 10
@@ -26,10 +26,12 @@ TOLERANCE = {"float64": 1e-6, "float32": 2e-2, "bfloat16": 5e-2, "float16": 5e-2
 @st.composite
 def cases(draw: st.DrawFn) -> Configuration:
     """Draws any tree and any transformation."""
-    return Configuration(draw(fuzz_trees.trees()), draw(fuzz_arguments.transformations()))
+    drawn = draw(fuzz_arguments.transformations())
+    return Configuration(draw(fuzz_trees.trees()), **drawn)
 
 
-def check(configuration: Configuration) -> None:
+@as_in_optax
+def check(configuration: Configuration) -> str:
     """Raises `Wrong` unless a configuration is refused in one clear error, or trains."""
     with configuration.in_its_dtypes():
         params = configuration.make_params()
@@ -39,9 +41,10 @@ def check(configuration: Configuration) -> None:
             jax.eval_shape(tx.update, _gradients(params, 0), state, params)
         except Exception as error:
             check_clear(error)
-            return
+            return "refused"
         state = _ten_steps(tx, params, state)
         _check_saved(state, lambda: tx.init(params), params)
+    return "trained"
 
 
 def _gradients(params: Any, step: int) -> Any:
@@ -134,5 +137,9 @@ def _through_orbax(state: Any, fresh: Any) -> Any:
         return checkpointer.restore(Path(directory) / "checkpoint", abstract)
 
 
-def layerwise_cases(): return cases()
-def check_layerwise(c): check(c)
+def layerwise_cases():
+    return cases()
+
+
+def check_layerwise(c):
+    check(c)

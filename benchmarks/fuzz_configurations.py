@@ -1,7 +1,7 @@
 """Tries random configurations: each is refused in one clear error, or trains as it should.
 
-python -m benchmarks.fuzz_configurations --seed 0 --count 3000 --out fuzz.json
-python -m benchmarks.fuzz_configurations --kinds arguments wrappers views --count 100000 --out b.json
+python -m benchmarks.fuzz_configurations --seed 0 --count 3000 --out compiled.json
+python -m benchmarks.fuzz_configurations --uncompiled --count 100000 --out uncompiled.json
 
 A configuration is a tree of parameters and a transformation, drawn as code, which a failure prints.
 Hypothesis draws it from random bytes, so that a case of some kind and number is always the same
@@ -31,10 +31,13 @@ FORGET = 40
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of cases: what is drawn, and what must be true of it, lest it raise `Wrong`."""
+    """A kind of cases: what is drawn, and what must be true of it, lest it raise `Wrong`.
+
+    The check returns what became of a case, in a word.
+    """
 
     cases: st.SearchStrategy
-    check: Callable[..., None]
+    check: Callable[..., str]
     compiles: bool
 
 
@@ -70,7 +73,7 @@ def try_case(
       Its kind, and what is wrong, if something is.
     """
     kind = kinds[number % len(kinds)]
-    database = InMemoryExampleDatabase()
+    database, outcome = InMemoryExampleDatabase(), "nothing drawn"
 
     @settings(
         database=database,
@@ -81,10 +84,12 @@ def try_case(
     )
     @given(KINDS[kind].cases)
     def case(drawn: object) -> None:
+        nonlocal outcome
+        outcome = "wrong"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                KINDS[kind].check(drawn)
+                outcome = KINDS[kind].check(drawn)
         except Wrong as error:
             raise Wrong(f"{error}\n{drawn}") from error
         except Exception as error:
@@ -101,22 +106,24 @@ def try_case(
                 case()
             except Wrong as error:
                 wrong = str(error)
-        return kind, wrong
-    return kind, None
+        return f"{kind}, wrong", wrong
+    return f"{kind}, {outcome}", None
 
 
 def main() -> None:
     parser = fuzz_search.parser(__doc__)
-    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), default=COMPILED)
+    parser.add_argument("--uncompiled", action="store_true", help="those that take no compiling")
+    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), help="these alone")
     parser.add_argument("--number", type=int, help="try this case alone, and make it smaller")
     given = parser.parse_args()
+    kinds = given.kinds or (UNCOMPILED if given.uncompiled else COMPILED)
     # Each program runs a few times.
     jax.config.update("jax_disable_most_optimizations", True)
     if given.number is not None:
-        _, wrong = try_case(given.seed, given.number, given.kinds, shrink=True)
+        _, wrong = try_case(given.seed, given.number, kinds, shrink=True)
         raise SystemExit(wrong)
     found = fuzz_search.search(
-        lambda seed, number: try_case(seed, number, given.kinds),
+        lambda seed, number: try_case(seed, number, kinds),
         given.seed,
         given.count,
         given.out,

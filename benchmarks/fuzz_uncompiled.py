@@ -11,7 +11,7 @@ import optax
 from hypothesis import strategies as st
 
 from benchmarks import fuzz_arguments, fuzz_names, fuzz_trees
-from benchmarks.fuzz_clear import Configuration, check_clear
+from benchmarks.fuzz_clear import Configuration, as_in_optax, check_clear
 from benchmarks.fuzz_search import Wrong
 from galore_optax import DimensionNumbers
 
@@ -22,13 +22,17 @@ TREE = "{'layer': {'kernel': array(8, 12), 'bias': array(12)}, 'stack': array(3,
 @st.composite
 def calls(draw: st.DrawFn) -> Configuration:
     """Draws galore or a preset with one wrong argument, or a galore or preset of right ones."""
+    if draw(st.integers(0, 4)) == 0:
+        code, wrong, values = draw(st.sampled_from(fuzz_arguments.PARTS))
+        return Configuration(TREE, code.format(draw(st.sampled_from(values))), wrong=wrong)
     function = draw(st.sampled_from(("galore", *fuzz_arguments.PRESETS)))
     names = (*fuzz_arguments.names_of(function), "ranks")
     wrong = draw(st.sampled_from(names)) if draw(st.integers(0, 3)) else None
     # Arguments that do not go together are another case.
     most = 5 if wrong is None else 0
     inner = "optax.scale_by_adam()" if function == "galore" else ""
-    return Configuration(TREE, draw(fuzz_arguments.calls(function, most, wrong, inner)), wrong)
+    tx = draw(fuzz_arguments.calls(function, most, wrong, inner))
+    return Configuration(TREE, tx, wrong=wrong)
 
 
 @st.composite
@@ -37,10 +41,12 @@ def cases(draw: st.DrawFn) -> Configuration:
     dtypes = fuzz_trees.DTYPES
     if draw(st.integers(0, 9)) == 0:
         dtypes = (*dtypes, "int32", "bool", "complex64", "float8_e4m3fn")
-    return Configuration(draw(fuzz_trees.trees(dtypes)), draw(fuzz_arguments.transformations()))
+    drawn = draw(fuzz_arguments.transformations())
+    return Configuration(draw(fuzz_trees.trees(dtypes)), **drawn)
 
 
-def check(configuration: Configuration) -> None:
+@as_in_optax
+def check(configuration: Configuration) -> str:
     """Raises `Wrong` unless a configuration is right, or is refused in one clear error."""
     wrong = configuration.wrong
     with configuration.in_its_dtypes():
@@ -52,9 +58,10 @@ def check(configuration: Configuration) -> None:
                 jax.eval_shape(tx.update, params, state, params)
         except Exception as error:
             check_clear(error, wrong)
-            return
+            return "refused"
     if wrong is not None:
         raise Wrong(f"nothing is said of {wrong}")
+    return "taken"
 
 
 _AXES = st.integers(-4, 4)
@@ -74,8 +81,10 @@ def _numbers(draw: st.DrawFn, ndim: int) -> str:
     second = draw(st.integers(1, ndim - first))
     reduction, output = signed[:first], signed[first : first + second]
     one = draw(st.booleans()) and first == second == 1
-    return f"DimensionNumbers({reduction[0]}, {output[0]})" if one else (
-        f"DimensionNumbers({tuple(reduction)}, {output})"
+    return (
+        f"DimensionNumbers({reduction[0]}, {output[0]})"
+        if one
+        else (f"DimensionNumbers({tuple(reduction)}, {output})")
     )
 
 
@@ -120,7 +129,7 @@ def views(draw: st.DrawFn) -> Views:
     )
 
 
-def check_views(configuration: Views) -> None:
+def check_views(configuration: Views) -> str:
     """Raises `Wrong` unless moments have the shapes that another reading of the arguments gives."""
     with configuration.in_its_dtypes():
         params = configuration.make_params()
@@ -133,10 +142,11 @@ def check_views(configuration: Views) -> None:
             check_clear(error)
             if right is not None:
                 raise Wrong(f"refused, where {right} is right: {error}") from error
-            return
+            return "refused"
     found = [np.shape(x) for x in jax.tree.leaves(optax.tree.get(state, "trace"))]
     if found != right:
         raise Wrong(f"moments of shapes {found}, where {right or 'an error'} is right")
+    return "taken"
 
 
 def _low_rank_shapes(

@@ -11,6 +11,7 @@ import optax
 
 from galore_optax import projectors
 from galore_optax._adam import Betas
+from galore_optax._arguments import mask_of
 from galore_optax._decoded import decoded, rounded_once
 from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
@@ -87,9 +88,11 @@ class LowBit:
         """
         if dtype is None:
             return None
-        # A name that JAX does not know is an error of its own, which says less.
-        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-        if name != "bfloat16":
+        try:
+            is_known = jnp.dtype(dtype) == jnp.bfloat16
+        except TypeError:
+            is_known = False
+        if not is_known:
             raise ValueError(
                 f"moment_dtype must be 'bfloat16', which is rounded at random, or None for "
                 f"float32; got {dtype!r}. For 8 bits, take the preset whose name ends in _8bit."
@@ -129,7 +132,7 @@ class AdamW:
                 self.eps_root,
                 self.mu_dtype,
                 self.weight_decay,
-                self.mask,
+                mask_of("mask", self.mask),
                 nesterov=self.nesterov,
             )
 
@@ -149,7 +152,7 @@ class AdamW:
             "residual", options.get("residual", "discard"), RESIDUALS, Residual
         ).with_betas(betas)
         projector = projectors.resolve(
-            options.get("projector", "svd"), options.get("projector_options") or {}
+            options.get("projector", "svd"), options.get("projector_options")
         ).with_betas(betas)
         options = options | {
             "transport": transport,
@@ -171,7 +174,7 @@ class AdamW:
         return rounded_once(
             optax.chain(
                 galore(self._held(scaling), **options),
-                decoded(optax.add_decayed_weights(self.weight_decay, self.mask)),
+                decoded(optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask))),
                 self._at_the_rate(
                     lambda learning_rate: optax.scale_by_learning_rate(learning_rate)
                 ),

@@ -1,4 +1,4 @@
-"""Configurations that are compiled: ten steps, saved and restored, and layer by layer."""
+"""Configurations that are compiled: ten steps of each, and what they come to saved and restored."""
 
 import tempfile
 from collections.abc import Callable
@@ -52,8 +52,26 @@ def _gradients(params: Any, step: int) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params)
 
 
-def _types(tree: Any) -> Any:
-    return jax.tree.map(lambda x: (np.shape(x), jnp.result_type(x).name), tree)
+def check_types(name: str, one: Any, other: Any) -> None:
+    """Raises `Wrong` unless two trees have the same structure, shapes and dtypes."""
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        raise Wrong(f"{name}: structure {jax.tree.structure(one)}, {jax.tree.structure(other)}")
+    for (path, x), y in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        if np.shape(x) != np.shape(y) or x.dtype != y.dtype:
+            place = jax.tree_util.keystr(path)
+            raise Wrong(f"{name}{place}: {x.dtype}{x.shape}, where {y.dtype}{y.shape} is right")
+
+
+def check_finite(name: str, tree: Any) -> None:
+    """Raises `Wrong` unless all numbers of a tree are finite."""
+    for path, x in jax.tree.leaves_with_path(tree):
+        if not np.all(np.isfinite(np.asarray(x, np.float64))):
+            raise Wrong(f"{name}{jax.tree_util.keystr(path)} are not finite: {x}")
+
+
+def _numbers(x: jax.Array) -> np.ndarray:
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
 def _ten_steps(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any) -> Any:
@@ -72,12 +90,9 @@ def _ten_steps(tx: optax.GradientTransformationExtraArgs, params: Any, state: An
         if step in (0, 3):
             alone, _ = tx.update(gradients, state, params)
             _check_close(updates, alone, step)
-        for name, one, other in (("updates", updates, params), ("the state", new, state)):
-            if _types(one) != _types(other):
-                raise Wrong(f"{name} of step {step} are {_types(one)}, were {_types(other)}")
-        for path, x in jax.tree.leaves_with_path(updates):
-            if not np.all(np.isfinite(np.asarray(x, np.float64))):
-                raise Wrong(f"{jax.tree_util.keystr(path)} of step {step} is not finite: {x}")
+        check_types(f"updates of step {step}", updates, params)
+        check_types(f"the state of step {step}", new, state)
+        check_finite(f"updates of step {step}", updates)
         state, params = new, optax.apply_updates(params, updates)
     if traced > 1:
         raise Wrong(f"compiled {traced} times")
@@ -107,12 +122,9 @@ def _check_saved(state: Any, fresh: Callable[[], Any], params: Any) -> None:
                 said = f"{type(error).__name__}: {str(error)[:500]}"
                 raise Wrong(f"not saved {way.__name__}: {said}") from error
             continue
-        if jax.tree.structure(back) != jax.tree.structure(state):
-            raise Wrong(f"another structure {way.__name__}: {back}, was {state}")
-        if _types(back) != _types(state):
-            raise Wrong(f"other types {way.__name__}: {_types(back)}, were {_types(state)}")
+        check_types(f"a state {way.__name__}", back, state)
         for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
-            if not np.array_equal(np.asarray(one), np.asarray(other), equal_nan=False):
+            if not np.array_equal(_numbers(one), _numbers(other)):
                 raise Wrong(f"other numbers {way.__name__}: {one}, were {other}")
 
 
@@ -135,11 +147,3 @@ def _through_orbax(state: Any, fresh: Any) -> Any:
         checkpointer.save(Path(directory) / "checkpoint", state)
         checkpointer.wait_until_finished()
         return checkpointer.restore(Path(directory) / "checkpoint", abstract)
-
-
-def layerwise_cases():
-    return cases()
-
-
-def check_layerwise(c):
-    check(c)

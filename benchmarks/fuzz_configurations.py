@@ -10,6 +10,7 @@ command again goes on where it was.
 """
 
 import dataclasses
+import logging
 import random
 import traceback
 import warnings
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.database import InMemoryExampleDatabase
 
-from benchmarks import fuzz_compiled, fuzz_search, fuzz_uncompiled
+from benchmarks import fuzz_compiled, fuzz_layerwise, fuzz_search, fuzz_uncompiled
 from benchmarks.fuzz_search import Wrong
 
 # Random bytes for one configuration; what is drawn ends where they do.
@@ -43,7 +44,7 @@ class Kind:
 
 KINDS = {
     "steps": Kind(fuzz_compiled.cases(), fuzz_compiled.check, True),
-    "layerwise": Kind(fuzz_compiled.layerwise_cases(), fuzz_compiled.check_layerwise, True),
+    "layerwise": Kind(fuzz_layerwise.cases(), fuzz_layerwise.check, True),
     "arguments": Kind(fuzz_uncompiled.calls(), fuzz_uncompiled.check, False),
     "wrappers": Kind(fuzz_uncompiled.cases(), fuzz_uncompiled.check, False),
     "views": Kind(fuzz_uncompiled.views(), fuzz_uncompiled.check_views, False),
@@ -117,6 +118,8 @@ def main() -> None:
     parser.add_argument("--number", type=int, help="try this case alone, and make it smaller")
     given = parser.parse_args()
     kinds = given.kinds or (UNCOMPILED if given.uncompiled else COMPILED)
+    # Orbax says at length what it could not save, which is in the error as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Each program runs a few times.
     jax.config.update("jax_disable_most_optimizations", True)
     if given.number is not None:

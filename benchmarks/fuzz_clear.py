@@ -7,7 +7,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import jax
 import optax
@@ -53,7 +53,7 @@ class Configuration:
         return self.around.replace("TX", self.tx)
 
     @property
-    def without_galore(self) -> "Configuration | None":
+    def without_galore(self) -> Self | None:
         """The same with a transformation of Optax, if there is one."""
         if self.plain is None:
             return None
@@ -68,9 +68,8 @@ class Configuration:
     def make_params(self) -> Any:
         return eval(self.params, vars(fuzz_names))
 
-    def make_tx(self, params: Any) -> optax.GradientTransformationExtraArgs:
-        made = eval(self.code, vars(fuzz_names) | {"params": params})
-        return optax.with_extra_args_support(made)
+    def make_tx(self, params: Any) -> optax.GradientTransformation:
+        return eval(self.code, vars(fuzz_names) | {"params": params})
 
 
 def check_clear(error: Exception, wrong: str | None = None) -> None:
@@ -92,11 +91,14 @@ def check_clear(error: Exception, wrong: str | None = None) -> None:
         raise Wrong(f"an error without {wrong!r}: {_short(error)}") from error
 
 
-def as_in_optax(check: Callable[[Configuration], str]) -> Callable[[Configuration], str]:
+Drawn = TypeVar("Drawn", bound=Configuration)
+
+
+def as_in_optax(check: Callable[[Drawn], str]) -> Callable[[Drawn], str]:
     """Decorates a check, which then lets pass what goes wrong without galore as well."""
 
     @functools.wraps(check)
-    def checked(configuration: Configuration) -> str:
+    def checked(configuration: Drawn) -> str:
         try:
             return check(configuration)
         except Wrong:

@@ -74,7 +74,7 @@ def _numbers(x: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
-def _ten_steps(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any) -> Any:
+def _ten_steps(tx: optax.GradientTransformation, params: Any, state: Any) -> Any:
     """Raises `Wrong` unless ten steps are as they should be; returns the last state."""
     traced = 0
 

@@ -99,7 +99,7 @@ def try_case(
     if KINDS[kind].compiles and number % FORGET == 0:
         jax.clear_caches()
     try:
-        case.hypothesis.fuzz_one_input(bytes_of(seed, number))
+        vars(case)["hypothesis"].fuzz_one_input(bytes_of(seed, number))
     except Wrong as error:
         wrong = str(error)
         if shrink:

@@ -20,7 +20,16 @@ STEPS, TOKENS = 3, 7
 TOLERANCE = {"float64": 1e-5, "float32": 3e-2}
 # What goes by a whole leaf goes by each layer of it here, and random numbers are others.
 BY_WHOLE_LEAVES = (
-    *("lamb", "lars", "novograd", "adafactor", "adaptive_grad_clip", "block_rms", "noisy", "flora"),
+    *(
+        "lamb(",
+        "lars(",
+        "novograd",
+        "adafactor",
+        "adaptive_grad_clip",
+        "block_rms",
+        "noisy",
+        "flora",
+    ),
     *(
         "limit_norm_growth",
         "sm3",
@@ -131,10 +140,10 @@ def _train(step: Any, params: Any, state: Any, tokens: jax.Array) -> tuple[Any, 
     return params, state, metrics
 
 
-def _ordinary(tx: optax.GradientTransformationExtraArgs, micro_batches: int) -> Any:
+def _ordinary(tx: optax.GradientTransformation, micro_batches: int) -> Any:
     def mean(params: Any, tokens: jax.Array) -> jax.Array:
         batches = tokens if micro_batches > 1 else tokens[None]
-        return sum(_loss(params, batch) for batch in batches) / micro_batches
+        return jnp.mean(jnp.stack([_loss(params, batch) for batch in batches]))
 
     def step(params: Any, state: Any, tokens: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
         value, gradients = jax.value_and_grad(mean)(params, tokens)

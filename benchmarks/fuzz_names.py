@@ -69,7 +69,7 @@ class Struct:
 
 
 try:
-    import equinox
+    import equinox  # pyrefly: ignore[missing-import]
 
     class Equinox(equinox.Module):
         """A module of Equinox, which can be called and has something that is no leaf."""

@@ -5,7 +5,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,10 @@ from jaxtyping import PyTree
 from galore_optax._callables import takes
 from galore_optax._types import Mask, Params
 
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
+Preset = TypeVar("Preset", bound=Callable[..., object])
 
 
-def checks_arguments(preset: Callable[Given, Made]) -> Callable[Given, Made]:
+def checks_arguments(preset: Preset) -> Preset:
     """Decorates a preset, which then raises an error where an argument cannot be right.
 
     Galore checks its own arguments itself.
@@ -27,14 +26,14 @@ def checks_arguments(preset: Callable[Given, Made]) -> Callable[Given, Made]:
     signature = inspect.signature(preset)
 
     @functools.wraps(preset)
-    def checked(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+    def checked(*args: object, **kwargs: object) -> object:
         given = signature.bind(*args, **kwargs).arguments
         for name, value in given.items():
             if name in RULES:
                 RULES[name](name, value)
         return preset(*args, **kwargs)
 
-    return checked
+    return cast(Preset, checked)
 
 
 def is_bool(value: object) -> bool:
@@ -51,10 +50,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not is_bool(value)
 
 
-def known(value: jax.typing.ArrayLike, at_runtime: float) -> float:
-    """Returns the number, or `at_runtime` where tracing hides it."""
+def known(number: object, at_runtime: float) -> float:
+    """Returns what is a number, as :func:`is_number` says, or `at_runtime` where that is hidden."""
     try:
-        return float(value)
+        return float(cast(float, number))
     except jax.errors.ConcretizationTypeError:
         return at_runtime
 
@@ -91,7 +90,7 @@ def check_bool(name: str, value: object) -> None:
 def _number(name: str, value: object, or_else: str = "") -> None:
     if not is_number(value):
         raise TypeError(f"{name} must be a number{or_else}; got {value!r}")
-    if not math.isfinite(known(cast(jax.typing.ArrayLike, value), 0.0)):
+    if not math.isfinite(known(value, 0.0)):
         raise ValueError(f"{name} must be finite; got {value!r}")
 
 
@@ -105,13 +104,13 @@ def _number_or_schedule(name: str, value: object) -> None:
 
 def _not_negative(name: str, value: object) -> None:
     _number(name, value)
-    if known(cast(jax.typing.ArrayLike, value), 0.0) < 0:
+    if known(value, 0.0) < 0:
         raise ValueError(f"{name} must be at least 0; got {value!r}")
 
 
 def _positive(name: str, value: object) -> None:
     _number(name, value)
-    if known(cast(jax.typing.ArrayLike, value), 1.0) <= 0:
+    if known(value, 1.0) <= 0:
         raise ValueError(f"{name} must be above 0; got {value!r}")
 
 
@@ -119,7 +118,7 @@ def check_rate(name: str, value: object) -> None:
     """Raises an error where an argument cannot be the decay rate of a moment."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number in [0, 1); got {value!r}")
-    if not 0 <= known(cast(jax.typing.ArrayLike, value), 0.0) < 1:
+    if not 0 <= known(value, 0.0) < 1:
         # Of 0.999 bfloat16 makes 1.
         hint = ". Give optax.inject_hyperparams hyperparam_dtype=jnp.float32, if that rounded it."
         raise ValueError(
@@ -153,7 +152,7 @@ def _mask(name: str, value: object) -> None:
 def _positive_int(name: str, value: object) -> None:
     if not is_number(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise TypeError(f"{name} must be a positive int; got {value!r}")
-    if known(cast(jax.typing.ArrayLike, value), 1.0) < 1:
+    if known(value, 1.0) < 1:
         raise ValueError(f"{name} must be at least 1; got {value!r}")
 
 

@@ -87,12 +87,12 @@ def _ten_steps(tx: optax.GradientTransformation, params: Any, state: Any) -> Any
     for step in range(STEPS):
         gradients = _gradients(params, step)
         updates, new = update(gradients, state, params)
-        if step in (0, 3):
-            alone, _ = tx.update(gradients, state, params)
-            _check_close(updates, alone, step)
         check_types(f"updates of step {step}", updates, params)
         check_types(f"the state of step {step}", new, state)
         check_finite(f"updates of step {step}", updates)
+        if step in (0, 3):
+            alone, _ = tx.update(gradients, state, params)
+            _check_close(updates, alone, step)
         state, params = new, optax.apply_updates(params, updates)
     if traced > 1:
         raise Wrong(f"compiled {traced} times")

@@ -78,7 +78,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description.splitlines()[0])
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--count", type=int, default=1000)
-    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--out", type=Path, default=Path("runs/fuzz.json"), help="what was found")
     return made
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import numbers
 import re
 from collections.abc import Callable
 from typing import Protocol, Unpack, cast
@@ -12,7 +13,7 @@ import optax
 from galore_optax import projectors
 from galore_optax._adam import Betas
 from galore_optax._arguments import mask_of
-from galore_optax._decoded import decoded, rounded_once
+from galore_optax._decoded import decoded, rounded_once, sees_dtypes
 from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
@@ -175,8 +176,10 @@ class AdamW:
             optax.chain(
                 galore(self._held(scaling), **options),
                 decoded(optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask))),
-                self._at_the_rate(
-                    lambda learning_rate: optax.scale_by_learning_rate(learning_rate)
+                sees_dtypes(
+                    self._at_the_rate(
+                        lambda learning_rate: optax.scale_by_learning_rate(learning_rate)
+                    )
                 ),
             )
         )
@@ -185,9 +188,12 @@ class AdamW:
         self, make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
     ) -> optax.GradientTransformation:
         """Returns what is made of the learning rate, with it in the state where that is wanted."""
+        rate = self.learning_rate
         if not self.inject_learning_rate:
-            return make(self.learning_rate)
-        return optax.inject_hyperparams(make)(learning_rate=self.learning_rate)
+            return make(rate)
+        # An int would be one in the state, of a weak type that a step need not keep.
+        rate = float(rate) if isinstance(rate, numbers.Integral) else rate
+        return optax.inject_hyperparams(make)(learning_rate=rate)
 
     def _held(
         self, transformation: optax.GradientTransformation

@@ -180,7 +180,7 @@ def check_gap(gap: object) -> None:
             f"update_proj_gap must be a positive int, a schedule or an array; got {gap!r}"
         )
     # One that is traced counts as at least 1 at run time.
-    value = known(gap, at_runtime=1) if is_array else int(gap)
+    value = known(gap, at_runtime=1.0) if is_array else int(gap)
     if not value >= 1:
         raise ValueError(f"update_proj_gap must be at least 1 step; got {value}")
 

@@ -130,3 +130,20 @@ def test_an_injected_learning_rate_is_that_of_the_argument_and_can_be_set(preset
         injected.update(gradient, state, params)[0],
         half.update(gradient, half.init(params), params)[0],
     )
+
+
+@pytest.mark.parametrize("preset", [galore_optax.galore_adamw, galore_optax.fira_adamw])
+@pytest.mark.parametrize("rate", [1e-3, 1, SCHEDULE], ids=["float", "int", "schedule"])
+def test_an_injected_learning_rate_is_in_float32_and_stays_so(preset, rate):
+    """In bfloat16, which the parameters are in, it would be another one."""
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), normal(0))
+    tx = preset(rate, inject_learning_rate=True, **SUBSPACE)
+    state = tx.init(params)
+    _, new = tx.update(params, state, params)
+    for found in (state, new):
+        kept = optax.tree.get(found, "learning_rate", filtering=is_rate)
+        assert kept.dtype == jnp.float32
+        assert not kept.weak_type
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+    expected = np.float32(rate(0) if callable(rate) else rate)
+    assert optax.tree.get(state, "learning_rate", filtering=is_rate) == expected

@@ -96,5 +96,5 @@ format: $(READY)  ## format, and repair what can be repaired
 	$(BIN)/ruff check --fix
 
 clean:  ## remove the environments, the caches and what was built
-	rm -rf .venv .venv-* .pytest_cache build dist
+	rm -rf .venv .venv-* .hypothesis .pytest_cache build dist
 	find . \( -name __pycache__ -o -name .ruff_cache \) -prune -exec rm -rf {} +

@@ -92,7 +92,7 @@ def check_decay(what: str, argument: str, given: Numeric | None, own: Numeric, r
         )
 
 
-def check_betas(name: str, b1: Numeric | None, b2: Numeric | None) -> None:
+def check_betas(name: str, b1: object, b2: object) -> None:
     """Raises an error where the decay rates of moments cannot be right, as far as they are known.
 
     Raises:

@@ -118,7 +118,7 @@ def main() -> None:
     # Orbax says at length what it could not save, which is in the error as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Each program runs a few times.
-    jax.config.update("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
     if given.number is not None:
         _, wrong = try_case(given.seed, given.number, kinds, shrink=True)
         raise SystemExit(wrong)

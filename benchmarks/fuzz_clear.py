@@ -95,7 +95,7 @@ Drawn = TypeVar("Drawn", bound=Configuration)
 
 
 def as_in_optax(check: Callable[[Drawn], str]) -> Callable[[Drawn], str]:
-    """Decorates a check, which then lets pass what goes wrong in this way without galore as well."""
+    """Decorates a check, which then passes what goes wrong without galore in the same way."""
 
     @functools.wraps(check)
     def checked(configuration: Drawn) -> str:

@@ -101,13 +101,13 @@ def as_in_optax(check: Callable[[Drawn], str]) -> Callable[[Drawn], str]:
     def checked(configuration: Drawn) -> str:
         try:
             return check(configuration)
-        except Wrong as error:
+        except Exception as error:
             plain = configuration.without_galore
             if plain is None:
                 raise
             try:
                 check(plain)
-            except Wrong as without:
+            except Exception as without:
                 if str(error).split()[:2] == str(without).split()[:2]:
                     return "as in Optax"
             raise

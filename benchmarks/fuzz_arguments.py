@@ -397,6 +397,7 @@ def transformations(draw: st.DrawFn) -> dict[str, str]:
             static = {*names_of(preset)} - {"learning_rate", "weight_decay", "scale"}
             called = f"optax.inject_hyperparams(galore_optax.{preset}, {sorted(static)})"
             tx = tx.replace(f"galore_optax.{preset}", called)
+            plain = "optax.inject_hyperparams(optax.adamw)(1e-3)"
     around = "TX"
     for _ in range(draw(st.sampled_from((0, 0, 0, 1, 1, 2)))):
         around = draw(st.sampled_from(WRAPPERS)).replace("TX", around)

@@ -17,9 +17,10 @@ from benchmarks import fuzz_names
 from benchmarks.fuzz_search import Wrong
 
 OURS = str(Path(galore_optax.__file__).parent)
-# What Python says itself of a call.
+# What Python says itself of a call, and Optax of one without parameters, is clear.
 OF_A_CALL = re.compile(
-    r"(unexpected keyword|missing .*|multiple values for) argument|too many posi"
+    r"(unexpected keyword|missing .*|multiple values for) argument|too many positional"
+    r"|you are not passing `params`"
 )
 
 
@@ -108,11 +109,16 @@ def as_in_optax(check: Callable[[Drawn], str]) -> Callable[[Drawn], str]:
             try:
                 check(plain)
             except Exception as without:
-                if str(error).split()[:2] == str(without).split()[:2]:
+                if _what(error) == _what(without):
                     return "as in Optax"
             raise
 
     return checked
+
+
+def _what(error: Exception) -> str:
+    """Returns what is wrong, without where."""
+    return re.split(r"[.:\[]", f"{type(error).__name__}, {error}")[0]
 
 
 def _short(error: Exception) -> str:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz_arguments, fuzz_names, fuzz_trees
 from benchmarks.fuzz_clear import Configuration, as_in_optax, check_clear
+from benchmarks.fuzz_compiled import check_types
 from benchmarks.fuzz_search import Wrong
 from galore_optax import DimensionNumbers
 
@@ -54,13 +55,19 @@ def check(configuration: Configuration) -> str:
         try:
             tx = configuration.make_tx(params)
             state = jax.eval_shape(tx.init, params)
-            if wrong is not None:
-                jax.eval_shape(tx.update, params, state, params)
+            updates, new = jax.eval_shape(tx.update, params, state, params)
         except Exception as error:
             check_clear(error, wrong)
             return "refused"
-    if wrong is not None:
-        raise Wrong(f"nothing is said of {wrong}")
+        if wrong is not None:
+            raise Wrong(f"nothing is said of {wrong}")
+        check_types("updates", updates, params)
+        check_types("the state", new, state)
+        try:
+            jax.eval_shape(tx.update, params, state)
+        except Exception as error:
+            check_clear(error)
+            return "taken with parameters alone"
     return "taken"
 
 

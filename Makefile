@@ -46,11 +46,14 @@ gpu:  ## measure on the GPU; REHEARSE=1 tries everything on the CPU
 	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) \
 	  $(if $(REHEARSE),--rehearse,--out benchmarks/results/gpu) $(if $(RESUME),--resume $(RESUME))
 
+# data, configurations, which are compiled, or arguments, which are not.
+KIND ?= data
 SEED ?= 0
-COUNT ?= 100000
+COUNT ?= $(if $(filter configurations,$(KIND)),3000,100000)
+SEARCH = $(if $(filter data,$(KIND)),fuzz_data,fuzz_configurations $(if $(filter arguments,$(KIND)),--uncompiled))
 
-fuzz: $(READY)  ## search for faults with random and damaged data: SEED and COUNT of cases
-	$(BIN)/python -m benchmarks.fuzz_data --seed $(SEED) --count $(COUNT) --out runs/fuzz-data-$(SEED).json
+fuzz: $(READY)  ## search for faults: KIND=data, configurations or arguments, SEED and COUNT of cases
+	$(BIN)/python -m benchmarks.$(SEARCH) --seed $(SEED) --count $(COUNT) --out runs/fuzz-$(KIND)-$(SEED).json
 
 # Two processes, since most of the time goes into compilation; one on a GPU, whose memory each takes.
 # The threads of their SVDs would wait for each other. Not reordered, since the files with the fewest
@@ -93,5 +96,5 @@ format: $(READY)  ## format, and repair what can be repaired
 	$(BIN)/ruff check --fix
 
 clean:  ## remove the environments, the caches and what was built
-	rm -rf .venv .venv-* .pytest_cache build dist
+	rm -rf .venv .venv-* .hypothesis .pytest_cache build dist
 	find . \( -name __pycache__ -o -name .ruff_cache \) -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ from benchmarks.fuzz_inputs import (
     reference_text,
     text_of,
 )
+from benchmarks.fuzz_search import Wrong
 from examples.flax_glue import readers
 from examples.flax_llama import document_end, files, paths, tokens
 from examples.flax_llama.documents import open_shards, texts
@@ -27,10 +28,6 @@ from examples.flax_llama.usage import UsageError
 from examples.hf.tensors import open_tensors
 
 Random = random.Random
-
-
-class Wrong(AssertionError):
-    """Something was read that is not there, or refused with words that do not fit."""
 
 
 def check_words(error: UsageError, *names: str) -> None:

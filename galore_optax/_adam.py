@@ -1,12 +1,12 @@
 """Says what is known of the moments of an inner transformation, Adam's above all."""
 
-import numbers
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from galore_optax._arguments import check_rate
 from galore_optax._errors import CombinationError
 from galore_optax._ownership import Role
 from galore_optax._types import Numeric, Scalar
@@ -92,12 +92,13 @@ def check_decay(what: str, argument: str, given: Numeric | None, own: Numeric, r
         )
 
 
-def check_betas(name: str, b1: Numeric | None, b2: Numeric | None) -> None:
+def check_betas(name: str, b1: object, b2: object) -> None:
     """Raises an error where the decay rates of moments cannot be right, as far as they are known.
 
     Raises:
+      TypeError: one is neither a number nor None.
       ValueError: one is not in [0, 1).
     """
     for argument, value in (("b1", b1), ("b2", b2)):
-        if isinstance(value, numbers.Real) and not 0 <= float(value) < 1:
-            raise ValueError(f"{argument} of {name} must be in [0, 1); got {value!r}")
+        if value is not None:
+            check_rate(f"{argument} of {name}", value)

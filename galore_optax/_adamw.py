@@ -2,30 +2,29 @@
 
 import dataclasses
 import inspect
+import numbers
 import re
 from collections.abc import Callable
 from typing import Protocol, Unpack, cast
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from galore_optax import projectors
 from galore_optax._adam import Betas
-from galore_optax._decoded import decoded, rounded_once
+from galore_optax._arguments import mask_of
+from galore_optax._decoded import decoded, rounded_once, sees_dtypes
 from galore_optax._errors import CombinationError
 from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
 from galore_optax._options import GaloreOptions, shows_galore_options, warn_of_calls
 from galore_optax._ownership import Stacked
-from galore_optax._quantized import is_quantized
 from galore_optax._residual import Residual
 from galore_optax._residuals import RESIDUALS
 from galore_optax._tables import resolve
 from galore_optax._transport import Transport
 from galore_optax._transports import TRANSPORTS, Reset
-from galore_optax._types import DType, Mask, Numeric, Params, State
-from galore_optax._view import moment_dtype
+from galore_optax._types import DType, Mask, Numeric
 
 
 class Preset(Protocol):
@@ -90,9 +89,11 @@ class LowBit:
         """
         if dtype is None:
             return None
-        # A name that JAX does not know is an error of its own, which says less.
-        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-        if name != "bfloat16":
+        try:
+            is_known = jnp.dtype(dtype) == jnp.bfloat16
+        except TypeError:
+            is_known = False
+        if not is_known:
             raise ValueError(
                 f"moment_dtype must be 'bfloat16', which is rounded at random, or None for "
                 f"float32; got {dtype!r}. For 8 bits, take the preset whose name ends in _8bit."
@@ -132,7 +133,7 @@ class AdamW:
                 self.eps_root,
                 self.mu_dtype,
                 self.weight_decay,
-                self.mask,
+                mask_of("mask", self.mask),
                 nesterov=self.nesterov,
             )
 
@@ -152,7 +153,7 @@ class AdamW:
             "residual", options.get("residual", "discard"), RESIDUALS, Residual
         ).with_betas(betas)
         projector = projectors.resolve(
-            options.get("projector", "svd"), options.get("projector_options") or {}
+            options.get("projector", "svd"), options.get("projector_options")
         ).with_betas(betas)
         options = options | {
             "transport": transport,
@@ -174,31 +175,25 @@ class AdamW:
         return rounded_once(
             optax.chain(
                 galore(self._held(scaling), **options),
-                decoded(optax.add_decayed_weights(self.weight_decay, self.mask)),
-                self._rate(),
+                decoded(optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask))),
+                sees_dtypes(
+                    self._at_the_rate(
+                        lambda learning_rate: optax.scale_by_learning_rate(learning_rate)
+                    )
+                ),
             )
         )
-
-    def _rate(self) -> optax.GradientTransformation:
-        """Returns what multiplies updates by the learning rate.
-
-        The state has it in at least float32: half-precision parameters would round the rate too.
-        """
-        made = self._at_the_rate(lambda learning_rate: optax.scale_by_learning_rate(learning_rate))
-
-        def init(params: Params) -> State:
-            leaves = jax.tree.leaves(params, is_leaf=is_quantized)
-            return made.init([jnp.zeros((), moment_dtype(leaf.dtype)) for leaf in leaves])
-
-        return optax.GradientTransformation(init, made.update)
 
     def _at_the_rate(
         self, make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
     ) -> optax.GradientTransformation:
         """Returns what is made of the learning rate, with it in the state where that is wanted."""
+        rate = self.learning_rate
         if not self.inject_learning_rate:
-            return make(self.learning_rate)
-        return optax.inject_hyperparams(make)(learning_rate=self.learning_rate)
+            return make(rate)
+        # An int would be one in the state, of a weak type that a step need not keep.
+        rate = float(rate) if isinstance(rate, numbers.Integral) else rate
+        return optax.inject_hyperparams(make)(learning_rate=rate)
 
     def _held(
         self, transformation: optax.GradientTransformation

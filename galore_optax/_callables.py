@@ -1,6 +1,7 @@
-"""Tells functions from trees, and what they can be called with."""
+"""Tells functions and patterns from trees, and what functions can be called with."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import TypeGuard
 
@@ -17,6 +18,13 @@ def is_function(given: object, params: PyTree) -> TypeGuard[Callable[..., object
       params: the parameters.
     """
     return callable(given) and type(given) is not type(params)
+
+
+def is_pattern(given: object) -> TypeGuard[str | re.Pattern[str]]:
+    """Whether an argument is a regular expression of strings, compiled or not."""
+    return isinstance(given, str) or (
+        isinstance(given, re.Pattern) and isinstance(given.pattern, str)
+    )
 
 
 def takes(function: Callable[..., object], count: int) -> bool:

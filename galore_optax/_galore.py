@@ -2,17 +2,16 @@
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array
 
 from galore_optax import projectors
 from galore_optax._accumulate import check_accumulation_steps
+from galore_optax._arguments import check_bool, is_number, known
 from galore_optax._core import Method
 from galore_optax._errors import CombinationError
 from galore_optax._ranks import RankSpec
@@ -208,15 +207,15 @@ def galore(
       Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
       <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
     """
-    if np.shape(seed) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
+    if not is_number(seed) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
         raise TypeError(f"seed must be an int; got {seed!r}")
-    _check_scale(scale)
+    check_scale(scale)
     check_accumulation_steps(accumulation_steps)
     check_gap(update_proj_gap)
-    if not isinstance(stagger, bool | np.bool):
-        raise TypeError(f"stagger must be a bool; got {stagger!r}")
+    check_bool("stagger", stagger)
+    check_bool("diagnostics", diagnostics)
     method = Method(
-        projectors.resolve(projector, projector_options or {}),
+        projectors.resolve(projector, projector_options),
         resolve_refresh(refresh),
         resolve("transport", transport, TRANSPORTS, Transport),
         resolve("residual", residual, RESIDUALS, Residual),
@@ -302,18 +301,9 @@ _BARE = (
 )
 
 
-def _check_scale(scale: object) -> None:
-    if isinstance(scale, jax.Array | np.ndarray):
-        scale = _value_if_known(scale, at_runtime=0.0)
-    elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale must be a finite number or an array; got {scale!r}")
-    if not math.isfinite(scale):
+def check_scale(scale: object) -> None:
+    """Raises an error where galore's argument ``scale`` cannot be right."""
+    if not is_number(scale):
+        raise TypeError(f"scale must be a finite number or an array that is one; got {scale!r}")
+    if not math.isfinite(known(scale, at_runtime=0.0)):
         raise ValueError(f"scale must be finite; got {scale!r}")
-
-
-def _value_if_known(array: Array | np.ndarray, at_runtime: float) -> float:
-    """Returns the number in an array, or ``at_runtime`` where tracing hides it."""
-    try:
-        return float(array)
-    except jax.errors.ConcretizationTypeError:
-        return at_runtime

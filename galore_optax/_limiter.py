@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from galore_optax._ownership import Stacked
+from galore_optax._ownership import Stacked, check_stacked, stacked_axes
 from galore_optax._trees import leaves_with_paths, logical
 from galore_optax._types import Params, State, Updates
 from galore_optax._view import moment_dtype, unit_of
@@ -71,7 +71,9 @@ def limit_norm_growth(
       The transformation. Updates keep their dtype.
 
     Raises:
-      ValueError: ``gamma`` is below 1 or not finite.
+      TypeError: an argument has a wrong type, or ``stacked`` returns no int.
+      ValueError: ``gamma`` is below 1 or not finite, or ``stacked`` returns a number of axes that a
+        leaf does not have.
 
     Examples:
       >>> import galore_optax, jax.numpy as jnp
@@ -86,9 +88,10 @@ def limit_norm_growth(
       Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, equation (7)
     """
     check_gamma("gamma", gamma)
+    check_stacked(stacked)
 
     def axes(path: str, leaf: PyTree) -> int:
-        return 0 if stacked is None else stacked(path, np.shape(leaf))
+        return 0 if stacked is None else stacked_axes(stacked, path, np.shape(leaf))
 
     def init(params: Params) -> LimitNormGrowthState:
         params = logical(params)

@@ -112,7 +112,7 @@ def low_bit(
     check_transformation("inner", inner, "To give the bits, write low_bit(inner, bits=8).")
     _check_seed(seed)
     check_stacked(stacked)
-    rules = _Rules(bits, block_size, min_size, dict(names or {}))
+    rules = _Rules(bits, block_size, min_size, {} if names is None else names)
     made = _LowBit(standard_promotion(inner), rules, stacked, seed)
     return optax.GradientTransformationExtraArgs(made.init, made.update)
 
@@ -141,7 +141,14 @@ class _Rules:
                 f"min_size must be an int of at least 0; got {self.min_size!r}"
                 + static_hint(self.min_size)
             )
+        if not isinstance(self.names, Mapping):
+            raise TypeError(
+                "names must be a dict of names of fields and 'signed', 'unsigned' or None; got "
+                f"{self.names!r}"
+            )
         for name, kind in self.names.items():
+            if not isinstance(name, str):
+                raise TypeError(f"names must have names of fields for keys; got {name!r}")
             if kind not in ("signed", "unsigned", None):
                 raise ValueError(
                     f"names[{name!r}] must be 'signed', 'unsigned' or None; got {kind!r}"

@@ -1,5 +1,6 @@
 """Presets of other optimizers than AdamW in galore, with Optax's argument names and order."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -8,15 +9,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from galore_optax._arguments import mask_of
 from galore_optax._decoded import decoded, rounded_once
-from galore_optax._galore import galore
+from galore_optax._galore import check_scale, galore
 from galore_optax._options import (
     GaloreOptions,
     check_accumulation,
     shows_galore_options,
     warn_of_calls,
 )
-from galore_optax._ownership import Stacked, check_stacked
+from galore_optax._ownership import Stacked, check_stacked, stacked_axes
 from galore_optax._quantized import static_hint
 from galore_optax._select import Selection
 from galore_optax._sharding import under_auto
@@ -87,7 +89,7 @@ def galore_adafactor(
             weight_decay_rate,
             eps,
             factored,
-            weight_decay_mask,
+            mask_of("weight_decay_mask", weight_decay_mask),
         ),
         **options,
     )
@@ -124,7 +126,7 @@ def galore_lion(
     """
     warn_of_calls("galore_lion", learning_rate, options)
     return galore(
-        optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask),
+        optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask_of("mask", mask)),
         **options,
     )
 
@@ -217,6 +219,7 @@ def flora(
     given: GaloreOptions = _FLORA | options
     check_accumulation("flora", given)
     check_stacked(stacked)
+    check_scale(given.get("scale", 1.0))
     _check_dim_size(min_dim_size_to_factor)
     selection, clip, scale = _selection(given), clipping_threshold, given.get("scale", 1.0)
 
@@ -230,7 +233,7 @@ def flora(
             if isinstance(view, MatrixView):
                 batch = view.batch_axes
             elif stacked is not None:
-                batch = range(stacked(view.path, view.shape))
+                batch = range(stacked_axes(stacked, view.path, view.shape))
             new.append(leaf if clip is None else _clip_rms(leaf, batch, clip))
             if isinstance(view, MatrixView):
                 new[-1] *= jnp.asarray(scale, leaf.dtype)
@@ -245,7 +248,7 @@ def flora(
             )
         ),
         optax.stateless(clipped),
-        decoded(optax.add_decayed_weights(weight_decay, mask)),
+        decoded(optax.add_decayed_weights(weight_decay, mask_of("mask", mask))),
         optax.scale_by_learning_rate(learning_rate),
     )
     return rounded_once(line)
@@ -333,7 +336,7 @@ def galore_muon(
     matrices = optax.chain(in_galore, optax.stateless(widened))
     tx = optax.chain(
         optax.partition({"muon": matrices, "adam": adam}, labels),
-        decoded(optax.add_decayed_weights(weight_decay, mask)),
+        decoded(optax.add_decayed_weights(weight_decay, mask_of("mask", mask))),
         optax.scale_by_learning_rate(learning_rate),
     )
     return _as_of_all(rounded_once(tx), selection)
@@ -365,7 +368,7 @@ def _as_of_all(
 
 
 def _check_dim_size(size: object) -> None:
-    if isinstance(size, jax.Array):
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral):
         raise TypeError(
             "min_dim_size_to_factor must be an int, since it decides the shapes of the state; got "
             f"{size!r}{static_hint(size)}"

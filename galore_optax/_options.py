@@ -10,6 +10,7 @@ import jax
 import optax
 from jaxtyping import Array
 
+from galore_optax._arguments import checks_arguments
 from galore_optax._galore import galore
 from galore_optax._ranks import RankSpec
 from galore_optax._refresh import Gap, Refresh
@@ -46,7 +47,8 @@ def shows_galore_options(defaults: GaloreOptions | None = None) -> Callable[[Pre
     """Decorates a preset whose last parameter is ``**options: Unpack[GaloreOptions]``.
 
     Its signature then has the keyword arguments of galore instead, with galore's defaults or the
-    given ones: ``help`` shows them, and ``optax.inject_hyperparams`` binds arguments by name.
+    given ones: ``help`` shows them, and ``optax.inject_hyperparams`` binds arguments by name. Its
+    own arguments are checked.
 
     Args:
       defaults: the defaults that differ from galore's.
@@ -60,8 +62,9 @@ def shows_galore_options(defaults: GaloreOptions | None = None) -> Callable[[Pre
             for name, parameter in inspect.signature(galore).parameters.items()
             if parameter.kind is parameter.KEYWORD_ONLY
         ]
-        vars(preset)["__signature__"] = signature.replace(parameters=[*own, *options])
-        return preset
+        checked = checks_arguments(preset)
+        vars(checked)["__signature__"] = signature.replace(parameters=[*own, *options])
+        return checked
 
     return decorate
 
@@ -98,5 +101,5 @@ def warn_of_calls(name: str, learning_rate: object, options: GaloreOptions) -> N
             "inject_learning_rate=True of the presets of AdamW, or put "
             "optax.inject_hyperparams(...) inside galore.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -153,6 +153,24 @@ def check_stacked(stacked: object) -> None:
         )
 
 
+def stacked_axes(stacked: Stacked, path: str, shape: Shape) -> int:
+    """Returns how many leading axes of a parameter are batch axes, as the caller says.
+
+    Raises:
+      TypeError: ``stacked`` does not return an int.
+      ValueError: ``stacked`` does not return a number of axes that the parameter has.
+    """
+    axes = stacked(path, shape)
+    if isinstance(axes, bool) or not isinstance(axes, numbers.Integral):
+        raise TypeError(f"stacked({path!r}, {shape}) must be a number of axes; got {axes!r}")
+    if not 0 <= axes <= len(shape):
+        raise ValueError(
+            f"stacked({path!r}, {shape}) must be between 0 and the {len(shape)} axes of that "
+            f"shape; got {axes}"
+        )
+    return int(axes)
+
+
 def presumed_batch_axes(shape: Shape) -> int:
     """Returns how many leading axes are taken for batch axes if nobody says: all but the last two.
 
@@ -216,12 +234,5 @@ def _of_view(shape: Shape, view: LeafView) -> int | None:
 
 def _of_stack(shape: Shape, stacked: Stacked, path: str, whole: Shape) -> int | None:
     """Returns the batch axes of a leaf that begins with those of its parameter, else None."""
-    axes = stacked(path, whole)
-    if isinstance(axes, bool) or not isinstance(axes, numbers.Integral):
-        raise TypeError(f"stacked({path!r}, {whole}) must be a number of axes; got {axes!r}")
-    if not 0 <= axes <= len(whole):
-        raise ValueError(
-            f"stacked({path!r}, {whole}) must be between 0 and the {len(whole)} axes of that "
-            f"shape; got {axes}"
-        )
-    return int(axes) if shape[:axes] == whole[:axes] else None
+    axes = stacked_axes(stacked, path, whole)
+    return axes if shape[:axes] == whole[:axes] else None

@@ -9,6 +9,7 @@ import inspect
 import optax
 
 from galore_optax._adamw import AdamW, LowBit, adamw_8bit_preset, adamw_preset
+from galore_optax._arguments import checks_arguments
 from galore_optax._ownership import Stacked
 from galore_optax._residuals import NormScaled, ScaleGradient
 from galore_optax._types import DType, Mask, Numeric
@@ -258,6 +259,7 @@ dct_adamw, dct_adamw_8bit = adamw_preset(
 )
 
 
+@checks_arguments
 def adamw_8bit(
     learning_rate: optax.ScalarOrSchedule,
     b1: Numeric = 0.9,

@@ -78,14 +78,14 @@ class Projector:
 
 def resolve_projector(
     projector: str | Callable[..., Array],
-    options: Mapping[str, object],
+    options: Mapping[str, object] | None,
     table: Mapping[str, Projector],
 ) -> Projector:
     """Returns the projector of that name, or of the user's function, with options.
 
     Args:
       projector: the name, the function, or a row of a table.
-      options: keyword arguments of the function.
+      options: keyword arguments of the function; None for none.
       table: the projectors that have names, for which their functions stand too.
 
     Raises:
@@ -98,13 +98,19 @@ def resolve_projector(
         found = table[projector]
     elif isinstance(projector, Projector):
         found = projector
-    elif callable(projector):
+    elif callable(projector) and _takes_a_matrix(projector):
         known = (row for row in table.values() if row.function is projector)
         found = next(known, Projector(projector))
     else:
         raise TypeError(
             f"projector must be a name ({', '.join(table)}) or a function "
             f"(matrix, rank) -> basis; got {projector!r}"
+        )
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            "projector_options must be a dict of keyword arguments of the projector; got "
+            f"{options!r}"
         )
     name = getattr(found.function, "__name__", repr(found.function))
     for option, value in options.items():
@@ -121,6 +127,17 @@ def resolve_projector(
                 f"{option} of {name} must be an int of at least {least}; got {value!r}"
             )
     return dataclasses.replace(found, function=functools.partial(found.function, **options))
+
+
+def _takes_a_matrix(function: Callable[..., Array]) -> bool:
+    """Whether a function takes a matrix and a rank by position, as far as is known."""
+    try:
+        inspect.signature(function).bind_partial(None, None)
+    except ValueError:  # some built-in functions have no signature
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def _taken(function: Callable[..., Array]) -> tuple[str, ...]:

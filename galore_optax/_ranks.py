@@ -13,7 +13,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from galore_optax._callables import takes
+from galore_optax._callables import is_pattern, takes
 from galore_optax._types import Shape
 from galore_optax._view import LeafView, MatrixView
 
@@ -283,7 +283,7 @@ def _total(roles: Sequence[_Role], ranks: Sequence[int]) -> int:
 
 
 def _check_factor(pattern: object, factor: object) -> None:
-    if not isinstance(pattern, str | re.Pattern):
+    if not is_pattern(pattern):
         raise TypeError(
             f"factors of RankByRole must have regular expressions for keys; got {pattern!r}"
         )

@@ -15,6 +15,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from galore_optax._arguments import is_number, known
+from galore_optax._callables import takes
 from galore_optax._state import is_galore_state
 from galore_optax._subspace import Subspace
 from galore_optax._types import State, Step
@@ -141,7 +143,7 @@ def resolve(refresh: str | Refresh) -> Refresh:
     """
     if isinstance(refresh, str) and refresh in REFRESHES:
         return REFRESHES[refresh]
-    if not isinstance(refresh, Refresh):
+    if isinstance(refresh, type) or not isinstance(refresh, Refresh):
         names = ", ".join(f'"{name}"' for name in REFRESHES)
         raise ValueError(f"refresh must be {names} or a galore_optax.Lazy; got {refresh!r}")
     return refresh
@@ -169,25 +171,29 @@ def check_gap(gap: object) -> None:
       ValueError: it is below 1.
     """
     if callable(gap):
+        if not takes(gap, 1):
+            raise TypeError(f"update_proj_gap must be a schedule of the step; got {gap!r}")
         return
-    if isinstance(gap, jax.Array | np.ndarray):
-        try:
-            value = float(gap)
-        except jax.errors.ConcretizationTypeError:  # traced: counts as at least 1 at run time
-            return
-    elif isinstance(gap, bool) or not isinstance(gap, numbers.Integral):
+    is_array = isinstance(gap, jax.Array | np.ndarray)
+    if not is_number(gap) or not (is_array or isinstance(gap, numbers.Integral)):
         raise TypeError(
             f"update_proj_gap must be a positive int, a schedule or an array; got {gap!r}"
         )
-    else:
-        value = int(gap)
-    if value < 1:
+    # One that is traced counts as at least 1 at run time.
+    value = known(gap, at_runtime=1.0) if is_array else int(gap)
+    if not value >= 1:
         raise ValueError(f"update_proj_gap must be at least 1 step; got {value}")
 
 
 def gap_at(gap: Gap, step: Step) -> Int[Array, ""]:
-    """Returns the gap T at a step, at least 1."""
+    """Returns the gap T at a step, at least 1.
+
+    Raises:
+      TypeError: a schedule returns no number.
+    """
     value = gap(step) if callable(gap) else gap
+    if not is_number(value):
+        raise TypeError(f"update_proj_gap must be a schedule that returns a number; got {value!r}")
     value = min(value, _NEVER) if isinstance(value, numbers.Integral) else value
     return jnp.maximum(jnp.asarray(value).astype(jnp.int32), 1)
 

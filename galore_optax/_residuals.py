@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from galore_optax._adam import Betas, Findings, check_betas, check_decay, check_scales_only
+from galore_optax._arguments import check_rate
 from galore_optax._errors import CombinationError
 from galore_optax._limiter import GAMMA, check_gamma, limit, safe_norm
 from galore_optax._residual import Discard, Projected, Residual, Way
@@ -108,7 +109,12 @@ class NormScaled(_Limited):
                 f'subtract of NormScaled must be "whole" or "scaled"; got {self.subtract!r}'
             )
         if self.betas is not None:
-            check_betas("NormScaled", *self.betas)
+            if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+                raise TypeError(
+                    f"betas of NormScaled must be a pair of numbers (b1, b2); got {self.betas!r}"
+                )
+            for argument, value in zip(("b1", "b2"), self.betas, strict=True):
+                check_rate(f"{argument} of NormScaled's betas", value)
 
     @property
     def wants_betas(self) -> bool:

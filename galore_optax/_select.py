@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from galore_optax._callables import is_function, takes
+from galore_optax._callables import is_function, is_pattern, takes
 from galore_optax._names import DEFAULT_EXCLUDE, routers, stacked_vectors
 from galore_optax._ranks import RankByRole, RankSpec, check_rank, rank_of, uniform
 from galore_optax._trees import bare, leaves_with_paths, logical
@@ -44,7 +44,7 @@ class Selection:
 
     def __post_init__(self):
         check_rank(self.rank)
-        if self.side not in SIDES:
+        if not isinstance(self.side, str) or self.side not in SIDES:
             raise ValueError(f"side must be one of {', '.join(SIDES)}; got {self.side!r}")
         if isinstance(self.exclude, str):
             try:
@@ -146,7 +146,7 @@ class Selection:
         exclude = self.exclude
         if exclude is None:
             return [False] * len(leaves)
-        if isinstance(exclude, str | re.Pattern):
+        if is_pattern(exclude):
             found = [re.search(exclude, path) is not None for path, _ in leaves]
             of_experts = routers([path for path, _ in leaves]) if exclude == DEFAULT_EXCLUDE else ()
             return [flag or i in of_experts for i, flag in enumerate(found)]
@@ -326,7 +326,10 @@ def _broadcast_prefix(
 
 
 def _axes(axes: int | Sequence[int], ndim: int) -> Shape:
-    axes = tuple(operator.index(a) for a in ((axes,) if isinstance(axes, int) else axes))
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if any(isinstance(axis, bool) for axis in axes):
+        raise TypeError
+    axes = tuple(map(operator.index, axes))
     for axis in axes:
         if not -ndim <= axis < ndim:
             raise IndexError(f"there is no axis {axis}")

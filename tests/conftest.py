@@ -32,7 +32,7 @@ if importlib.util.find_spec("tyro") is None:
 OPEN = {
     *("__init__", "_adamw", "_chain", "_galore", "_inner", "_limiter", "_low_bit", "_memory"),
     *("_memory_report", "_optimizers", "_options", "_presets", "_projector", "_quantized"),
-    *("_quantized_params", "_given_specs", "_specs"),
+    *("_quantized_params", "_given_specs", "_specs", "_storage"),
     *("_refresh", "_residuals", "_select", "_transports"),
     *(
         "_jaxpr",

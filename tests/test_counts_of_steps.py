@@ -136,12 +136,17 @@ def test_an_injected_learning_rate_is_that_of_the_argument_and_can_be_set(preset
 
 
 @pytest.mark.parametrize("preset", [galore_optax.galore_adamw, galore_optax.fira_adamw])
-def test_an_injected_learning_rate_is_not_rounded_to_half_precision(preset):
+@pytest.mark.parametrize("rate", [1e-3, 1, SCHEDULE], ids=["float", "int", "schedule"])
+def test_an_injected_learning_rate_is_in_float32_and_stays_so(preset, rate):
+    """In bfloat16, which the parameters are in, it would be another one."""
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), normal(0))
-    tx = preset(1.01e-3, inject_learning_rate=True, **SUBSPACE)
+    tx = preset(rate, inject_learning_rate=True, **SUBSPACE)
     state = tx.init(params)
-    for _ in range(2):
-        rate = optax.tree.get(state, "learning_rate", filtering=is_rate)
-        assert (rate.dtype, float(rate)) == (jnp.float32, np.float32(1.01e-3))
-        updates, state = tx.update(params, state, params)
-    assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
+    _, new = tx.update(params, state, params)
+    for found in (state, new):
+        kept = optax.tree.get(found, "learning_rate", filtering=is_rate)
+        assert kept.dtype == jnp.float32
+        assert not kept.weak_type
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+    expected = np.float32(rate(0) if callable(rate) else rate)
+    assert optax.tree.get(state, "learning_rate", filtering=is_rate) == expected

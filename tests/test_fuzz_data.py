@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import fuzz_cases, fuzz_data
+from benchmarks import fuzz_cases, fuzz_data, fuzz_search
 from examples.flax_llama import files
 
 # No version of JAX has a part in it.
@@ -28,9 +28,9 @@ def test_a_search_goes_on_where_it_was_and_ends_as_in_one_go(tmp_path, monkeypat
             raise fuzz_cases.Wrong("small")
 
     monkeypatch.setattr(fuzz_data, "KINDS", {"case": case})
-    whole = fuzz_data.search(3, 30, tmp_path / "whole.json")
-    fuzz_data.search(3, 11, tmp_path / "parts.json")
-    parts = fuzz_data.search(3, 30, tmp_path / "parts.json")
+    whole = fuzz_search.search(fuzz_data.try_case, 3, 30, tmp_path / "whole.json")
+    fuzz_search.search(fuzz_data.try_case, 3, 11, tmp_path / "parts.json")
+    parts = fuzz_search.search(fuzz_data.try_case, 3, 30, tmp_path / "parts.json")
     assert whole.failed == parts.failed
     assert [each["number"] for each in whole.failed] == [
         number for number, drawn in enumerate(tried[:30]) if drawn < 0.2
@@ -38,7 +38,7 @@ def test_a_search_goes_on_where_it_was_and_ends_as_in_one_go(tmp_path, monkeypat
     assert tried[:30] == tried[30:]
     assert json.loads((tmp_path / "parts.json").read_text())["tried"] == 30
     with pytest.raises(SystemExit, match="is of seed 3"):
-        fuzz_data.search(4, 30, tmp_path / "parts.json")
+        fuzz_search.search(fuzz_data.try_case, 4, 30, tmp_path / "parts.json")
 
 
 @pytest.mark.parametrize("fault", ["lost", "wrong line", "crash", "two lines"])

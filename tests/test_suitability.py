@@ -263,7 +263,11 @@ def test_arguments_of_residuals():
         (lambda: NormScaled(beta="1"), TypeError, "beta of NormScaled must be a number; got '1'"),
         (lambda: NormScaled(gamma=0.5), ValueError, "gamma of NormScaled must be a finite number"),
         (lambda: NormScaled(subtract="half"), ValueError, 'must be "whole" or "scaled"; got'),
-        (lambda: NormScaled(betas=(0.9, 1.0)), ValueError, "b2 of NormScaled must be in [0, 1)"),
+        (
+            lambda: NormScaled(betas=(0.9, 1.0)),
+            ValueError,
+            "b2 of NormScaled's betas must be in [0, 1)",
+        ),
         (lambda: galore_optax.ScaleGradient("row"), ValueError, 'must be "channel" or "tensor"'),
         (lambda: galore_optax.Sign(beta=float("inf")), ValueError, "beta of Sign must be a finite"),
         (lambda: galore_optax.ErrorFeedback(1.5), ValueError, "b1 of ErrorFeedback must be in"),

@@ -150,7 +150,9 @@ def measure(
         with tempfile.TemporaryDirectory() as empty:
             of_compiled = pathlib.Path(empty) if moment == "compile" else cache
             process = start(killed, of_compiled, steps, words)
-            wait_for(moment, rng, killed, steps // kills, lambda p=process: p.poll() is None)
+            # So many that the run has not ended by the last kill.
+            most = steps // (kills + 1)
+            wait_for(moment, rng, killed, most, lambda p=process: p.poll() is None)
             if process.poll() is not None:
                 raise RuntimeError(f"It ended before it was killed: {process.communicate()[0]}")
             saving = is_saving(killed)

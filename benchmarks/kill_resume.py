@@ -42,7 +42,7 @@ VARIANTS = {
     "ordinary": "--tokenizer bpe:500",
     "layer-wise": "--tokenizer bytes --layerwise",
     "8-bit": "--tokenizer bytes --optimizer galore_adamw_8bit",
-    "Q-GaLore": "--tokenizer bytes --optimizer q_galore_adamw --int8-weights --layerwise",
+    "Q-GaLore": "--tokenizer bytes --optimizer q_galore_adamw --layerwise",
     "staggered": "--tokenizer bytes --stagger",
     "lazy": "--tokenizer bytes --refresh lazy --projector-dtype int4",
 }

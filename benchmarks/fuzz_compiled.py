@@ -57,11 +57,17 @@ def _gradients(params: Any, step: int) -> Any:
 def check_types(name: str, one: Any, other: Any) -> None:
     """Raises `Wrong` unless two trees have the same structure, shapes and dtypes."""
     if jax.tree.structure(one) != jax.tree.structure(other):
-        raise Wrong(f"{name}: structure {jax.tree.structure(one)}, {jax.tree.structure(other)}")
+        raise Wrong(
+            f"another type: {name} have the structure {jax.tree.structure(one)}, where "
+            f"{jax.tree.structure(other)} is right"
+        )
     for (path, x), y in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True):
         if np.shape(x) != np.shape(y) or x.dtype != y.dtype:
             place = jax.tree_util.keystr(path)
-            raise Wrong(f"{name}{place}: {x.dtype}{x.shape}, where {y.dtype}{y.shape} is right")
+            raise Wrong(
+                f"another type: {name}{place} is {x.dtype}{x.shape}, where {y.dtype}{y.shape} is "
+                "right"
+            )
 
 
 def check_finite(name: str, tree: Any) -> None:

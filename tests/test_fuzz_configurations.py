@@ -61,7 +61,7 @@ def test_the_planted_faults_are_the_only_ones():
         (lambda u, s: (jax.tree.map(lambda x: x[None], u), s), "right"),
         (lambda u, s: (jax.tree.map(lambda x: x * jnp.nan, u), s), "finite"),
         (lambda u, s: (list(u.values()), s), "structure"),
-        (lambda u, s: (u, s._replace(step=s.step.astype(jnp.float32))), "step: float32"),
+        (lambda u, s: (u, s._replace(step=s.step.astype(jnp.float32))), "step is float32"),
         (
             lambda u, s: (
                 jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else 2 * x, u),

@@ -230,7 +230,8 @@ def galore(
         method,
         update_proj_gap,
         bool(stagger),
-        scale,
+        # One of NumPy would have a dtype, and make updates of it.
+        scale if isinstance(scale, jax.Array) else float(scale),
         1 if accumulation_steps is None else int(accumulation_steps),
         seed if isinstance(seed, jax.Array) else int(seed),
     )

@@ -29,7 +29,7 @@ def test_a_configuration_trains_or_is_refused_in_one_clear_error(number):
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize(("kind", "count"), [("arguments", 120), ("wrappers", 30), ("views", 100)])
+@pytest.mark.parametrize(("kind", "count"), [("arguments", 80), ("wrappers", 25), ("views", 100)])
 def test_what_is_not_compiled_is_right_or_refused_in_one_clear_error(kind, count):
     wrong = {number: try_case(SEED, number, [kind])[1] for number in range(count)}
     assert not {number: said for number, said in wrong.items() if said}

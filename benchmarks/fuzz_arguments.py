@@ -375,6 +375,12 @@ WRAPPERS = (
     "(learning_rate=optax.linear_schedule(1.0, 0.0, 5))",
 )
 
+# What Optax has in the place of presets that may do without parameters.
+NEED_NO_PARAMS = {
+    "galore_sgd": "optax.sgd(1e-3)",
+    "galore_adafactor": "optax.adafactor(1e-3, multiply_by_parameter_scale=False)",
+}
+
 
 @st.composite
 def transformations(draw: st.DrawFn) -> dict[str, str]:
@@ -392,6 +398,7 @@ def transformations(draw: st.DrawFn) -> dict[str, str]:
         tx = draw(calls("galore", inner=plain))
     else:
         preset = draw(st.sampled_from(PRESETS))
+        plain = NEED_NO_PARAMS.get(preset, plain)
         tx = draw(calls(preset))
         if kind == 8:
             static = {*names_of(preset)} - {"learning_rate", "weight_decay", "scale"}

@@ -14,7 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 from hypothesis import strategies as st
 
-from benchmarks import fuzz_arguments, fuzz_trees
+from benchmarks import fuzz_transformations, fuzz_trees
 from benchmarks.fuzz_clear import Configuration, as_in_optax, check_clear
 from benchmarks.fuzz_search import Wrong
 
@@ -27,7 +27,7 @@ TOLERANCE = {"float64": 1e-6, "float32": 2e-2, "bfloat16": 5e-2, "float16": 5e-2
 @st.composite
 def cases(draw: st.DrawFn) -> Configuration:
     """Draws any tree and any transformation."""
-    drawn = draw(fuzz_arguments.transformations())
+    drawn = draw(fuzz_transformations.transformations())
     return Configuration(draw(fuzz_trees.trees()), **drawn)
 
 

@@ -215,7 +215,7 @@ def galore(
     check_bool("stagger", stagger)
     check_bool("diagnostics", diagnostics)
     method = Method(
-        projectors.resolve(projector, projector_options),
+        projectors.resolve(projector, {} if projector_options is None else projector_options),
         resolve_refresh(refresh),
         resolve("transport", transport, TRANSPORTS, Transport),
         resolve("residual", residual, RESIDUALS, Residual),

@@ -14,7 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 from hypothesis import strategies as st
 
-from benchmarks import fuzz_arguments, fuzz_trees
+from benchmarks import fuzz_transformations, fuzz_trees
 from benchmarks.fuzz_clear import Configuration, as_in_optax, check_clear
 from benchmarks.fuzz_search import Wrong
 
@@ -27,7 +27,7 @@ TOLERANCE = {"float64": 1e-6, "float32": 2e-2, "bfloat16": 5e-2, "float16": 5e-2
 @st.composite
 def cases(draw: st.DrawFn) -> Configuration:
     """Draws any tree and any transformation."""
-    drawn = draw(fuzz_arguments.transformations())
+    drawn = draw(fuzz_transformations.transformations())
     return Configuration(draw(fuzz_trees.trees()), **drawn)
 
 
@@ -57,11 +57,17 @@ def _gradients(params: Any, step: int) -> Any:
 def check_types(name: str, one: Any, other: Any) -> None:
     """Raises `Wrong` unless two trees have the same structure, shapes and dtypes."""
     if jax.tree.structure(one) != jax.tree.structure(other):
-        raise Wrong(f"{name}: structure {jax.tree.structure(one)}, {jax.tree.structure(other)}")
+        raise Wrong(
+            f"another type: {name} have the structure {jax.tree.structure(one)}, where "
+            f"{jax.tree.structure(other)} is right"
+        )
     for (path, x), y in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True):
         if np.shape(x) != np.shape(y) or x.dtype != y.dtype:
             place = jax.tree_util.keystr(path)
-            raise Wrong(f"{name}{place}: {x.dtype}{x.shape}, where {y.dtype}{y.shape} is right")
+            raise Wrong(
+                f"another type: {name}{place} is {x.dtype}{x.shape}, where {y.dtype}{y.shape} is "
+                "right"
+            )
 
 
 def check_finite(name: str, tree: Any) -> None:

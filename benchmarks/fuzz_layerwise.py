@@ -10,7 +10,7 @@ import optax
 from hypothesis import strategies as st
 
 import galore_optax
-from benchmarks import fuzz_arguments
+from benchmarks import fuzz_transformations
 from benchmarks.fuzz_clear import Configuration, as_in_optax, check_clear
 from benchmarks.fuzz_compiled import check_finite, check_types
 from benchmarks.fuzz_search import Wrong
@@ -73,7 +73,7 @@ def cases(draw: st.DrawFn) -> Layers:
         rest.append(f"'head': array({d}, {TOKENS}{last})")
     stack = {"scale": f"{layers}, {d}", "up": f"{layers}, {d}, {f}", "down": f"{layers}, {f}, {d}"}
     blocks = ", ".join(f"'{name}': array({shape}{last})" for name, shape in stack.items())
-    drawn = draw(fuzz_arguments.transformations())
+    drawn = draw(fuzz_transformations.transformations())
     if draw(st.integers(0, 3)) and "weight_dimension_numbers" not in drawn["tx"]:
         numbers = "lambda path, shape: DimensionNumbers(1, 2) if len(shape) == 3 else None"
         drawn["tx"] = f"{drawn['tx'][:-1]}, weight_dimension_numbers={numbers})"

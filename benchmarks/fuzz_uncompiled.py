@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from hypothesis import strategies as st
 
-from benchmarks import fuzz_arguments, fuzz_names, fuzz_trees
+from benchmarks import fuzz_arguments, fuzz_names, fuzz_transformations, fuzz_trees
 from benchmarks.fuzz_clear import Configuration, as_in_optax, check_clear
 from benchmarks.fuzz_compiled import check_types
 from benchmarks.fuzz_search import Wrong
@@ -42,7 +42,7 @@ def cases(draw: st.DrawFn) -> Configuration:
     dtypes = fuzz_trees.DTYPES
     if draw(st.integers(0, 9)) == 0:
         dtypes = (*dtypes, "int32", "bool", "complex64", "float8_e4m3fn")
-    drawn = draw(fuzz_arguments.transformations())
+    drawn = draw(fuzz_transformations.transformations())
     return Configuration(draw(fuzz_trees.trees(dtypes)), **drawn)
 
 

@@ -152,8 +152,9 @@ class AdamW:
         residual = resolve(
             "residual", options.get("residual", "discard"), RESIDUALS, Residual
         ).with_betas(betas)
+        given = options.get("projector_options")
         projector = projectors.resolve(
-            options.get("projector", "svd"), options.get("projector_options")
+            options.get("projector", "svd"), {} if given is None else given
         ).with_betas(betas)
         options = options | {
             "transport": transport,

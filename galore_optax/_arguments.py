@@ -156,6 +156,15 @@ def _positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1; got {value!r}")
 
 
+def _static_int(name: str, value: object) -> None:
+    if is_bool(value) or not isinstance(value, numbers.Integral):
+        is_array = isinstance(value, jax.Array)
+        raise TypeError(
+            f"{name} must be an int, since it decides the shapes of the state; got {value!r}"
+            + (". Under optax.inject_hyperparams, name it in static_args." if is_array else "")
+        )
+
+
 def _optional(rule: Callable[[str, object], None]) -> Callable[[str, object], None]:
     return lambda name, value: None if value is None else rule(name, value)
 
@@ -175,5 +184,6 @@ RULES: dict[str, Callable[[str, object], None]] = {
         ("nesterov", "inject_learning_rate", "factored", "multiply_by_parameter_scale"), check_bool
     ),
     "ns_steps": _positive_int,
+    "min_dim_size_to_factor": _static_int,
 }
 """By the name of an argument what raises an error where its value cannot be right."""

@@ -215,7 +215,7 @@ def galore(
     check_bool("stagger", stagger)
     check_bool("diagnostics", diagnostics)
     method = Method(
-        projectors.resolve(projector, projector_options),
+        projectors.resolve(projector, {} if projector_options is None else projector_options),
         resolve_refresh(refresh),
         resolve("transport", transport, TRANSPORTS, Transport),
         resolve("residual", residual, RESIDUALS, Residual),
@@ -230,7 +230,8 @@ def galore(
         method,
         update_proj_gap,
         bool(stagger),
-        scale,
+        # One of NumPy would have a dtype, and make updates of it.
+        scale if isinstance(scale, jax.Array) else float(scale),
         1 if accumulation_steps is None else int(accumulation_steps),
         seed if isinstance(seed, jax.Array) else int(seed),
     )

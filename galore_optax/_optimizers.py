@@ -1,6 +1,5 @@
 """Presets of other optimizers than AdamW in galore, with Optax's argument names and order."""
 
-import numbers
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -19,7 +18,6 @@ from galore_optax._options import (
     warn_of_calls,
 )
 from galore_optax._ownership import Stacked, check_stacked, stacked_axes
-from galore_optax._quantized import static_hint
 from galore_optax._select import Selection
 from galore_optax._sharding import under_auto
 from galore_optax._state import inspection_in_progress
@@ -74,7 +72,6 @@ def galore_adafactor(
       >>> import galore_optax
       >>> tx = galore_optax.galore_adafactor(1e-3, multiply_by_parameter_scale=False, rank=8)
     """
-    _check_dim_size(min_dim_size_to_factor)
     warn_of_calls("galore_adafactor", learning_rate, options)
     return galore(
         optax.adafactor(
@@ -219,9 +216,8 @@ def flora(
     given: GaloreOptions = _FLORA | options
     check_accumulation("flora", given)
     check_stacked(stacked)
-    check_scale(given.get("scale", 1.0))
-    _check_dim_size(min_dim_size_to_factor)
     selection, clip, scale = _selection(given), clipping_threshold, given.get("scale", 1.0)
+    check_scale(scale)
 
     def clipped(updates: Updates, params: Params | None = None) -> Updates:
         """Clips the root mean square, of each item of a stack by itself, and scales matrices."""
@@ -365,14 +361,6 @@ def _as_of_all(
         return tx.update(updates, state, beside(updates, params), **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_dim_size(size: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, numbers.Integral):
-        raise TypeError(
-            "min_dim_size_to_factor must be an int, since it decides the shapes of the state; got "
-            f"{size!r}{static_hint(size)}"
-        )
 
 
 def _selection(options: GaloreOptions) -> Selection:

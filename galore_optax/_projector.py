@@ -78,14 +78,14 @@ class Projector:
 
 def resolve_projector(
     projector: str | Callable[..., Array],
-    options: Mapping[str, object] | None,
+    options: Mapping[str, object],
     table: Mapping[str, Projector],
 ) -> Projector:
     """Returns the projector of that name, or of the user's function, with options.
 
     Args:
       projector: the name, the function, or a row of a table.
-      options: keyword arguments of the function; None for none.
+      options: keyword arguments of the function.
       table: the projectors that have names, for which their functions stand too.
 
     Raises:
@@ -106,7 +106,6 @@ def resolve_projector(
             f"projector must be a name ({', '.join(table)}) or a function "
             f"(matrix, rank) -> basis; got {projector!r}"
         )
-    options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise TypeError(
             "projector_options must be a dict of keyword arguments of the projector; got "

@@ -364,9 +364,7 @@ PROJECTORS: dict[str, Projector] = {
 }
 
 
-def resolve(
-    projector: str | Callable[..., Array], options: Mapping[str, object] | None
-) -> Projector:
+def resolve(projector: str | Callable[..., Array], options: Mapping[str, object]) -> Projector:
     """Returns the projector of that name, or of the user's function, with options.
 
     A function of this module stands for its row in the table, with its type of basis.

@@ -181,3 +181,12 @@ def test_axes_of_stacks_that_a_leaf_does_not_have(make, stacked, error):
 def test_numbers_of_any_kind_are_right(number):
     galore_optax.galore_adamw(number, number, number, weight_decay=number)
     galore(INNER, scale=number)
+
+
+@pytest.mark.parametrize("scale", [np.float64(0.5), np.asarray(0.5, np.float32), 1])
+def test_a_scale_of_numpy_is_a_number_as_any(scale):
+    tx = galore(INNER, rank=4, scale=scale)
+    state = jax.eval_shape(tx.init, PARAMS)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    updates, _ = jax.eval_shape(tx.update, half, state)
+    assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"bfloat16"}

@@ -127,6 +127,9 @@ def check_rate(name: str, value: object) -> None:
 
 
 def _dtype(name: str, value: object) -> None:
+    if isinstance(value, jax.Array):
+        # optax.inject_hyperparams calls a dtype as if it were a schedule, which gives a number.
+        value = value.dtype
     try:
         found = jnp.dtype(cast(jax.typing.DTypeLike, value))
     except TypeError:

@@ -59,15 +59,19 @@ def from_blocks(
       blocks: the blocks.
       item_shape: the shape of the array without batch axes.
       block_size: the number of elements of a block.
-      where: where the array shall lie, if the blocks are on a mesh of Explicit axes; None leaves
-        the axes whole that are not those of the blocks.
+      where: where the array shall lie, if the blocks are on a mesh of Explicit axes; None for
+        where the blocks lie, those of a flattened item along its first axis if that can be divided.
     """
     stored = stored_shape(item_shape, block_size)
     if where is None:
-        of_blocks = _spec(blocks)[:-1]
-        where = PartitionSpec(*of_blocks)
+        *others, last = _spec(blocks)[:-1]
+        of_item = [last]
         if stored != item_shape:
-            where = PartitionSpec(*of_blocks[:-1], *[None] * len(item_shape))
+            sizes = jax.typeof(blocks).sharding.mesh.shape
+            parts = math.prod(sizes[axis] for axis in names_of(last))
+            divides = stored[0] == math.prod(item_shape) and item_shape[0] % parts == 0
+            of_item = [last if divides else None, *[None] * (len(item_shape) - 1)]
+        where = PartitionSpec(*others, *of_item[: len(item_shape)])
 
     def put_together(blocks: Float[Array, "*blocks size"]) -> Float[Array, "..."]:
         array = merge(blocks)
@@ -130,13 +134,15 @@ def merge(blocks: Shaped[Array, "*leading blocks size"]) -> Shaped[Array, "*lead
 
 
 def lying_as(old: PyTree, new: PyTree) -> PyTree:
-    """Returns arrays that lie on a mesh of Explicit axes where others do, of the same structure."""
+    """Returns arrays that lie on a mesh of Explicit axes where as many others do, in their order."""
 
     def put(before: Array, now: Array) -> Array:
         spec = jax.typeof(before).sharding.spec
         return now if jax.typeof(now).sharding.spec == spec else jax.sharding.reshard(now, spec)
 
-    return jax.tree.map(put, old, new)
+    # Static attributes may differ: what is updated by rows has but one of them.
+    leaves, treedef = jax.tree.flatten(new)
+    return treedef.unflatten(map(put, jax.tree.leaves(old), leaves))
 
 
 def _rows_last(blocks: Shaped[Array, "*blocks size"]) -> Shaped[Array, "*blocks size"]:

@@ -79,7 +79,9 @@ def test_names_of_an_array_in_codes_are_those_of_its_codes(container):
 @containers
 @pytest.mark.filterwarnings("ignore:galore projects nothing:UserWarning")
 def test_what_has_the_shape_of_its_parameter_has_its_names(container):
-    state = named(container, ("embed", "mlp"), galore_optax.galore_adamw(1e-3, 4, exclude="kernel"))
+    state = named(
+        container, ("embed", "mlp"), galore_optax.galore_adamw(1e-3, rank=4, exclude="kernel")
+    )
     assert state.inner[0].mu["kernel"] == state.inner[0].nu["kernel"] == P("embed", "mlp")
 
 

@@ -447,9 +447,7 @@ def test_new_data_is_read_from_its_start_and_an_evaluation_is_of_the_files_the_r
     with pytest.raises(UsageError, match=r"other files than there are now: 07.jsonl has 17 bytes"):
         evaluate.valid_of_run(run, None, 100)
     (run.parent / "text" / "09.jsonl").unlink()
-    with pytest.raises(
-        UsageError, match=r"09.jsonl is no longer among them\. Bring them back; .* with data=PATH"
-    ):
+    with pytest.raises(UsageError, match=r"09.jsonl is gone\. Bring them back; .* with data=PATH"):
         evaluate.valid_of_run(run, None, 100)
 
 

@@ -134,7 +134,7 @@ def merge(blocks: Shaped[Array, "*leading blocks size"]) -> Shaped[Array, "*lead
 
 
 def lying_as(old: PyTree, new: PyTree) -> PyTree:
-    """Returns arrays that lie on a mesh of Explicit axes where as many others do, in their order."""
+    """Returns arrays that lie on a mesh of Explicit axes where as many others do."""
 
     def put(before: Array, now: Array) -> Array:
         spec = jax.typeof(before).sharding.spec

@@ -118,7 +118,7 @@ def test_error_of_a_stack_of_vectors_in_codes():
 
 def test_error_of_what_is_no_transformation():
     with pytest.raises(
-        TypeError, match="tx must be an Optax transformation such as .*; got <function adamw"
+        TypeError, match=r"tx must be an Optax transformation such as .*; got <function adamw"
     ):
         model.layerwise(optax.adamw)
 

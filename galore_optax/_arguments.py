@@ -81,6 +81,13 @@ def mask_of(name: str, mask: Mask | None) -> Mask | None:
     return fitting
 
 
+def static_hint(value: object) -> str:
+    """Returns what to add to the error of an argument that must not be an array."""
+    if isinstance(value, jax.Array):
+        return ". Under optax.inject_hyperparams, name it in static_args."
+    return ""
+
+
 def check_bool(name: str, value: object) -> None:
     """Raises an error where an argument is no bool."""
     if not is_bool(value):
@@ -161,10 +168,9 @@ def _positive_int(name: str, value: object) -> None:
 
 def _static_int(name: str, value: object) -> None:
     if is_bool(value) or not isinstance(value, numbers.Integral):
-        is_array = isinstance(value, jax.Array)
         raise TypeError(
             f"{name} must be an int, since it decides the shapes of the state; got {value!r}"
-            + (". Under optax.inject_hyperparams, name it in static_args." if is_array else "")
+            + static_hint(value)
         )
 
 

@@ -27,14 +27,20 @@ def is_pattern(given: object) -> TypeGuard[str | re.Pattern[str]]:
     )
 
 
-def takes(function: Callable[..., object], count: int) -> bool:
-    """Whether a function can be called with so many arguments by position, as far as is known."""
+def takes(function: Callable[..., object], count: int, *, more: bool = False) -> bool:
+    """Whether a function can be called with so many arguments by position, as far as is known.
+
+    Args:
+      function: the function.
+      count: the number of arguments.
+      more: whether it may need others behind them.
+    """
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # such as for a function written in C
         return True
     try:
-        signature.bind(*[None] * count)
+        (signature.bind_partial if more else signature.bind)(*[None] * count)
     except TypeError:
         return False
     return True

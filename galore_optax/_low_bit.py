@@ -12,6 +12,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, PyTreeDef
 
+from galore_optax._arguments import static_hint
 from galore_optax._blocks import lying_as
 from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._errors import check_transformation
@@ -24,7 +25,6 @@ from galore_optax._quantized import (
     check_block_size,
     fitting_block_size,
     is_quantized,
-    static_hint,
 )
 from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._specs import placed_state, specs_of

@@ -18,8 +18,8 @@ import optax
 from jax.tree_util import GetAttrKey, KeyPath, SequenceKey
 from jaxtyping import PyTree
 
+from galore_optax._arguments import static_hint
 from galore_optax._callables import takes
-from galore_optax._quantized import static_hint
 from galore_optax._trees import leaves_with_keys, logical, path_name
 from galore_optax._types import Params, Shape, State
 from galore_optax._view import LeafView, MatrixView

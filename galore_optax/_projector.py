@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from galore_optax._adam import Betas
 from galore_optax._basis import Basis, Dense
+from galore_optax._callables import takes
 from galore_optax._ownership import Role
 
 _SUPPLIED = ("key", "old", "first", "moments", "step")
@@ -98,7 +99,7 @@ def resolve_projector(
         found = table[projector]
     elif isinstance(projector, Projector):
         found = projector
-    elif callable(projector) and _takes_a_matrix(projector):
+    elif callable(projector) and takes(projector, 2, more=True):
         known = (row for row in table.values() if row.function is projector)
         found = next(known, Projector(projector))
     else:
@@ -126,17 +127,6 @@ def resolve_projector(
                 f"{option} of {name} must be an int of at least {least}; got {value!r}"
             )
     return dataclasses.replace(found, function=functools.partial(found.function, **options))
-
-
-def _takes_a_matrix(function: Callable[..., Array]) -> bool:
-    """Whether a function takes a matrix and a rank by position, as far as is known."""
-    try:
-        inspect.signature(function).bind_partial(None, None)
-    except ValueError:  # some built-in functions have no signature
-        return True
-    except TypeError:
-        return False
-    return True
 
 
 def _taken(function: Callable[..., Array]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 
+from galore_optax._arguments import static_hint
 from galore_optax._blocks import (
     from_blocks,
     lying_as,
@@ -310,13 +311,6 @@ def check_block_size(block_size: object, scheme: str | None = None) -> None:
 def _unit(scheme: str | None) -> int:
     """What the size of a block is a multiple of, so that blocks fill whole bytes."""
     return 2 if scheme is None else max(2, CODECS[scheme].codes_per_byte)
-
-
-def static_hint(value: object) -> str:
-    """Returns what to add to the error of an argument that must not be an array."""
-    if isinstance(value, jax.Array):
-        return ". Under optax.inject_hyperparams, name it in static_args."
-    return ""
 
 
 def fitting_block_size(item_shape: Shape, block_size: int, scheme: str) -> int:

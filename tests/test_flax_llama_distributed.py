@@ -195,6 +195,19 @@ def test_what_is_not_known_of_processes_is_refused(monkeypatch, settings, messag
         pass
 
 
+def test_processes_with_other_data_are_named(monkeypatch):
+    rows = {"a" * 32: [1, 1, 1], "b" * 32: [1, 2, 1]}
+    found = {int(digest[:8], 16): row for digest, row in rows.items()}
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed, "meet", lambda where: None)
+    monkeypatch.setattr(distributed, "gathered", found.__getitem__)
+    distributed.check_same_data({"train": "a" * 32})
+    with pytest.raises(
+        UsageError, match="process 1 of 3 has other data to valid on than process 0"
+    ):
+        distributed.check_same_data(dict(zip(("train", "valid"), rows, strict=True)))
+
+
 def test_flags_of_processes_want_the_flag_that_there_are_some():
     with pytest.raises(UsageError, match="processes=2 has no effect without distributed=True"):
         train.from_command_line(["--processes", "2"])

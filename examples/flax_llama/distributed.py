@@ -127,8 +127,7 @@ def check_same_data(digests: Mapping[str, str]) -> None:
     """Refuses processes that were given other data than each other, under the same names.
 
     Args:
-      digests: of what the data is known by, in hexadecimal, all of one length; the keys say what
-        is done with it.
+      digests: of what the data is known by, in hexadecimal; the keys say what is done with it.
 
     Raises:
       UsageError: says which processes have other data than the first one.
@@ -136,13 +135,11 @@ def check_same_data(digests: Mapping[str, str]) -> None:
     if jax.process_count() == 1:
         return
     meet("data")
-    own = np.stack([np.frombuffer(bytes.fromhex(x), np.uint8) for x in digests.values()])
-    found = multihost_utils.process_allgather(own)
-    for what, of_processes in zip(digests, np.moveaxis(found, 0, 1), strict=True):
-        others = np.flatnonzero((of_processes != of_processes[0]).any(axis=-1))
-        if others.size:
-            who = f"process {', '.join(map(str, others))}"
+    for what, digest in digests.items():
+        # As much of it as tells files from others.
+        first, *found = gathered(int(digest[:8], 16))
+        if others := [str(k) for k, one in enumerate(found, 1) if one != first]:
             raise UsageError(
-                f"{who} of {jax.process_count()} has other data to {what} on than process 0: give "
-                "each host the same files under the same names."
+                f"process {', '.join(others)} of {jax.process_count()} has other data to {what} on "
+                "than process 0: give each host the same files under the same names."
             )

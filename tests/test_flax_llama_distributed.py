@@ -202,9 +202,7 @@ def test_processes_with_other_data_are_named(monkeypatch):
     monkeypatch.setattr(distributed, "meet", lambda where: None)
     monkeypatch.setattr(distributed, "gathered", found.__getitem__)
     distributed.check_same_data({"train": "a" * 32})
-    with pytest.raises(
-        UsageError, match="process 1 of 3 has other data to valid on than process 0"
-    ):
+    with pytest.raises(UsageError, match="process 1 of 3 has other valid data than process 0"):
         distributed.check_same_data(dict(zip(("train", "valid"), rows, strict=True)))
 
 

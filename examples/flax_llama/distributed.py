@@ -127,7 +127,7 @@ def check_same_data(digests: Mapping[str, str]) -> None:
     """Refuses processes that were given other data than each other, under the same names.
 
     Args:
-      digests: of what the data is known by, in hexadecimal; the keys say what is done with it.
+      digests: of what the data is known by, in hexadecimal, by its name.
 
     Raises:
       UsageError: says which processes have other data than the first one.
@@ -140,6 +140,6 @@ def check_same_data(digests: Mapping[str, str]) -> None:
         first, *found = gathered(int(digest[:8], 16))
         if others := [str(k) for k, one in enumerate(found, 1) if one != first]:
             raise UsageError(
-                f"process {', '.join(others)} of {jax.process_count()} has other data to {what} on "
-                "than process 0: give each host the same files under the same names."
+                f"process {', '.join(others)} of {jax.process_count()} has other {what} data than "
+                "process 0: give each host the same files under the same names."
             )

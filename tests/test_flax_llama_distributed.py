@@ -1,5 +1,6 @@
 """Runs of several processes: who is missing or has ended is told, and numbers are those of one."""
 
+import json
 import math
 import os
 import random
@@ -129,6 +130,39 @@ def test_what_looks_for_open_ports_is_no_process(words):
         assert process.communicate("\n", timeout=30)[1] == ""
 
 
+def ends_naming(process, number):
+    """Whether a process of three ends since this one has, with a line that says so."""
+    process.wait(timeout=30)  # Before communicate() closes its standard input, which ends it too.
+    _, error = process.communicate()
+    ended = error.startswith(f"error: process {number} of 3 has ended before the run has")
+    return process.returncode == 1 and ended and error.count("\n") == 1
+
+
+def test_a_process_that_ends_while_others_are_waited_for_is_named():
+    port = free_port()
+    first = member(port, 3, 0, 30, 0.1)
+    while True:
+        try:
+            stand_in = socket.create_connection(("localhost", port))
+            break
+        except OSError:
+            time.sleep(0.05)
+    who = {"number": 1, "settings": {"lr": 0.1, "processes": 3}}
+    with stand_in:
+        stand_in.sendall(f"here {json.dumps(who)}\n".encode())
+    assert ends_naming(first, 1)
+
+
+def test_the_end_of_the_first_process_ends_those_that_wait_with_it():
+    port = free_port()
+    with socket.create_server(("localhost", port)) as stand_in:
+        waiting = member(port, 3, 1, 30, 0.1)
+        peer, _ = stand_in.accept()
+        with peer:
+            assert peer.recv(4) == b"here"
+    assert ends_naming(waiting, 0)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("how", ["killed", "error"])
 def test_all_processes_end_where_one_does_and_say_which(victim, how):
@@ -143,11 +177,7 @@ def test_all_processes_end_where_one_does_and_say_which(victim, how):
         found[victim].stdin.flush()
     ended = found.pop(victim)
     for process in found.values():
-        process.wait(timeout=30)
-        _, error = process.communicate()
-        assert process.returncode == 1
-        assert error.startswith(f"error: process {victim} of 3 has ended before the run has")
-        assert error.count("\n") == 1
+        assert ends_naming(process, victim)
     ended.kill()
     assert ended.communicate()[1] == ("" if how == "killed" else "error: this is wrong\n")
     assert time.monotonic() - began < 10

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import select
 import socket
 import sys
 import threading
@@ -81,11 +82,14 @@ class RollCall:
             ) from error
         with server:
             while len(self._peers) < self._count - 1:
-                server.settimeout(max(0.01, end - time.monotonic()))
-                try:
-                    peer, _ = server.accept()
-                except TimeoutError:
+                here, left = dict(self._peers), max(0, end - time.monotonic())
+                heard, _, _ = select.select([server, *here.values()], [], [], left)
+                if not heard:
                     break
+                for number, peer in here.items():
+                    if peer in heard:  # A process that waits says nothing until it is gone.
+                        self._end(number)
+                peer, _ = server.accept()
                 peer.settimeout(SILENT)
                 if (member := introduced(peer)) is not None:
                     self._admit(peer, *member)
@@ -142,12 +146,17 @@ class RollCall:
         peer.settimeout(max(1.0, end - time.monotonic() + timeout))
         try:
             answer, _, more = read_line(peer).partition(" ")
+        except TimeoutError:
+            answer, more = MISSING, "0"
         except OSError:
             answer, more = "", ""
         if answer == WRONG:
             raise UsageError(more)
+        if answer == MISSING:
+            raise self._missing(more, timeout)
         if answer != HERE:
-            raise self._missing(more or "0", timeout)
+            # Without an answer the first process itself is gone.
+            self._end(int(more) if answer == ENDED else 0)
         self._watch(0, peer)
 
     def _missing(self, who: str, timeout: float, more: str = "") -> UsageError:

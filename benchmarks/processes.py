@@ -32,6 +32,9 @@ from examples.flax_llama.run_directory import SETTINGS
 
 DEVICES, STEPS = 8, 600
 MESH, OTHER = "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"
+# Seconds within which the survivors of a killed process must have ended: of one that had come, and
+# those that they wait for one that never comes.
+LIMIT, ARRIVAL = 10, 40
 RUN = shlex.split(
     "--hidden 16 --intermediate 40 --layers 2 --heads 2 --rank 4 --tokenizer bytes --batch 8 "
     "--seq 20 --update-proj-gap 25 --save-every 10 --eval-every 200 --eval-tokens 200 --quiet "
@@ -39,9 +42,6 @@ RUN = shlex.split(
 )
 # Updates after which losses on another mesh are compared.
 AFTER = 10
-# Seconds within which the survivors of a killed process must have ended: of one that had come, and
-# those that they wait for one that never comes.
-LIMIT, ARRIVAL = 10, 40
 
 
 class Group:

@@ -38,7 +38,7 @@ LIMIT, ARRIVAL = 10, 40
 RUN = shlex.split(
     "--hidden 16 --intermediate 40 --layers 2 --heads 2 --rank 4 --tokenizer bytes --batch 8 "
     "--seq 20 --update-proj-gap 25 --save-every 10 --eval-every 200 --eval-tokens 200 --quiet "
-    f"--no-tensorboard --mesh {MESH} --lr 0.01 --distributed-timeout {ARRIVAL}"
+    f"--no-tensorboard --mesh {MESH} --lr 0.01"
 )
 # Updates after which losses on another mesh are compared.
 AFTER = 10
@@ -65,7 +65,7 @@ class Group:
         }
         command = [sys.executable, "-m", "examples.flax_llama.train", "--out", str(out), *words]
         several = ["--distributed", "--coordinator", f"localhost:{free_port()}"]
-        several += ["--processes", str(count), "--process"]
+        several += ["--distributed-timeout", str(ARRIVAL), "--processes", str(count), "--process"]
         self.processes = [
             subprocess.Popen(
                 [*command, *several, str(number)] if count > 1 else command,

@@ -72,7 +72,15 @@ def checked_specs(specs: PyTree, params: Params, mesh: AbstractMesh | None) -> l
     ):
         spec, shape = PartitionSpec() if given is None else given, np.shape(leaf)
         if not isinstance(spec, PartitionSpec):
-            raise TypeError(f"specs must be jax.sharding.PartitionSpec; {path!r} has {spec!r}")
+            hint = ", which state_shardings takes" if isinstance(spec, NamedSharding) else ""
+            raise TypeError(
+                f"specs must be jax.sharding.PartitionSpec; {path!r} has {spec!r}{hint}"
+            )
+        if getattr(spec, "unreduced", None) or getattr(spec, "reduced", None):
+            raise ValueError(
+                f"the spec {spec} of {path!r} is of sums that are not added up yet: give that of "
+                "what they add up to"
+            )
         if len(spec) > len(shape):
             raise ValueError(f"the spec {spec} of {path!r} has more axes than its shape {shape}")
         if PartitionSpec.UNCONSTRAINED in spec:

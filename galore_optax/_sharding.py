@@ -1,7 +1,7 @@
 """Computes on a mesh of Explicit axes what needs Auto axes, and says what is wrong with a mesh."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, cast
 
 import jax
@@ -19,18 +19,20 @@ Result = TypeVar("Result")
 
 def check_mesh(tree: PyTree) -> None:
     """Raises where arrays lie on a mesh with Explicit axes that is not the current one."""
-    mesh = _explicit_mesh(tree)
-    if mesh is not None and jax.__version_info__ < (0, 7):
-        raise ValueError(
-            f"arrays on a mesh with Explicit axes, {dict(mesh.shape)}, need jax 0.7; this is "
-            f"{jax.__version__}: make the mesh with axes of AxisType.Auto"
-        )
-    if mesh is not None and not has_explicit_axes(jax.sharding.get_abstract_mesh()):
-        raise ValueError(
-            f"galore was given arrays on a mesh with Explicit axes, {dict(mesh.shape)}, outside of "
-            "that mesh: call init and update, or the jitted functions that do, under "
-            "jax.set_mesh(mesh)"
-        )
+    current = jax.sharding.get_abstract_mesh()
+    for mesh in _explicit_meshes(tree):
+        if jax.__version_info__ < (0, 7):
+            raise ValueError(
+                f"arrays on a mesh with Explicit axes, {dict(mesh.shape)}, need jax 0.7; this is "
+                f"{jax.__version__}: make the mesh with axes of AxisType.Auto"
+            )
+        if not has_explicit_axes(current) or mesh.shape != current.shape:
+            there = f", on {dict(current.shape)}" if current.axis_names else ""
+            raise ValueError(
+                f"galore was given arrays on a mesh with Explicit axes, {dict(mesh.shape)}, "
+                f"outside of that mesh{there}: call init and update, or the jitted functions that "
+                "do, under jax.set_mesh(mesh)"
+            )
 
 
 def shaped(leaf: PyTree, *, item: bool = False) -> jax.ShapeDtypeStruct:
@@ -165,8 +167,7 @@ def zeros_like(leaf: PyTree, dtype: DType | None = None) -> Array:
     return zeros if like.sharding is None else jax.sharding.reshard(zeros, like.sharding.spec)
 
 
-def _explicit_mesh(tree: PyTree) -> AbstractMesh | None:
+def _explicit_meshes(tree: PyTree) -> Iterator[AbstractMesh]:
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and has_explicit_axes(jax.typeof(leaf).sharding.mesh):
-            return jax.typeof(leaf).sharding.mesh
-    return None
+            yield jax.typeof(leaf).sharding.mesh

@@ -195,7 +195,7 @@ def test_processes_that_are_done_end_one_after_the_other():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "distributed=True: coordinator and processes and process must be given"),
+        ({}, "distributed=True: coordinator, processes, process must be given"),
         (
             {"coordinator": "here", "processes": 2, "process": 0},
             "coordinator='here': expected HOST",

@@ -232,6 +232,9 @@ def test_outside_of_the_mesh_an_error_says_what_to_do():
         state = jax.jit(tx.init)(matrix)
     with pytest.raises(ValueError, match="outside of that mesh"):
         jax.jit(tx.update)(matrix, state, matrix)
+    other = jax.make_mesh((1, 1), ("y", "x"), (AxisType.Explicit,) * 2)
+    with jax.set_mesh(other), pytest.raises(ValueError, match=r"mesh, on \{'y': 1, 'x'"):
+        tx.update(matrix, state, matrix)
 
 
 BLOCKS = {

@@ -167,6 +167,11 @@ def test_bytes_of_a_device_need_a_mesh():
         ({"kernel": P(("y", "y"))}, ValueError, r"'kernel' has the mesh axis 'y' twice"),
         ({"kernel": P(P.UNCONSTRAINED)}, ValueError, r"'kernel' leaves an axis open"),
         ({"kernel": "x"}, TypeError, "must be jax.sharding.PartitionSpec"),
+        (
+            {"kernel": NamedSharding(AbstractMesh((3,), ("x",)), P())},
+            TypeError,
+            "'kernel' has NamedSharding.*, which state_shardings takes",
+        ),
     ],
     ids=str,
 )
@@ -174,6 +179,12 @@ def test_specs_that_cannot_be_right(specs, error, says):
     mesh = AbstractMesh((3, 2), ("x", "y"))
     with pytest.raises(error, match=says):
         state_partition_specs(galore_optax.galore_adamw(1e-3, rank=4), MATRIX, specs, mesh=mesh)
+
+
+@pytest.mark.since(jax="0.10")
+def test_sums_that_are_not_added_up_have_no_place():
+    with pytest.raises(ValueError, match="'kernel' is of sums that are not added up yet"):
+        specs_of(galore_optax.galore_adamw(1e-3, rank=4), P("x", unreduced={"y"}))
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,8 @@ def haiku():
     return seen(tx, params, specs, mesh, state, losses)
 
 
-# numpyro: SVI, whose optimizer is (count, (parameters, state)) and gets the value of the loss.
+# numpyro: SVI, whose optimizer is (count, (parameters, state)) and gets the value of the loss. All
+# of it, and a key, are made on one device.
 
 
 def numpyro():
@@ -167,23 +168,26 @@ def numpyro():
         return P("fsdp") if len(shape) == 2 else P()
 
     specs = spec_tree(values, lies)
-    params = jax.device_put(values, named(specs, mesh))
-    count = jax.device_put(0, NamedSharding(mesh, P()))
-    state = (count, (params, tx.init(params)))
+    initial = (jnp.zeros([], jnp.int32), values), jax.random.key(0)
+    (count, params), key = jax.device_put(initial, NamedSharding(mesh, P()))
+    params = jax.device_put(params, named(specs, mesh))
+    of_state = galore_optax.state_shardings(tx, params)
+    state = ((count, (params, jax.jit(tx.init, out_shardings=of_state)(params))), key)
     lie = jax.tree.map(lambda x: x.sharding, state)
 
     @functools.partial(jax.jit, out_shardings=(lie, None))
     def update(state):
-        count, (params, of_optax) = state
+        (count, (params, of_optax)), key = state
         value, grads = jax.value_and_grad(elbo)(params)
         updates, of_optax = tx.update(grads, of_optax, params, value=value)
-        return (count + 1, (optax.apply_updates(params, updates), of_optax)), value
+        params = optax.apply_updates(params, updates)
+        return ((count + 1, (params, of_optax)), jax.random.split(key)[0]), value
 
     losses = []
     for _ in range(STEPS):
         state, value = update(state)
         losses.append(value)
-    params, of_optax = state[1]
+    _, (params, of_optax) = state[0]
     return seen(tx, params, specs, mesh, of_optax, losses)
 
 

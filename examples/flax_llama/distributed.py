@@ -81,7 +81,7 @@ def found(config: Config) -> tuple[str, int, int, list[int] | None]:
         values = {"coordinator": address, "processes": count, "process": number}
         unknown = [name for name, value in values.items() if value is None]
         raise UsageError(
-            f"distributed=True: {' and '.join(unknown)} must be given, since this is no job of "
+            f"distributed=True: {', '.join(unknown)} must be given, since this is no job of "
             "SLURM, Open MPI, Kubernetes or a TPU pod, of which JAX knows: "
             "coordinator=HOST:PORT, processes=N and process=0 to N - 1."
         )

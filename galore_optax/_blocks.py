@@ -122,7 +122,7 @@ def split(array: Shaped[Array, "*leading all"], size: int) -> Shaped[Array, "*le
     over = _spec(array)[-1]
     if over is not None:
         mesh = jax.typeof(array).sharding.mesh.shape
-        if count % math.prod(mesh[axis] for axis in (over if isinstance(over, tuple) else (over,))):
+        if count % math.prod(mesh[axis] for axis in names_of(over)):
             array = _gathered(array, [array.ndim - 1])
     return _rows_last(array.reshape(*array.shape[:-1], count, size))
 

@@ -155,12 +155,12 @@ def parameter_specs(params: Any, mesh: AnyMesh) -> Any:
         rules = (axes for end, axes in PARAMETERS.items() if re.search(f"(^|/){end}$", name))
         axes = next(rules, ())
         entries = (*[None] * (len(x.shape) - len(axes)), *axes)
-        return fitting(PartitionSpec(*entries), x.shape, mesh)
+        return dividing(PartitionSpec(*entries), x.shape, mesh)
 
     return jax.tree.map_with_path(spec, params, is_leaf=is_quantized)
 
 
-def fitting(spec: PartitionSpec, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
+def dividing(spec: PartitionSpec, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
     """A spec without the mesh axes that do not divide what they are to divide, or are one device.
 
     Args:
@@ -239,7 +239,7 @@ def laid(x: jax.Array, what: str) -> jax.Array:
     on_mesh = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto} and mesh.size > 1
     if not on_mesh:
         return x
-    return jax.lax.with_sharding_constraint(x, fitting(ACTIVATIONS[what], x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, dividing(ACTIVATIONS[what], x.shape, mesh))
 
 
 def laid_as_parameters(gradients: Any, mesh: Mesh) -> Any:

@@ -2,10 +2,11 @@
 
 python -m benchmarks.damage --seed 0 --count 500 --out benchmarks/results/damage.json
 
-A file is truncated, emptied, deleted, replaced by that of another checkpoint or by a directory, made
-unreadable, or a bit of it flips. Then the run goes on, and its checkpoints are loaded: bit for bit
-as they were, or there is one line that names what is damaged, nothing has changed, and what that
-line says to do about it leads to the checkpoint before. The same command again goes on where it was.
+A file is truncated, emptied, deleted, replaced by that of another checkpoint or by a directory,
+made unreadable, or a bit of it flips. Then the run goes on, and its checkpoints are loaded: bit for
+bit as they were, or there is one line that names what is damaged, nothing has changed, and what
+that line says to do about it leads to the checkpoint before. The same command again goes on where
+it was.
 """
 
 import os
@@ -29,11 +30,12 @@ from benchmarks.damage_runs import (
     resumed,
 )
 from benchmarks.fuzz_search import Wrong
+from examples.flax_llama.records import METRICS, read_records
+from examples.flax_llama.repair import repair
+from examples.flax_llama.run_directory import SETTINGS
 from examples.flax_llama.usage import UsageError
 
 LAST = SAVED[-1]
-# Files that say nothing that anybody relies on.
-OF_NO_MATTER = ("lock",)
 
 
 def truncate(to: Callable[[int], int]) -> Callable[[Path, random.Random], None]:
@@ -99,7 +101,7 @@ def check_words(error: UsageError, file: Path, made: Made) -> None:
             raise Wrong(f"does not name the checkpoint: {said}")
         if len(parts) > 4 and parts[3] not in said:
             raise Wrong(f"does not name {parts[3]}: {said}")
-    elif str(made.out.parent / file) not in said:
+    elif not (str((made.out.parent / file).parent) in said and file.name in said):
         raise Wrong(f"does not name {file}: {said}")
 
 
@@ -115,12 +117,20 @@ def check_resumed(made: Made, file: Path) -> str:
     except UsageError as error:
         check_words(error, file, made)
         if (now := contents(made.out)) != before:
-            raise Wrong(f"something has changed: {set(now.items()) ^ set(before.items())}") from None
+            raise Wrong(
+                f"something has changed: {set(now.items()) ^ set(before.items())}"
+            ) from None
         if file.parts[:3] == ("run", "checkpoints", str(LAST)):
             check_advice(made, str(error))
+        if file == Path("run", SETTINGS):
+            repair(made.out)
+            check_seen(resumed(made.out)[0], made.right)
         return "refused"
     check_seen(seen, made.right)
-    lost = [path for path in before if "checkpoints" in path.parts and path not in contents(made.out)]
+    check_log(made, seen.step, said)
+    lost = [
+        path for path in before if "checkpoints" in path.parts and path not in contents(made.out)
+    ]
     if lost:
         raise Wrong(f"deleted: {', '.join(map(str, lost))}")
     if seen.step != LAST:
@@ -128,6 +138,14 @@ def check_resumed(made: Made, file: Path) -> str:
             raise Wrong(f"it goes on from update {seen.step} without a word: {said}")
         return "the checkpoint before"
     return "right"
+
+
+def check_log(made: Made, step: int, said: str) -> None:
+    """Raises Wrong where records of updates are missing in a run's log, without a word."""
+    records = read_records(made.out / METRICS)
+    logged = [record["step"] for record in records if "loss" in record]
+    if logged != list(range(1, step + 1)) and METRICS not in said:
+        raise Wrong(f"the log has updates {logged}, and nothing is said of it: {said}")
 
 
 def check_advice(made: Made, said: str) -> None:

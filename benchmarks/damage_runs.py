@@ -1,4 +1,4 @@
-"""Runs of which files are damaged, and what a program that goes on with one, or loads it, makes of it.
+"""Runs of which files are damaged, and what going on with one, or loading it, comes to.
 
 A run has checkpoints after 4 and 8 of 12 updates. What it would make next is known: the parameters,
 the optimizer's state, the next batch and the settings after each of the two.
@@ -175,7 +175,7 @@ def resumed(out: Path, *words: str) -> tuple[Seen, str]:
         raise Stopped
 
     with (
-        mock.patch.object(train, "compile_update", lambda *_: (None, None)),
+        mock.patch.object(train, "compile_update", return_value=(None, None)),
         mock.patch.object(train, "make_updates", look),
         quiet() as said,
     ):

@@ -273,6 +273,8 @@ class Checkpoints:
             meet("restored")
             if not is_sound(found["checksums"]):
                 raise self._unreadable(step, ValueError("their own is another"), "checksums")
+            if found["checksums"].get("step", step) != step:
+                raise self._unreadable(step, ValueError("of another checkpoint"), "checksums")
             found["checksums"] = unsealed(found["checksums"])
             sums = {k: of_json(found[k]) for k in items.keys() - trees.keys() - {"checksums"}}
             sums |= checksums({name: found[name] for name in trees}) if trees else {}
@@ -282,7 +284,7 @@ class Checkpoints:
     def _check(self, step: int, sums: dict[str, int], saved: dict[str, int]) -> None:
         """Refuses a checkpoint of which something is not what was saved."""
         try:
-            check({"step": step} | sums, saved)
+            check(sums, saved)
         except ValueError as error:
             raise self._unreadable(step, error) from error
 

@@ -25,9 +25,10 @@ def repair(out: Path) -> int:
     with lock(out), open_run(out) as checkpoints:
         step = checkpoints.find("last")
         config = config_of(checkpoints.settings(step))
-        shape = config.shape(load_tokenizer(out, None).vocab_size)
+        # First, since what reads a tokenizer looks at that name too.
         if (path := out / SETTINGS).exists():
             path.rename(path.with_name(f"{SETTINGS}.damaged"))
+        shape = config.shape(load_tokenizer(out, None).vocab_size)
         write_settings(out, config, shape)
     return step
 

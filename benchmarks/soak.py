@@ -9,7 +9,9 @@ whether they are within the bounds, and a picture beside them. The same command 
 """
 
 import argparse
+import contextlib
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -29,7 +31,7 @@ RUN = shlex.split(
     "--hidden 32 --intermediate 88 --layers 2 --heads 2 --rank 8 --tokenizer bytes --batch 8 "
     "--seq 32 --vocab-size 512 --optimizer galore_adamw_8bit --refresh lazy --layerwise "
     f"--accumulate 2 --update-proj-gap 25 --save-every {EVERY} --eval-every {2 * EVERY} "
-    "--eval-tokens 2000 --keep 3 --on-nan skip --quiet --tensorboard"
+    "--eval-tokens 2000 --keep 3 --quiet --tensorboard"
 )
 # The first part of the updates, in which caches fill.
 WARM_UP = 0.25
@@ -57,11 +59,10 @@ def resident(pid: int) -> int:
 def size_of(directory: Path) -> int:
     """Bytes of all files below a directory, which come and go."""
     total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 

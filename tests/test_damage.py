@@ -58,7 +58,7 @@ def test_other_settings_in_a_file_that_is_changed_are_refused(made, monkeypatch)
     monkeypatch.setitem(damage.DAMAGES, "a bit", other_rate)
     assert damage.try_damage(made, Path("run/config.json"), "a bit", random.Random(0)) == "refused"
     monkeypatch.setattr(run_directory, "checked", lambda value, *_: value)
-    with pytest.raises(Wrong, match="other settings: {'clip': 3.0}"):
+    with pytest.raises(Wrong, match=r"other settings: .*3\.0"):
         damage.try_damage(made, Path("run/config.json"), "a bit", random.Random(0))
 
 
@@ -120,6 +120,7 @@ def test_a_short_soak_writes_figures_and_a_picture(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         soak.main()
     found = json.loads(out.read_text())
-    assert found["within"]["updates"] and found["within"]["checkpoints"]
+    assert found["within"]["updates"]
+    assert found["within"]["checkpoints"]
     assert found["most_checkpoints"] >= 3
     assert out.with_suffix(".png").stat().st_size > 10_000

@@ -112,7 +112,7 @@ def figures(
     warm = [each for each in seen if each["update"] > WARM_UP * updates]
     done, memory = (np.array([each[name] for each in warm], float) for name in ("update", "memory"))
     seconds = [record["seconds"] for record in records if "loss" in record]
-    windows = [statistics.median(part) for part in np.array_split(seconds, WINDOWS)]
+    windows = [float(statistics.median(part)) for part in np.array_split(seconds, WINDOWS)]
     late = windows[round(WARM_UP * WINDOWS) :]
     grown = float(
         np.median(memory[-len(memory) // 4 :]) - np.median(memory[: -(-len(memory) // 4)])

@@ -46,14 +46,17 @@ gpu:  ## measure on the GPU; REHEARSE=1 tries everything on the CPU
 	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) \
 	  $(if $(REHEARSE),--rehearse,--out benchmarks/results/gpu) $(if $(RESUME),--resume $(RESUME))
 
-# data, configurations, which are compiled, or arguments, which are not.
+# data; configurations, which are compiled; arguments, which are not; or checkpoints, which are damaged.
 KIND ?= data
 SEED ?= 0
-COUNT ?= $(if $(filter configurations,$(KIND)),3000,100000)
-SEARCH = $(if $(filter data,$(KIND)),fuzz_data,fuzz_configurations $(if $(filter arguments,$(KIND)),--uncompiled))
+COUNT ?= $(if $(filter configurations checkpoints,$(KIND)),3000,100000)
+SEARCH_data = fuzz_data
+SEARCH_configurations = fuzz_configurations
+SEARCH_arguments = fuzz_configurations --uncompiled
+SEARCH_checkpoints = damage
 
-fuzz: $(READY)  ## search for faults: KIND=data, configurations or arguments, SEED and COUNT of cases
-	$(BIN)/python -m benchmarks.$(SEARCH) --seed $(SEED) --count $(COUNT) --out runs/fuzz-$(KIND)-$(SEED).json
+fuzz: $(READY)  ## search for faults: KIND=data, configurations, arguments or checkpoints, SEED and COUNT of cases
+	$(BIN)/python -m benchmarks.$(SEARCH_$(KIND)) --seed $(SEED) --count $(COUNT) --out runs/fuzz-$(KIND)-$(SEED).json
 
 # Two processes, since most of the time goes into compilation; one on a GPU, whose memory each takes.
 # The threads of their SVDs would wait for each other. Not reordered, since the files with the fewest

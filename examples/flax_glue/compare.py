@@ -24,7 +24,7 @@ from examples.flax_glue.finetune import finetune
 from examples.flax_glue.optimizers import make_optimizer
 from examples.flax_glue.report import Comparison, Run, command, write_report
 from examples.flax_glue.run_files import check_settings, read_settings
-from examples.flax_llama.checkpoint import DIRECTORY, CheckpointError, hide_abandoned_writes
+from examples.flax_llama.checkpoint import DIRECTORY, CheckpointError
 from examples.flax_llama.command import program
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.run_directory import EMPTY, SETTINGS, lock
@@ -202,7 +202,6 @@ def compare(
 
 
 def main() -> None:
-    hide_abandoned_writes()
     with program(compare, Config, errors=(CheckpointError,)):
         comparison = command_line(compare, hidden=DECIDED)()
         print(f"Wrote {comparison.given.out}/report.md")

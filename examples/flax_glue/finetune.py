@@ -41,7 +41,6 @@ from examples.flax_glue.weights import Loaded, Params, joined, load_weights, par
 from examples.flax_llama.checkpoint import (
     CheckpointError,
     Checkpoints,
-    hide_abandoned_writes,
     told_of_errors,
 )
 from examples.flax_llama.command import program
@@ -330,7 +329,6 @@ def from_command_line(args: Sequence[str] | None = None) -> Config:
 
 
 def main() -> None:
-    hide_abandoned_writes()
     with program(Config, errors=(CheckpointError, FloatingPointError)):
         result = finetune(from_command_line())
         print_text(f"Finished; dev chooses epoch {in_words(result.best)}")

@@ -8,26 +8,25 @@ projectors and rounding are functions of the seed, which is in the configuration
 import contextlib
 import json
 import logging
-import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grain
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_manager, checkpoint_managers
+from orbax.checkpoint import checkpoint_managers
 
 import galore_optax
 from examples.flax_llama.checksums import check, checksums, of_json
 from examples.flax_llama.distributed import agreed, gathered, meet
 from examples.flax_llama.interleaved import merged
+from examples.flax_llama.losses import DAMAGED, NAME, Manager, metrics_of, rank
+from examples.flax_llama.run_directory import CHECKPOINTS as DIRECTORY
 from examples.flax_llama.run_directory import read_settings
+from examples.flax_llama.sealed import is_sound, sealed, unsealed
 from examples.flax_llama.step import State
-from examples.flax_llama.stored import check_arrays, has_version
-from examples.flax_llama.usage import UsageError, file_and_reason, first_line, reason
-
-DIRECTORY = "checkpoints"
+from examples.flax_llama.stored import check_arrays, has_version, what_is_wrong
+from examples.flax_llama.usage import UsageError, file_and_reason, reason
 
 # Orbax warns of options that are meant as they are, and logs the traceback of what it raises too.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -35,24 +34,6 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; those before it are whole."""
-
-
-def hide_abandoned_writes() -> None:
-    """Silences, in a program, the writes that Orbax does not wait for after one has failed.
-
-    They complain of their event loop, which is closed, or that nobody has retrieved their errors;
-    the error of the first is in the `CheckpointError`.
-    """
-    previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(
-        lambda record: "exception was never retrieved" not in record.getMessage()
-    )
 
 
 class Checkpoints:
@@ -71,16 +52,12 @@ class Checkpoints:
     def __init__(
         self, out: Path, *, keep: int = 1, read_only: bool = False, validated_since: int = 0
     ):
-        def rank(metrics: dict[str, float]) -> Any:
-            loss = metrics["valid_loss"] if is_sound(metrics) else math.inf
-            return -metrics.get("validated_since", 0), loss
-
         best = checkpoint_managers.BestN(
             get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         policies = [checkpoint_managers.LatestN(keep), best]
         self.path = out.absolute() / DIRECTORY
-        self._manager = ocp.CheckpointManager(
+        self._manager = Manager(
             self.path,
             options=ocp.CheckpointManagerOptions(
                 best_fn=rank,
@@ -155,16 +132,17 @@ class Checkpoints:
             all(
                 valid_loss < metrics["valid_loss"]
                 for metrics in found
-                if metrics and metrics.get("validated_since", 0) == self._validated_since
+                if metrics not in (None, DAMAGED)
+                and metrics.get("validated_since", 0) == self._validated_since
             )
         )
 
     def _check_losses(self, name: str) -> None:
         """Refuses to say which checkpoint is the best where a validation loss is damaged."""
         for step in self.steps:
-            if not is_sound(self._manager.metrics(step) or {}):
+            if self._manager.metrics(step) == DAMAGED:
                 raise UsageError(
-                    f"{name}='best': {self.path / str(step) / 'metrics'} is damaged, so that it is "
+                    f"{name}='best': {self.path / str(step) / NAME} is damaged, so that it is "
                     f"not known which checkpoint is. Name one by its number of updates: {self}."
                 )
 
@@ -183,7 +161,7 @@ class Checkpoints:
         """
         self.wait()
         saved = checksums({"params": state.params, "optimizer": state.optimizer})
-        saved["settings"] = of_json(settings)
+        saved |= {"settings": of_json(settings), "step": step}
         for number, position in enumerate(positions := gathered(of_json(batches.get_state()))):
             saved[f"data/process_{number}-of-{len(positions)}.json"] = position
         items = ocp.args.Composite(
@@ -191,11 +169,12 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(state.optimizer),
             data=grain.checkpoint.CheckpointSave(batches),
             settings=ocp.args.JsonSave(settings),
-            checksums=ocp.args.JsonSave(saved),
+            checksums=ocp.args.JsonSave(sealed(saved)),
         )
         self._writing = step
         try:
-            self._manager.save(step, args=items, metrics=self._metrics(valid_loss))
+            metrics = metrics_of(step, valid_loss, self._validated_since)
+            self._manager.save(step, args=items, metrics=metrics)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -205,22 +184,16 @@ class Checkpoints:
         Raises:
           CheckpointError: it could not be written.
         """
-        metrics = self._metrics(valid_loss)
+        metrics = metrics_of(step, valid_loss, self._validated_since)
         if metrics is None or self._manager.metrics(step) is not None:
             return
-        self._writing, name = step, checkpoint_manager.METRIC_ITEM_NAME
+        self._writing = step
         try:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=name)) as checkpointer:
-                checkpointer.save(self.path / str(step) / name, metrics)
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=NAME)) as checkpointer:
+                checkpointer.save(self.path / str(step) / NAME, metrics)
         except Exception as error:
             raise self._failed(error) from error
         self._manager.reload()
-
-    def _metrics(self, valid_loss: float | None) -> dict[str, float] | None:
-        if valid_loss is None or not math.isfinite(valid_loss):
-            return None
-        metrics = {"valid_loss": valid_loss, "validated_since": self._validated_since}
-        return metrics | {"checksum": of_json(metrics)}
 
     def wait(self) -> None:
         """Waits until everything is written.
@@ -264,45 +237,73 @@ class Checkpoints:
         These may have been more or fewer than there are now, so that grain does not find them.
         """
         directory = self.path / str(step) / "data"
+        positions: dict[str, Any] = {}
         try:
-            files = sorted(directory.glob("process_*-of-*.json"))
-            if not files:
-                raise FileNotFoundError(f"{directory} has no position in the data")
-            positions = {f"data/{path.name}": json.loads(path.read_text()) for path in files}
-            check({name: of_json(position) for name, position in positions.items()}, saved)
-            return merged(list(positions.values()))
+            for path in sorted(directory.glob("process_*-of-*.json")):
+                positions[f"data/{path.name}"] = json.loads(path.read_text())
+            if not positions:
+                raise FileNotFoundError("there is no position in the data")
         except (OSError, ValueError) as error:
-            raise self._unreadable(step, error) from error
+            raise self._unreadable(step, error, "data") from error
+        self._check(step, {name: of_json(each) for name, each in positions.items()}, saved)
+        try:
+            return merged(list(positions.values()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._unreadable(step, error, "data") from error
 
     def restore_params(self, step: int, like: Any) -> Any:
         """The parameters alone; otherwise as `restore`."""
         return self._restore(step, params=ocp.args.StandardRestore(like))["params"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        try:
-            trees = {k: v for k, v in items.items() if isinstance(v, ocp.args.StandardRestore)}
-            for name, item in trees.items():
+        """Some items of a checkpoint, and its checksums, with which they are compared."""
+        trees = {k: v for k, v in items.items() if isinstance(v, ocp.args.StandardRestore)}
+        for name, item in trees.items():
+            with self._reading(step, name):
                 check_arrays(self.path / str(step) / name, item.item)
-            # Those of an earlier version have none.
-            if (self.path / str(step) / "checksums").exists():
-                items["checksums"] = ocp.args.JsonRestore()
-            found = self._manager.restore(step, args=ocp.args.Composite(**items))
-            if "checksums" in items:
-                meet("restored")
-                sums = {k: of_json(found[k]) for k in items.keys() - trees.keys() - {"checksums"}}
-                sums |= checksums({name: found[name] for name in trees}) if trees else {}
-                check(sums, found["checksums"])
-            return found
+        # Those of an earlier version have none.
+        if (self.path / str(step) / "checksums").exists():
+            items = {"checksums": ocp.args.JsonRestore()} | items
+        found = {}
+        for name, item in items.items():
+            with self._reading(step, name):
+                args = ocp.args.Composite(**{name: item})
+                found[name] = self._manager.restore(step, args=args)[name]
+        if "checksums" in items:
+            meet("restored")
+            if not is_sound(found["checksums"]):
+                raise self._unreadable(step, ValueError("their own is another"), "checksums")
+            if found["checksums"].get("step", step) != step:
+                raise self._unreadable(step, ValueError("of another checkpoint"), "checksums")
+            found["checksums"] = unsealed(found["checksums"])
+            sums = {k: of_json(found[k]) for k in items.keys() - trees.keys() - {"checksums"}}
+            sums |= checksums({name: found[name] for name in trees}) if trees else {}
+            self._check(step, sums, found["checksums"])
+        return found
+
+    def _check(self, step: int, sums: dict[str, int], saved: dict[str, int]) -> None:
+        """Refuses a checkpoint of which something is not what was saved."""
+        try:
+            check(sums, saved)
+        except ValueError as error:
+            raise self._unreadable(step, error) from error
+
+    @contextlib.contextmanager
+    def _reading(self, step: int, name: str) -> Iterator[None]:
+        """Says of an error what of a checkpoint cannot be read, and what to do then."""
+        try:
+            yield
         except UsageError:
             raise
         except Exception as error:
-            raise self._unreadable(step, error) from error
+            raise self._unreadable(step, error, name) from error
 
-    def _unreadable(self, step: int, error: Exception) -> UsageError:
+    def _unreadable(self, step: int, error: Exception, name: str = "") -> UsageError:
+        said = f"{name}: {what_is_wrong(error)}" if name else what_is_wrong(error)
         if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):
             return UsageError(
                 f"checkpoint {self.path / str(step)} cannot be read: Permission denied "
-                f"({first_line(error)}). Nothing has been changed."
+                f"({said}). Nothing has been changed."
             )
         others = [other for other in self.steps if other != step]
         advice = (
@@ -311,7 +312,7 @@ class Checkpoints:
             else "There is no other checkpoint"
         )
         return UsageError(
-            f"checkpoint {self.path / str(step)} cannot be read ({first_line(error)}). "
+            f"checkpoint {self.path / str(step)} cannot be read ({said}). "
             f"{advice}; nothing has been changed."
         )
 
@@ -319,12 +320,6 @@ class Checkpoints:
         return CheckpointError(
             f"the checkpoint after update {self._writing} could not be written: {reason(error)}"
         )
-
-
-def is_sound(metrics: dict[str, float]) -> bool:
-    """Whether the metrics of a checkpoint are as they were saved, as far as that can be told."""
-    others = {name: value for name, value in metrics.items() if name != "checksum"}
-    return metrics.get("checksum", of_json(others)) == of_json(others)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
+import logging
 import re
 import shlex
 import signal
@@ -33,6 +35,7 @@ def program(
       status: with which the program exits after one of them.
       at_once: Ctrl-C and SIGTERM are answered at once, even where nothing can be cleaned up.
     """
+    hide_abandoned()
     flags = {name: default for each in settings for name, default in defaults(each).items()}
     with answered() if at_once else raising():
         try:
@@ -47,6 +50,25 @@ def program(
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
+
+
+@functools.cache
+def hide_abandoned() -> None:
+    """Silences reads and writes that Orbax does not wait for after one has failed.
+
+    They complain of their event loop, which is closed, or that nobody has retrieved their errors;
+    the error of the first is told.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
 
 
 def defaults(settings: Callable[..., Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import tyro
 import galore_optax
 from benchmarks.machine import machine
 from examples.flax_llama.changes import check_same
-from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
+from examples.flax_llama.checkpoint import CheckpointError
 from examples.flax_llama.command import program
 from examples.flax_llama.config import DISTRIBUTED, Config, UsageError
 from examples.flax_llama.effects import check_effects
@@ -253,7 +253,6 @@ def compare(
 
 
 def main() -> None:
-    hide_abandoned_writes()
     with program(compare, Config, errors=(CheckpointError,)):
         comparison = command_line(compare, hidden=DECIDED)()
         print(f"Wrote {comparison.given.out}/report.md")

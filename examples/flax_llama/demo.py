@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import galore_optax
-from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
+from examples.flax_llama.checkpoint import CheckpointError
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, unigram_loss
@@ -85,7 +85,6 @@ def demo(out: Path | None = None, steps: int = GALORE.steps) -> None:
 
 
 def main() -> None:
-    hide_abandoned_writes()
     with program(demo, errors=(CheckpointError, FloatingPointError)):
         command_line(demo)()
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from examples.flax_llama.checkpoint import CheckpointError, hide_abandoned_writes
+from examples.flax_llama.checkpoint import CheckpointError
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data
@@ -195,7 +195,6 @@ def with_defaults(base: Config) -> Settings:
 
 
 def main() -> None:
-    hide_abandoned_writes()
     with program(Settings, errors=(CheckpointError, FloatingPointError)):
         settings = from_command_line()
         with processes(settings):

@@ -16,6 +16,7 @@ from examples.flax_llama.config import Config
 from examples.flax_llama.documents import BUILT_IN, META, TEXT, is_of_files, is_tokenized
 from examples.flax_llama.files import numbers
 from examples.flax_llama.paths import apart, expand
+from examples.flax_llama.sealed import checked, sealed
 from examples.flax_llama.tokens import ENDS, TOKENS
 from examples.flax_llama.usage import UsageError, cannot_be_read
 from examples.flax_llama.writing import write_whole
@@ -23,6 +24,9 @@ from examples.flax_llama.writing import write_whole
 DATA = "data.json"
 # Of a large file so many pieces are read, from its start to its end, each of so many bytes.
 PIECES, PIECE = 16, 4096
+MOVE_AWAY = (
+    "Move it away to go on: checkpoints have the digest of the data too, and it is written again"
+)
 # So many changed files are named.
 NAMED = 5
 
@@ -207,7 +211,8 @@ def difference(was: FileMark, now: FileMark | None) -> str:
 
 def write_fingerprint(out: Path, fingerprint: Fingerprint) -> None:
     """Writes it into the directory of a run, whole or not at all."""
-    write_whole(out / DATA, json.dumps(dataclasses.asdict(fingerprint), indent=1) + "\n")
+    contents = sealed(dataclasses.asdict(fingerprint))
+    write_whole(out / DATA, json.dumps(contents, indent=1) + "\n")
 
 
 def read_fingerprint(out: Path) -> Fingerprint | None:
@@ -224,8 +229,10 @@ def read_fingerprint(out: Path) -> Fingerprint | None:
         return Marks(**stored | {"files": tuple(FileMark(**file) for file in stored["files"])})
 
     try:
-        stored = json.loads(path.read_text())
+        stored = checked(json.loads(path.read_text()), path, MOVE_AWAY)
         valid = stored["valid"] and marks_from(stored["valid"])
         return Fingerprint(marks_from(stored["train"]), valid)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}. {MOVE_AWAY}.") from error

@@ -9,6 +9,7 @@
     notes           sentences about what these changes come to
     marked          those of the changes that what is computed depends on: plots have a line there
     new_validation  whether validation losses before and after it are of other tokens
+    checksum        of the other fields
 
 Updates that were made again, because nothing after an earlier one was saved, have no entries.
 """
@@ -23,10 +24,12 @@ from typing import Any
 
 import jax
 
+from examples.flax_llama.sealed import checked, sealed
 from examples.flax_llama.usage import UsageError
 from examples.flax_llama.writing import write_whole
 
 HISTORY = "history.json"
+MOVE_AWAY = "Move it away to go on without it: nothing that is computed depends on it"
 
 
 def machine_here() -> dict[str, Any]:
@@ -80,15 +83,18 @@ def read_history(out: Path) -> list[Entry]:
     if not path.is_file():
         return []
     try:
-        return [Entry(**entry) for entry in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        found = json.loads(path.read_text())
+        return [Entry(**checked(entry, path, MOVE_AWAY)) for entry in found]
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}. {MOVE_AWAY}.") from error
 
 
 def add_entry(out: Path, entry: Entry) -> None:
     """Adds what holds from its update on, in place of all there was from there on."""
     entries = [old for old in read_history(out) if old.step < entry.step] + [entry]
-    text = json.dumps([dataclasses.asdict(old) for old in entries], indent=1)
+    text = json.dumps([sealed(dataclasses.asdict(old)) for old in entries], indent=1)
     write_whole(out / HISTORY, text + "\n")
 
 

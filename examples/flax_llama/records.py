@@ -37,16 +37,26 @@ def read_records(path: Path) -> list[Record]:
       UsageError: a line is not a record.
     """
     records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):  # being written, or never to be
-            break
+    # What comes after the last end is being written, or never to be.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
             record["step"] = int(record["step"])
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"{path}:{number} is not a record of a run: {line[:60]!r}") from error
+            shown = line[:60].decode(errors="backslashreplace")
+            raise UsageError(f"{path}:{number} is not a record of a run: {shown!r}") from error
         records.append(record)
     return records
+
+
+def missing(path: Path, start: int) -> int:
+    """How many of the first updates a metrics file, which may be gone, has no record of.
+
+    Raises:
+      UsageError: a line is not a record.
+    """
+    records = read_records(path) if path.exists() else []
+    return start - len({x["step"] for x in records if "loss" in x and 0 < x["step"] <= start})
 
 
 def restart(path: Path, start: int) -> list[Record]:

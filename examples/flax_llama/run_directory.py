@@ -5,12 +5,14 @@ import dataclasses
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from examples.flax_llama.changes import settings_of
 from examples.flax_llama.config import Config
+from examples.flax_llama.sealed import checked, sealed
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.usage import UsageError, read_object
 from examples.flax_llama.writing import naming, write_whole
@@ -19,6 +21,7 @@ from examples.hf.configuration import is_model
 SETTINGS = "config.json"
 PARTIAL = "config.json.partial"
 LOCK = "lock"
+CHECKPOINTS = "checkpoints"
 # In the settings, where weights are from that were not trained here.
 IMPORTED = "imported"
 # What a run leaves that ends before it has written its settings.
@@ -46,6 +49,8 @@ def check_directory(out: Path, *, resume: bool) -> None:
 def check_contents(out: Path, *, resume: bool) -> None:
     """The part of `check_directory` that can be done while holding the lock."""
     if resume:
+        if (out / CHECKPOINTS).is_dir():
+            _json(out)
         if not (out / SETTINGS).is_file():
             raise UsageError(
                 f"out={out} holds no run to resume: leave out resume=True to start one there."
@@ -97,7 +102,7 @@ def write_settings(
     """
     settings = {"train": settings_of(config), "model": dataclasses.asdict(shape)}
     settings |= {IMPORTED: imported} if imported else {}
-    write_whole(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    write_whole(out / SETTINGS, json.dumps(sealed(settings), indent=2) + "\n")
 
 
 def imported_from(out: Path) -> str | None:
@@ -124,10 +129,23 @@ def read_settings(out: Path) -> dict[str, Any]:
 def _json(out: Path) -> dict[str, Any]:
     path = out / SETTINGS
     if not path.is_file():
-        raise UsageError(f"{out} is not the directory of a run: it has no {SETTINGS}.")
+        advice = f" {repair(out)}." if (out / CHECKPOINTS).is_dir() else ""
+        raise UsageError(f"{out} is not the directory of a run: it has no {SETTINGS}.{advice}")
     if is_model(out):
         raise UsageError(
             f"{out} is a model of Hugging Face, not of a run: examples.flax_llama.import_hf makes "
             "a directory of it that can be taken for one."
         )
-    return read_object(path)
+    try:
+        found = read_object(path)
+    except UsageError as error:
+        raise UsageError(f"{error} {repair(out)}.") from error
+    return checked(found, path, repair(out))
+
+
+def repair(out: Path) -> str:
+    """What to do where the settings of a run cannot be read."""
+    return (
+        "To take those of the last checkpoint, python -m examples.flax_llama.repair --out "
+        f"{shlex.quote(str(out))}"
+    )

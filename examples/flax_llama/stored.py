@@ -1,18 +1,34 @@
 """The arrays of a tree as Orbax has saved it, before any of them is read."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
 from examples.flax_llama.optimizer_state import arrays
-from examples.flax_llama.usage import UsageError
+from examples.flax_llama.usage import UsageError, first_line
 
 
 def stored_arrays(path: Path) -> dict[str, str]:
-    """The dtype and shape of each array of a saved tree, by path."""
+    """The dtype and shape of each array of a saved tree, by path.
+
+    Raises:
+      ValueError: it has not what says so, or that is damaged.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
-        return arrays(checkpointer.metadata(path).item_metadata.tree)
+        found = checkpointer.metadata(path).item_metadata
+    if found is None:
+        raise ValueError("which arrays it has cannot be read")
+    return arrays(found.tree)
+
+
+def what_is_wrong(error: Exception) -> str:
+    """An error in a few words; those of tensorstore end in the file that they are about."""
+    if isinstance(error, KeyError | AttributeError):
+        return f"what describes it is damaged, at {first_line(error)}"
+    files = [each for each in re.findall(r'local file "([^"]+)"', str(error)) if each[-1] != "/"]
+    return f"{files[-1]} is missing or damaged" if files else first_line(error)
 
 
 def has_version(path: Path) -> bool:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import os
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,8 +18,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from examples.flax_llama.chat_template import Rendered
 from examples.flax_llama.document_end import END_OF_TEXT, USUAL, find_end, kept_end, with_end
 from examples.flax_llama.documents import Shard, sample
+from examples.flax_llama.sealed import checked, sealed
 from examples.flax_llama.tokenizer_config import TokenizerConfig
-from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.usage import UsageError, cannot_be_read, read_object
 
 EXPECTED = (
     'expected "bytes", "bpe:SIZE" with SIZE at least 256, a tokenizer.json, a SentencePiece '
@@ -28,6 +31,8 @@ EXPECTED = (
 SAMPLE = 20_000_000
 # Texts encoded at a time: enough for all cores, and few enough for flat memory.
 ENCODE_BATCH = 64
+# The CRC-32 of each file that was saved, by its name.
+SUMS = "tokenizer_sums.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +134,13 @@ class Tokenizer(ABC):
 
     def save(self, directory: Path) -> None:
         """Writes the file that `load_tokenizer` finds in a directory, and what stood beside it."""
-        (directory / self.file_name).write_bytes(self.to_bytes())
         config = self.config or TokenizerConfig.none(directory)
-        config.save(directory, kept_end(self))
+        files = {self.file_name: self.to_bytes()} | config.to_save(kept_end(self))
+        sums = {name: zlib.crc32(contents) for name, contents in files.items()}
+        files[SUMS] = (json.dumps(sealed(sums), indent=1) + "\n").encode()
+        for name, contents in files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(contents)
 
 
 class JsonTokenizer(Tokenizer):
@@ -299,6 +308,28 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return [directory / name for name in names if (directory / name).is_file()]
 
 
+def check_sums(directory: Path) -> None:
+    """Refuses files of a tokenizer that are not as `save` wrote them, if it did.
+
+    Raises:
+      UsageError: one of them is damaged, or was changed.
+    """
+    path = directory / SUMS
+    advice = f"Bring it back; or, if that is as it is to be, delete {SUMS}"
+    if not path.is_file():
+        return
+    for name, saved in checked(read_object(path), path, advice).items():
+        try:
+            contents = (directory / name).read_bytes()
+        except OSError as error:
+            raise cannot_be_read(str(directory / name), error) from error
+        if zlib.crc32(contents) != saved:
+            raise UsageError(
+                f"{directory / name} is damaged, or was changed since the tokenizer was saved. "
+                f"{advice}."
+            )
+
+
 def load_tokenizer(path: str | Path, name: str | None = "tokenizer") -> Tokenizer:
     """The tokenizer of a tokenizer.json, a SentencePiece .model, or a directory with either.
 
@@ -324,6 +355,7 @@ def load_tokenizer(path: str | Path, name: str | None = "tokenizer") -> Tokenize
         path = found[0]
     if not os.path.isfile(path):
         raise UsageError(f"{what()}: there is no such file; {EXPECTED}")
+    check_sums(path.parent)
     try:
         if path.suffix.lower() == ".json":
             contents = path.read_text(encoding="utf-8")

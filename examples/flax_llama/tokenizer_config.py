@@ -144,11 +144,10 @@ class TokenizerConfig:
         except (TypeError, ValueError) as error:
             raise UsageError(f"{self.directory / CONFIG}: {NOW} is no time: {error}.") from error
 
-    def save(self, directory: Path, end: dict[str, Any]) -> None:
-        """Writes the files, with the time where a template asks for it.
+    def to_save(self, end: dict[str, Any]) -> dict[str, bytes]:
+        """The files, with the time where a template asks for it.
 
         Args:
-          directory: to write to.
           end: what the file that says the end of a document is to have; without any there is none.
         """
         files = {name: contents for name, contents in self.files.items() if name != END_FILE}
@@ -157,9 +156,7 @@ class TokenizerConfig:
             files |= {CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode()}
         if end:
             files[END_FILE] = json.dumps(end, ensure_ascii=False).encode()
-        for name, contents in files.items():
-            (directory / name).parent.mkdir(exist_ok=True)
-            (directory / name).write_bytes(contents)
+        return files
 
     def _text(self, name: str) -> str:
         try:

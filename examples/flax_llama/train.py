@@ -28,7 +28,6 @@ from examples.flax_llama.changes import settings_of
 from examples.flax_llama.checkpoint import (
     CheckpointError,
     Checkpoints,
-    hide_abandoned_writes,
     told_of_errors,
 )
 from examples.flax_llama.command import program
@@ -45,7 +44,7 @@ from examples.flax_llama.model import Llama, Params
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.progress import Progress, duration, header, print_text, scores
 from examples.flax_llama.reading import reading_of
-from examples.flax_llama.records import Record
+from examples.flax_llama.records import METRICS, Record, missing
 from examples.flax_llama.run_directory import (
     check_contents,
     check_directory,
@@ -344,6 +343,8 @@ def open_log(
 ) -> Iterator[RunLog]:
     """The log of the run, on the first process, and what describes the run beside it."""
     out, start = config.out if is_first() else None, beginning.step
+    # Before anything is written.
+    lacking = 0 if out is None else missing(out / METRICS, start)
     with contextlib.ExitStack() as stack:
         services = []
         if out is not None:
@@ -366,6 +367,8 @@ def open_log(
             quiet=config.quiet or not is_first(),
         )
         log.progress.say("\n".join([header(config, shape, dataset, start), *beginning.lines()]))
+        if lacking:
+            log.progress.say(f"Note: {METRICS} has no record of {lacking} of {start} updates.")
         if start >= config.steps and log.valid:
             log.progress.say(scores(log.valid[-1]))
         yield stack.enter_context(log)
@@ -383,7 +386,6 @@ def from_command_line(args: Sequence[str] | None = None) -> Config:
 
 
 def main() -> None:
-    hide_abandoned_writes()
     with program(Config, errors=(CheckpointError, FloatingPointError)):
         config = from_command_line()
         with processes(config):

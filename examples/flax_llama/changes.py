@@ -58,7 +58,7 @@ RULES: dict[str, Rule] = {
     **rules(Kind.NOW, "accumulate", "layerwise", "remat", "attention", "mesh", note=ROUND_OFF),
     **rules(Kind.NOW, "eval_tokens"),
     **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "moment_dtype"),
-    **rules(Kind.ANEW, "transport", "residual", "refresh", "stagger"),
+    **rules(Kind.ANEW, "transport", "residual", "refresh", "stagger", "tables"),
     **rules(Kind.ANEW, "lora_alpha", "lora_targets"),
     **rules(Kind.DATA, "data", "valid_data", "text_field", "tokenizer"),
     **rules(Kind.DATA, "prompt_field", "response_field", "messages_field"),

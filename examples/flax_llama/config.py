@@ -188,6 +188,10 @@ class Config:
     # bfloat16, rounded at random, for the moments of adamw and of the optimizers in GaLore with
     # AdamW inside; by default float32, and in 8 bits with those that end in _8bit.
     moment_dtype: str | None = None
+    # adam, or factored: the embedding and the head then have means of the squared gradients of
+    # their rows and columns in place of Adam's two moments. Of adamw_8bit and of the optimizers in
+    # GaLore with AdamW inside.
+    tables: str = "adam"
     # When it does: periodic, or lazy, which is less and less often where a subspace stands still;
     # lazy by default with q_galore_adamw alone.
     refresh: FromPreset[str] = None

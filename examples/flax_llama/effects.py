@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from examples.flax_llama.adapters import LORA
 from examples.flax_llama.config import DISTRIBUTED, Config
 from examples.flax_llama.documents import BUILT_IN, is_tokenized
-from examples.flax_llama.methods import ADAMW, IN_GALORE
+from examples.flax_llama.methods import ADAMW, ADAMW_8BIT, IN_GALORE
 from examples.flax_llama.optimizers import OPTIMIZERS, WITH_ADAPTER
 from examples.flax_llama.usage import UsageError
 
@@ -66,6 +66,11 @@ NEEDS = (
         ("moment_dtype",),
         ("adamw", *WITH_ADAPTER, *ADAMW),
         f"adamw, {', '.join((*WITH_ADAPTER, *ADAMW))}",
+    ),
+    for_optimizers(
+        ("tables",),
+        ("adamw_8bit", *ADAMW, *ADAMW_8BIT),
+        "adamw_8bit and those in GaLore with adamw in the name",
     ),
     for_optimizers(
         ("b1",),

@@ -219,7 +219,8 @@ def update(config: Config, entries: int) -> int:
 def update_of_embedding(config: Config, shape: LlamaConfig) -> int:
     """Of the update of an embedding with moments in 8 bits, which are decoded as a whole."""
     dense = shape.vocab_size * shape.hidden
-    return EMBEDDING * 4 * dense if in_8_bits(config.optimizer) else 0
+    decoded = in_8_bits(config.optimizer) and config.tables == "adam"
+    return EMBEDDING * 4 * dense if decoded else 0
 
 
 def update_in_full(config: Config, entries: int) -> int:

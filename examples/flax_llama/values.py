@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from examples.flax_llama.config import Config
 
 MOMENT_DTYPES = ("bfloat16",)
+TABLES = ("adam", "factored")
 
 
 def check_values(config: "Config") -> None:
@@ -81,6 +82,7 @@ def check_values(config: "Config") -> None:
             )
     if config.moment_dtype is not None:
         one_of("moment_dtype", config.moment_dtype, MOMENT_DTYPES)
+    one_of("tables", config.tables, TABLES)
     if config.layerwise and config.on_nan == "skip":
         raise UsageError(
             "on_nan='skip' looks at the whole gradient before an update, which layerwise=True "

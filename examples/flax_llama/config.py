@@ -211,6 +211,12 @@ class Config:
     # Update each layer inside the backward pass, so that no two layers have gradients at a time:
     # much less memory for the time of computing each layer's activations again.
     layerwise: bool = False
+    # With `layerwise`, what the inputs of the layers are kept in until their gradients are
+    # computed: bfloat16, int8, float8_e4m3 or float8_e5m2; by default as they are.
+    inputs_dtype: str | None = None
+    # With `layerwise`, of how many layers in a row the first one's input is kept; the others'
+    # are computed again.
+    inputs_every: int = 1
     # float32 or bfloat16, of activations.
     dtype: str = "float32"
     # float32 or bfloat16, of parameters.

@@ -99,7 +99,12 @@ NEEDS = (
         "schedule",
         "all other schedules",
     ),
-    Need(("clip_by",), lambda config: config.layerwise, "layerwise", "layerwise=True"),
+    Need(
+        ("clip_by", "inputs_dtype", "inputs_every"),
+        lambda config: config.layerwise,
+        "layerwise",
+        "layerwise=True",
+    ),
     Need(
         ("stochastic_rounding",),
         lambda config: config.param_dtype == "bfloat16",

@@ -96,6 +96,8 @@ def make_layerwise(
             clip_norm=config.clip or None,
             clip_by=config.clip_by,
             round_bfloat16=config.stochastic_rounding,
+            inputs_dtype=config.inputs_dtype,
+            inputs_every=config.inputs_every,
         )
         return training.step(params, state, micro, key)
 

@@ -154,7 +154,10 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     a, p = BYTES[config.dtype], BYTES[config.param_dtype]
     K = config.accumulate
     N = config.batch // K * config.seq
-    inputs = K * shape.layers * N * shape.hidden * a
+    groups, every = shape.layers // config.inputs_every, config.inputs_every
+    # Of a group, all are there while its layers are gone through.
+    again = every if every > 1 else 0
+    inputs = round(K * N * shape.hidden * (groups * kept_in(config) + again * a))
     layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0
     dense = shape.vocab_size * shape.hidden
@@ -167,6 +170,18 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
         # measured before any layer is updated.
         "block": (layer + held_back * p * dense, inputs, block(config, shape)),
     }
+
+
+def kept_in(config: Config) -> float:
+    """Bytes of an entry of a layer's input as it is kept."""
+    dtype = config.inputs_dtype or config.dtype
+    if dtype in BYTES:
+        return BYTES[dtype]
+    entries = jax.ShapeDtypeStruct((CODES,), config.dtype)
+    kept: galore_optax.QuantizedArray = jax.eval_shape(
+        lambda x: galore_optax.quantize(x, dtype), entries
+    )
+    return kept.nbytes / CODES
 
 
 def head(config: Config, shape: LlamaConfig, inputs: int) -> Moment:

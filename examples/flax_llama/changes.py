@@ -57,6 +57,7 @@ RULES: dict[str, Rule] = {
     **rules(Kind.NOW, "scale", "update_proj_gap", "stochastic_rounding", "dtype"),
     **rules(Kind.NOW, "accumulate", "layerwise", "remat", "attention", "mesh", note=ROUND_OFF),
     **rules(Kind.NOW, "inputs_dtype", "inputs_every"),
+    **rules(Kind.NOW, "inputs_memory", note=ROUND_OFF),
     **rules(Kind.NOW, "eval_tokens"),
     **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "moment_dtype"),
     **rules(Kind.ANEW, "transport", "residual", "refresh", "stagger", "tables"),

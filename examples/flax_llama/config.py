@@ -217,6 +217,8 @@ class Config:
     # With `layerwise`, of how many layers in a row the first one's input is kept; the others'
     # are computed again.
     inputs_every: int = 1
+    # With `layerwise`, where they are kept: device, or pinned_host, the memory of the machine.
+    inputs_memory: str = "device"
     # float32 or bfloat16, of activations.
     dtype: str = "float32"
     # float32 or bfloat16, of parameters.

@@ -98,6 +98,7 @@ def make_layerwise(
             round_bfloat16=config.stochastic_rounding,
             inputs_dtype=config.inputs_dtype,
             inputs_every=config.inputs_every,
+            inputs_memory=config.inputs_memory,
         )
         return training.step(params, state, micro, key)
 

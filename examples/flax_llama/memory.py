@@ -157,7 +157,8 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     groups, every = shape.layers // config.inputs_every, config.inputs_every
     # Of a group, all are there while its layers are gone through.
     again = every if every > 1 else 0
-    inputs = round(K * N * shape.hidden * (groups * kept_in(config) + again * a))
+    kept = groups * kept_in(config) if config.inputs_memory == "device" else 0
+    inputs = round(K * N * shape.hidden * (kept + again * a))
     layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0
     dense = shape.vocab_size * shape.hidden

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MOMENT_DTYPES = ("bfloat16",)
 INPUTS_DTYPES = ("bfloat16", "int8", "float8_e4m3", "float8_e5m2")
+INPUTS_MEMORIES = ("device", "pinned_host")
 TABLES = ("adam", "factored")
 
 
@@ -56,6 +57,7 @@ def check_values(config: "Config") -> None:
         raise UsageError(
             f"inputs_every={config.inputs_every} does not divide the layers, {config.layers}."
         )
+    one_of("inputs_memory", config.inputs_memory, INPUTS_MEMORIES)
     if config.inputs_dtype is not None:
         one_of("inputs_dtype", config.inputs_dtype, INPUTS_DTYPES)
     for name in ("lr", "matrix_lr_ratio", "scale", "eps"):

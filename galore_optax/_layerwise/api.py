@@ -34,6 +34,7 @@ def layerwise(
     round_bfloat16: bool = False,
     inputs_dtype: str | None = None,
     inputs_every: int = 1,
+    inputs_memory: str = "device",
 ) -> Layerwise:
     """Updates each layer inside the backward pass: no two layers have gradients at a time.
 
@@ -81,6 +82,8 @@ def layerwise(
       inputs_every: of how many layers in a row the first one's input is kept. Those of the others
         are computed again in the backward pass, some layers at a time, for
         ``1 - 1 / inputs_every`` forward passes more. It must divide the number of layers.
+      inputs_memory: where they are kept: ``"device"``, or ``"pinned_host"``, the memory of the
+        machine that the device is in, out of which they are copied when they are needed.
 
     Returns:
       A pair of functions. ``init(params) -> state``. ``step(params, state, batch, key) -> params,
@@ -134,6 +137,7 @@ def layerwise(
         round_bfloat16,
         inputs_dtype,
         inputs_every,
+        inputs_memory,
     )
 
     def init(params: Params) -> State:

@@ -12,6 +12,8 @@ from galore_optax._quantized import is_quantized
 from galore_optax._storage import Storage
 from galore_optax._types import Params
 
+MEMORIES = ("device", "pinned_host")
+
 Activations: TypeAlias = PyTree
 """What one layer returns and the next one takes: a floating-point array, or a tree with such.
 
@@ -28,10 +30,12 @@ class Inputs:
       storage: how each floating-point array of an input is held; others are held as they are.
       every: of how many layers in a row the first one's input is kept. Those of the others are
         computed again.
+      memory: where they are held: "device", or "pinned_host", of the machine that it is in.
     """
 
     storage: Storage
     every: int
+    memory: str
 
     def keep(self, x: Activations) -> PyTree:
         """Returns what is held of the input of a layer; no block of codes straddles two rows."""
@@ -41,10 +45,15 @@ class Inputs:
                 return array
             return self.storage.keep(array, batch_axes=array.ndim - 1)
 
-        return jax.tree.map(held, x)
+        kept = jax.tree.map(held, x)
+        if self.memory == "device":
+            return kept
+        return jax.device_put(kept, jax.memory.Space.Host)
 
     def load(self, kept: PyTree, like: Activations) -> Activations:
         """Returns the input that is held, in the dtypes of another one."""
+        if self.memory != "device":
+            kept = jax.device_put(kept, jax.memory.Space.Device)
 
         def loaded(held: PyTree, of: Array) -> Array:
             array = self.storage.load(held)

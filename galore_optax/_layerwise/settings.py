@@ -5,10 +5,11 @@ import numbers
 from collections.abc import Callable
 from typing import TypeAlias
 
+import jax
 from jaxtyping import Array, Float, PyTree
 
 from galore_optax._errors import check_transformation
-from galore_optax._layerwise.inputs import Activations, Inputs
+from galore_optax._layerwise.inputs import MEMORIES, Activations, Inputs
 from galore_optax._storage import resolve_storage
 from galore_optax._types import Params, Transformation
 
@@ -37,6 +38,7 @@ class Settings:
     round_bfloat16: bool
     inputs_dtype: str | None = None
     inputs_every: int = 1
+    inputs_memory: str = "device"
 
     def __post_init__(self):
         check_transformation("tx", self.tx)
@@ -52,6 +54,15 @@ class Settings:
             _check_positive_int("slice_size", self.slice_size, ", or None")
         _check_positive_int("inputs_every", self.inputs_every)
         resolve_storage("inputs_dtype", self.inputs_dtype)
+        if self.inputs_memory not in MEMORIES:
+            raise ValueError(
+                f"inputs_memory must be one of {', '.join(map(repr, MEMORIES))}; got "
+                f"{self.inputs_memory!r}"
+            )
+        if self.inputs_memory != "device" and not hasattr(jax, "memory"):
+            raise ValueError(
+                f"inputs_memory={self.inputs_memory!r} needs a later jax; this is {jax.__version__}"
+            )
         if self.clip_by not in ("global", "layer"):
             raise ValueError(f'clip_by must be "global" or "layer"; got {self.clip_by!r}')
         if self.clip_norm is None and self.clip_by != "global":
@@ -60,7 +71,11 @@ class Settings:
     @property
     def inputs(self) -> Inputs:
         """How the inputs of layers are kept."""
-        return Inputs(resolve_storage("inputs_dtype", self.inputs_dtype), self.inputs_every)
+        return Inputs(
+            resolve_storage("inputs_dtype", self.inputs_dtype),
+            self.inputs_every,
+            self.inputs_memory,
+        )
 
     def clips_by(self, what: str) -> bool:
         """Whether gradients are clipped, and by the norm of ``what``."""

@@ -1,5 +1,7 @@
 """What is kept of the inputs of layers: the numbers stay, or are those at the rounded inputs."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,15 +21,37 @@ def trained(params, steps=2, micro_batches=1, **arguments):
     return params, metrics
 
 
-@pytest.mark.parametrize("more", [{}, {"micro_batches": 2, "clip_norm": 0.1}], ids=["", "clipped"])
-@pytest.mark.parametrize("every", [2, 3, 6])
-def test_inputs_that_are_computed_again_change_no_number(every, more):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"inputs_every": 2},
+        {"inputs_every": 3, "micro_batches": 2, "clip_norm": 0.1},
+        pytest.param(
+            {"inputs_memory": "pinned_host", "inputs_every": 6}, marks=pytest.mark.since(jax="0.8")
+        ),
+    ],
+    ids=["of every second", "of micro-batches", "in the host's memory"],
+)
+def test_where_and_of_which_layers_inputs_are_kept_changes_no_number(arguments):
+    kept = {name: value for name, value in arguments.items() if name.startswith("inputs")}
+    more = {name: value for name, value in arguments.items() if name not in kept}
     with jax.enable_x64(True):
         params = model.init(layers=6)
-        found, metrics = trained(params, inputs_every=every, **more)
+        found, metrics = trained(params, **kept, **more)
         expected, of_all = trained(params, **more)
         assert metrics == [pytest.approx(step, rel=1e-9) for step in of_all]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, expected)
+
+
+@pytest.mark.since(jax="0.8")
+def test_inputs_in_the_hosts_memory_are_put_there_and_taken_from_there():
+    training = model.layerwise(optax.sgd(0.1), inputs_memory="pinned_host", inputs_dtype="int8")
+    params, (tokens,) = model.init(jnp.float32), model.batches(1)
+    arguments = params, jax.eval_shape(training.init, params), tokens, None
+    # What is compiled for a CPU has one memory only.
+    lowered = jax.jit(training.step).trace(*arguments).lower(lowering_platforms=("cuda",))
+    places = set(re.findall(r'_xla_buffer_placement = "(\w+)"', lowered.as_text()))
+    assert places == {"pinned_host", "device"}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float8_e4m3"])
@@ -92,6 +116,11 @@ def test_the_inputs_take_as_much_less_memory_as_they_should(arguments, part):
         ({"inputs_every": 0}, ValueError, "inputs_every must be at least 1; got 0"),
         ({"inputs_every": 2.0}, TypeError, "inputs_every must be a positive int; got 2.0"),
         ({"inputs_every": 2}, ValueError, "must divide the number of layers, 3; got 2"),
+        (
+            {"inputs_memory": "disk"},
+            ValueError,
+            "must be one of 'device', 'pinned_host'; got 'disk'",
+        ),
         ({"inputs_dtype": "unsigned"}, ValueError, "inputs_dtype must be one of .*got 'unsigned'"),
     ],
 )

@@ -3,6 +3,7 @@
 from galore_optax import _serialization, projectors, trainers
 from galore_optax._chain import chain
 from galore_optax._errors import CombinationError
+from galore_optax._factored import FactoredAdamState, scale_by_factored_adam
 from galore_optax._galore import galore
 from galore_optax._layerwise import Layerwise, layerwise
 from galore_optax._learning_rate import learning_rate_from_adamw
@@ -61,6 +62,7 @@ __all__ = [
     "DimensionNumbers",
     "Discard",
     "ErrorFeedback",
+    "FactoredAdamState",
     "GaloreState",
     "Keep",
     "Layerwise",
@@ -118,6 +120,7 @@ __all__ = [
     "quantize",
     "quantize_params",
     "refresh",
+    "scale_by_factored_adam",
     "state_partition_specs",
     "state_shardings",
     "tracked_adamw",

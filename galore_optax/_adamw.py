@@ -7,24 +7,36 @@ import re
 from collections.abc import Callable
 from typing import Protocol, Unpack, cast
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from galore_optax import projectors
 from galore_optax._adam import Betas
 from galore_optax._arguments import mask_of
 from galore_optax._decoded import decoded, rounded_once, sees_dtypes
 from galore_optax._errors import CombinationError
+from galore_optax._factored import scale_by_factored_adam
 from galore_optax._galore import galore
 from galore_optax._low_bit import low_bit
-from galore_optax._options import GaloreOptions, shows_galore_options, warn_of_calls
+from galore_optax._names import is_table
+from galore_optax._options import (
+    GaloreOptions,
+    selection_of,
+    shows_galore_options,
+    warn_of_calls,
+)
 from galore_optax._ownership import Stacked
 from galore_optax._residual import Residual
 from galore_optax._residuals import RESIDUALS
 from galore_optax._tables import resolve
 from galore_optax._transport import Transport
 from galore_optax._transports import TRANSPORTS, Reset
-from galore_optax._types import DType, Mask, Numeric
+from galore_optax._trees import bare, leaves_with_paths, logical
+from galore_optax._types import DType, Mask, Numeric, Params, State
+from galore_optax._view import MatrixView
 
 
 class Preset(Protocol):
@@ -43,6 +55,7 @@ class Preset(Protocol):
         *,
         nesterov: bool = False,
         inject_learning_rate: bool = False,
+        tables: str = "adam",
         moment_dtype: DType | None = None,
         **options: Unpack[GaloreOptions],
     ) -> optax.GradientTransformationExtraArgs: ...
@@ -64,6 +77,7 @@ class Preset8Bit(Protocol):
         *,
         nesterov: bool = False,
         inject_learning_rate: bool = False,
+        tables: str = "adam",
         block_size: int = 256,
         min_size: int = 4096,
         stacked: Stacked | None = None,
@@ -107,6 +121,9 @@ class AdamW:
 
     Attributes:
       low_bit: how moments are held in few bits; None for moments that are held as they are.
+      inject_learning_rate: whether the state holds the learning rate.
+      tables: ``"factored"`` for embeddings and heads whose second moment is factored, and that have
+        no first one.
     """
 
     learning_rate: optax.ScalarOrSchedule
@@ -120,11 +137,18 @@ class AdamW:
     nesterov: bool
     low_bit: LowBit | None = None
     inject_learning_rate: bool = False
+    tables: str = "adam"
 
     def whole(self) -> optax.GradientTransformationExtraArgs:
         """Returns AdamW."""
 
         def adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+            if self.tables == "factored":
+                return optax.chain(
+                    self._scaling(),
+                    optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask)),
+                    optax.scale_by_learning_rate(learning_rate),
+                )
             return optax.adamw(
                 learning_rate,
                 self.b1,
@@ -169,13 +193,10 @@ class AdamW:
                 "Use nesterov=False, or another transport.",
             )
         if not residual.scales_only:
-            return galore(self.whole(), **options)
-        scaling = optax.scale_by_adam(
-            self.b1, self.b2, self.eps, self.eps_root, self.mu_dtype, nesterov=self.nesterov
-        )
-        return rounded_once(
+            return self._checked(galore(self.whole(), **options), options)
+        line = rounded_once(
             optax.chain(
-                galore(self._held(scaling), **options),
+                galore(self._held(self._scaling()), **options),
                 decoded(optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask))),
                 sees_dtypes(
                     self._at_the_rate(
@@ -184,6 +205,37 @@ class AdamW:
                 ),
             )
         )
+        return self._checked(line, options)
+
+    def _scaling(self) -> optax.GradientTransformation:
+        """Returns Adam without a learning rate; of tables, with what they have in its place."""
+        adam = optax.scale_by_adam(
+            self.b1, self.b2, self.eps, self.eps_root, self.mu_dtype, nesterov=self.nesterov
+        )
+        if self.tables == "adam":
+            return adam
+        factored = scale_by_factored_adam(self.b2, self.eps, self.eps_root)
+        return optax.partition({"matrices": adam, "tables": factored}, _kinds)
+
+    def _checked(
+        self, tx: optax.GradientTransformationExtraArgs, options: GaloreOptions
+    ) -> optax.GradientTransformationExtraArgs:
+        """Returns a preset that refuses tables that are both factored and projected."""
+        if self.tables == "adam":
+            return tx
+        selection = selection_of(options)
+
+        def init(params: Params) -> State:
+            for view in selection.views(params):
+                if isinstance(view, MatrixView) and is_table(view.path):
+                    raise CombinationError(
+                        "tables='factored' is for embeddings and heads at full size, and "
+                        f"{view.path} is projected",
+                        "Name it in exclude, whose default does, or use tables='adam'.",
+                    )
+            return tx.init(params)
+
+        return optax.GradientTransformationExtraArgs(init, tx.update)
 
     def _at_the_rate(
         self, make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
@@ -202,6 +254,16 @@ class AdamW:
         if self.low_bit is None:
             return optax.with_extra_args_support(transformation)
         return low_bit(transformation, **vars(self.low_bit))
+
+
+def _kinds(params: Params) -> PyTree:
+    """Returns for each leaf whether it is a table, an embedding or a head, or another matrix."""
+    params = logical(bare(params))
+    names = [
+        "tables" if np.ndim(leaf) > 1 and is_table(path) else "matrices"
+        for path, leaf in leaves_with_paths(params)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), names)
 
 
 def adamw_preset(
@@ -271,6 +333,9 @@ _ARGUMENTS = """Args:
       inject_learning_rate: whether the state holds the learning rate, as that of
         ``optax.inject_hyperparams``, so that it can be read and set there. A schedule counts steps,
         which it does not around a preset with ``accumulation_steps``.
+      tables: ``"factored"`` for embeddings and heads with a factored second moment and no first
+        one, as `galore_optax.scale_by_factored_adam` has; their state is then m + n numbers instead
+        of 2 m n. They are told by their names, and must be at full size.
       moment_dtype: ``"bfloat16"`` keeps both moments in it between steps, rounded at random, as
         `galore_optax.low_bit` does with 16 bits; None keeps them in float32, or wider where the
         gradients are.

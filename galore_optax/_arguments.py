@@ -174,9 +174,20 @@ def _static_int(name: str, value: object) -> None:
         )
 
 
+def _tables(name: str, value: object) -> None:
+    if value not in TABLES:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, TABLES))}; got {value!r}"
+            + static_hint(value)
+        )
+
+
 def _optional(rule: Callable[[str, object], None]) -> Callable[[str, object], None]:
     return lambda name, value: None if value is None else rule(name, value)
 
+
+TABLES = ("adam", "factored")
+"""What the moments of embeddings and heads may be."""
 
 RULES: dict[str, Callable[[str, object], None]] = {
     **dict.fromkeys(("learning_rate", "weight_decay"), _number_or_schedule),
@@ -193,6 +204,7 @@ RULES: dict[str, Callable[[str, object], None]] = {
         ("nesterov", "inject_learning_rate", "factored", "multiply_by_parameter_scale"), check_bool
     ),
     "ns_steps": _positive_int,
+    "tables": _tables,
     "min_dim_size_to_factor": _static_int,
 }
 """By the name of an argument what raises an error where its value cannot be right."""

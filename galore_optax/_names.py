@@ -14,8 +14,8 @@ _END = r"([./](\d+|value|raw_value|array|data_array))*$"
 _TABLES = (
     r"[^/]*embed[^/]*|([^/]*_)?embs?|pos|[^/]*vocab[^/]*|wte|wpe|([^/]*_)?head|logits[^/]*"
     r"|output_layer|classifier|(text|visual|image)_projection|final_proj|predictions/decoder"
-    r"|[^/]*router[^/]*|[^/]*(moe|expert)[^/]*/([^/]+/)*gate"
 )
+_ROUTERS = r"[^/]*router[^/]*|[^/]*(moe|expert)[^/]*/([^/]+/)*gate"
 
 # These are heads at the top of a model, and parts of a layer inside of one.
 _TABLES_AT_THE_TOP = r"output/(weight|w)|proj_out|ff_out"
@@ -30,15 +30,22 @@ _VECTORS = (
     r"|([^/]*norm[^/]*|([^/]*_)?rms[^/]*|([^/]*_)?ln(_[^/]*|\d*))(/(weight|w|g))?)|/b"
 )
 
-DEFAULT_EXCLUDE = (
-    rf"(?i)(^|/)({_TABLES})(\.[^/]*)?(/|$)|{_OUTSIDE_OF_LAYERS}({_TABLES_AT_THE_TOP})(/|$)"
-    rf"|({_VECTORS}){_END}"
-)
+_AT_THE_TOP = rf"{_OUTSIDE_OF_LAYERS}({_TABLES_AT_THE_TOP})(/|$)"
+_VECTOR = rf"({_VECTORS}){_END}"
+
+DEFAULT_EXCLUDE = rf"(?i)(^|/)({_TABLES}|{_ROUTERS})(\.[^/]*)?(/|$)|{_AT_THE_TOP}|{_VECTOR}"
 """The leaves that are left at full size by default, as a regular expression on their path.
 
 They are embeddings, output heads, routers of experts, and vectors, which stacked over layers look
 like matrices: scales, biases, and the weights of norms. The documentation lists the names.
 """
+
+
+def is_table(path: str) -> bool:
+    """Whether a leaf of two axes or more is an embedding or a head, by its path."""
+    is_called_so = rf"(?i)(^|/)({_TABLES})(\.[^/]*)?(/|$)|{_AT_THE_TOP}"
+    is_vector = rf"(?i){_VECTOR}"
+    return bool(re.search(is_called_so, path)) and not re.search(is_vector, path)
 
 
 def routers(paths: Sequence[str]) -> set[int]:

@@ -6,14 +6,16 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from galore_optax._arguments import mask_of
 from galore_optax._decoded import decoded, rounded_once
+from galore_optax._factored import clip_rms
 from galore_optax._galore import check_scale, galore
 from galore_optax._options import (
     GaloreOptions,
     check_accumulation,
+    selection_of,
     shows_galore_options,
     warn_of_calls,
 )
@@ -216,7 +218,7 @@ def flora(
     given: GaloreOptions = _FLORA | options
     check_accumulation("flora", given)
     check_stacked(stacked)
-    selection, clip, scale = _selection(given), clipping_threshold, given.get("scale", 1.0)
+    selection, clip, scale = selection_of(given), clipping_threshold, given.get("scale", 1.0)
     check_scale(scale)
 
     def clipped(updates: Updates, params: Params | None = None) -> Updates:
@@ -230,7 +232,7 @@ def flora(
                 batch = view.batch_axes
             elif stacked is not None:
                 batch = range(stacked_axes(stacked, view.path, view.shape))
-            new.append(leaf if clip is None else _clip_rms(leaf, batch, clip))
+            new.append(leaf if clip is None else clip_rms(leaf, batch, clip))
             if isinstance(view, MatrixView):
                 new[-1] *= jnp.asarray(scale, leaf.dtype)
         return treedef.unflatten(new)
@@ -311,7 +313,7 @@ def galore_muon(
         weight_dimension_numbers=numbers,
     )
     adam = decoded(optax.scale_by_adam(adam_b1, adam_b2, eps))
-    selection = _selection(given)
+    selection = selection_of(given)
 
     def labels(params: Params) -> PyTree:
         names = ["muon" if isinstance(v, MatrixView) else "adam" for v in selection.views(params)]
@@ -361,29 +363,3 @@ def _as_of_all(
         return tx.update(updates, state, beside(updates, params), **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _selection(options: GaloreOptions) -> Selection:
-    """Returns what decides, for galore with these options, how leaves are seen."""
-    default = Selection()
-    return Selection(
-        options.get("rank", default.rank),
-        options.get("side", default.side),
-        options.get("exclude", default.exclude),
-        options.get("weight_dimension_numbers", default.weight_dimension_numbers),
-    )
-
-
-def _clip_rms(
-    update: Float[Array, "..."], batch: Sequence[int], threshold: Numeric
-) -> Float[Array, "..."]:
-    """Returns the update with a root mean square of at most the threshold over all axes but some.
-
-    Args:
-      update: the update.
-      batch: the axes of each of whose items the root mean square is another.
-      threshold: the most that it may be.
-    """
-    axes = tuple(axis for axis in range(update.ndim) if axis not in batch)
-    mean_square = jnp.mean(update**2, axes, keepdims=True)
-    return update / jnp.maximum(1, jnp.sqrt(mean_square) / threshold)

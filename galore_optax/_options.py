@@ -15,7 +15,7 @@ from galore_optax._galore import galore
 from galore_optax._ranks import RankSpec
 from galore_optax._refresh import Gap, Refresh
 from galore_optax._residual import Residual
-from galore_optax._select import DimensionNumbersSpec, ExcludeSpec
+from galore_optax._select import DimensionNumbersSpec, ExcludeSpec, Selection
 from galore_optax._transport import Transport
 from galore_optax._types import Scalar
 
@@ -41,6 +41,17 @@ class GaloreOptions(TypedDict, total=False):
     accumulation_steps: int | None
     seed: int | Array
     diagnostics: bool
+
+
+def selection_of(options: GaloreOptions) -> Selection:
+    """Returns what decides, for galore with these options, how leaves are seen."""
+    default = Selection()
+    return Selection(
+        options.get("rank", default.rank),
+        options.get("side", default.side),
+        options.get("exclude", default.exclude),
+        options.get("weight_dimension_numbers", default.weight_dimension_numbers),
+    )
 
 
 def shows_galore_options(defaults: GaloreOptions | None = None) -> Callable[[Preset], Preset]:

@@ -4,6 +4,7 @@ Each takes the arguments of ``optax.adamw`` and those of `galore_optax.galore`, 
 between two methods is what differs between two lines here.
 """
 
+import dataclasses
 import inspect
 
 import optax
@@ -271,6 +272,7 @@ def adamw_8bit(
     mask: Mask | None = None,
     *,
     nesterov: bool = False,
+    tables: str = "adam",
     block_size: int = 256,
     min_size: int = 4096,
     stacked: Stacked | None = None,
@@ -288,6 +290,8 @@ def adamw_8bit(
       weight_decay: the weight decay, times the learning rate.
       mask: the leaves to decay.
       nesterov: whether to use Nesterov momentum.
+      tables: ``"factored"`` for embeddings and heads with a factored second moment and no first
+        one, as `galore_optax.scale_by_factored_adam` has. They are told by their names.
       block_size: see `galore_optax.low_bit`.
       min_size: the number of elements below which moments are not rounded. All elements of a leaf
         count, or those of one layer where ``stacked`` says how many axes are stacks.
@@ -304,9 +308,8 @@ def adamw_8bit(
       Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021
     """
     low = LowBit(block_size, min_size, stacked)
-    return AdamW(
-        learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov, low
-    ).whole()
+    adamw = AdamW(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov, low)
+    return dataclasses.replace(adamw, tables=tables).whole()
 
 
 __test__ = {

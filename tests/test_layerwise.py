@@ -114,7 +114,7 @@ TOGETHER = [
     {
         "up": ("galore_lion", {}),
         "down": ("galore_sgd", {}),
-        "embedding": ("sgd", {}),
+        "embed": ("galore_adamw", {"tables": "factored"}),
         "rest": ("lion", {}),
     },
     {

@@ -188,6 +188,10 @@ class Config:
     # bfloat16, rounded at random, for the moments of adamw and of the optimizers in GaLore with
     # AdamW inside; by default float32, and in 8 bits with those that end in _8bit.
     moment_dtype: str | None = None
+    # adam, or factored: the embedding and the head then have means of the squared gradients of
+    # their rows and columns in place of Adam's two moments. Of adamw_8bit and of the optimizers in
+    # GaLore with AdamW inside.
+    tables: str = "adam"
     # When it does: periodic, or lazy, which is less and less often where a subspace stands still;
     # lazy by default with q_galore_adamw alone.
     refresh: FromPreset[str] = None
@@ -207,6 +211,14 @@ class Config:
     # Update each layer inside the backward pass, so that no two layers have gradients at a time:
     # much less memory for the time of computing each layer's activations again.
     layerwise: bool = False
+    # With `layerwise`, what the inputs of the layers are kept in until their gradients are
+    # computed: bfloat16, int8, float8_e4m3 or float8_e5m2; by default as they are.
+    inputs_dtype: str | None = None
+    # With `layerwise`, of how many layers in a row the first one's input is kept; the others'
+    # are computed again.
+    inputs_every: int = 1
+    # With `layerwise`, where they are kept: device, or pinned_host, the memory of the machine.
+    inputs_memory: str = "device"
     # float32 or bfloat16, of activations.
     dtype: str = "float32"
     # float32 or bfloat16, of parameters.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from examples.flax_llama.adapters import LORA
 from examples.flax_llama.config import DISTRIBUTED, Config
 from examples.flax_llama.documents import BUILT_IN, is_tokenized
-from examples.flax_llama.methods import ADAMW, IN_GALORE
+from examples.flax_llama.methods import ADAMW, ADAMW_8BIT, IN_GALORE
 from examples.flax_llama.optimizers import OPTIMIZERS, WITH_ADAPTER
 from examples.flax_llama.usage import UsageError
 
@@ -68,6 +68,11 @@ NEEDS = (
         f"adamw, {', '.join((*WITH_ADAPTER, *ADAMW))}",
     ),
     for_optimizers(
+        ("tables",),
+        ("adamw_8bit", *ADAMW, *ADAMW_8BIT),
+        "adamw_8bit and those in GaLore with adamw in the name",
+    ),
+    for_optimizers(
         ("b1",),
         WITH_ADAM | LION | {"flora", "galore_muon"},
         "those with adamw or lion in the name, lora, low_rank, flora and galore_muon",
@@ -94,7 +99,12 @@ NEEDS = (
         "schedule",
         "all other schedules",
     ),
-    Need(("clip_by",), lambda config: config.layerwise, "layerwise", "layerwise=True"),
+    Need(
+        ("clip_by", "inputs_dtype", "inputs_every", "inputs_memory"),
+        lambda config: config.layerwise,
+        "layerwise",
+        "layerwise=True",
+    ),
     Need(
         ("stochastic_rounding",),
         lambda config: config.param_dtype == "bfloat16",

@@ -96,6 +96,9 @@ def make_layerwise(
             clip_norm=config.clip or None,
             clip_by=config.clip_by,
             round_bfloat16=config.stochastic_rounding,
+            inputs_dtype=config.inputs_dtype,
+            inputs_every=config.inputs_every,
+            inputs_memory=config.inputs_memory,
         )
         return training.step(params, state, micro, key)
 

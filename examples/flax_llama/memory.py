@@ -154,7 +154,11 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     a, p = BYTES[config.dtype], BYTES[config.param_dtype]
     K = config.accumulate
     N = config.batch // K * config.seq
-    inputs = K * shape.layers * N * shape.hidden * a
+    groups, every = shape.layers // config.inputs_every, config.inputs_every
+    # Of a group, all are there while its layers are gone through.
+    again = every if every > 1 else 0
+    kept = groups * kept_in(config) if config.inputs_memory == "device" else 0
+    inputs = round(K * N * shape.hidden * (kept + again * a))
     layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0
     dense = shape.vocab_size * shape.hidden
@@ -167,6 +171,18 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
         # measured before any layer is updated.
         "block": (layer + held_back * p * dense, inputs, block(config, shape)),
     }
+
+
+def kept_in(config: Config) -> float:
+    """Bytes of an entry of a layer's input as it is kept."""
+    dtype = config.inputs_dtype or config.dtype
+    if dtype in BYTES:
+        return BYTES[dtype]
+    entries = jax.ShapeDtypeStruct((CODES,), config.dtype)
+    kept: galore_optax.QuantizedArray = jax.eval_shape(
+        lambda x: galore_optax.quantize(x, dtype), entries
+    )
+    return kept.nbytes / CODES
 
 
 def head(config: Config, shape: LlamaConfig, inputs: int) -> Moment:
@@ -219,7 +235,8 @@ def update(config: Config, entries: int) -> int:
 def update_of_embedding(config: Config, shape: LlamaConfig) -> int:
     """Of the update of an embedding with moments in 8 bits, which are decoded as a whole."""
     dense = shape.vocab_size * shape.hidden
-    return EMBEDDING * 4 * dense if in_8_bits(config.optimizer) else 0
+    decoded = in_8_bits(config.optimizer) and config.tables == "adam"
+    return EMBEDDING * 4 * dense if decoded else 0
 
 
 def update_in_full(config: Config, entries: int) -> int:

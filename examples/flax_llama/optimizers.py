@@ -128,8 +128,10 @@ def sgd(config: Config, schedule: optax.Schedule) -> optax.GradientTransformatio
 
 
 def adamw_8bit(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return galore_optax.low_bit(
-        optax.adamw(schedule, **of_adamw(config)),
+    return galore_optax.adamw_8bit(
+        schedule,
+        **of_adamw(config),
+        tables=config.tables,
         min_size=smallest_in_codes(config),
         stacked=stacked_layers,
     )
@@ -213,7 +215,7 @@ def adamw_preset(config: Config, schedule: optax.Schedule) -> optax.GradientTran
         else {"moment_dtype": config.moment_dtype}
     )
     preset = IN_GALORE[config.optimizer](
-        schedule, **of_adamw(config), **held, **galore_arguments(config)
+        schedule, **of_adamw(config), **held, tables=config.tables, **galore_arguments(config)
     )
     # A chain of one, as in the checkpoints that there are, and as `in_galore` makes it.
     return optax.chain(preset)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from examples.flax_llama.config import Config
 
 MOMENT_DTYPES = ("bfloat16",)
+INPUTS_DTYPES = ("bfloat16", "int8", "float8_e4m3", "float8_e5m2")
+INPUTS_MEMORIES = ("device", "pinned_host")
+TABLES = ("adam", "factored")
 
 
 def check_values(config: "Config") -> None:
@@ -39,7 +42,7 @@ def check_values(config: "Config") -> None:
         )
     for name in (
         *("update_proj_gap", "steps", "batch", "accumulate"),
-        *("eval_every", "save_every", "keep"),
+        *("eval_every", "save_every", "keep", "inputs_every"),
     ):
         at_least_one(name, getattr(config, name))
     check_processes(config)
@@ -50,6 +53,13 @@ def check_values(config: "Config") -> None:
             f"batch={config.batch} does not divide into accumulate={config.accumulate} "
             "micro-batches: choose a multiple."
         )
+    if config.layers % config.inputs_every:
+        raise UsageError(
+            f"inputs_every={config.inputs_every} does not divide the layers, {config.layers}."
+        )
+    one_of("inputs_memory", config.inputs_memory, INPUTS_MEMORIES)
+    if config.inputs_dtype is not None:
+        one_of("inputs_dtype", config.inputs_dtype, INPUTS_DTYPES)
     for name in ("lr", "matrix_lr_ratio", "scale", "eps"):
         if not 0 < getattr(config, name) < math.inf:
             raise UsageError(f"{name}={getattr(config, name)}: expected a positive number.")
@@ -81,6 +91,7 @@ def check_values(config: "Config") -> None:
             )
     if config.moment_dtype is not None:
         one_of("moment_dtype", config.moment_dtype, MOMENT_DTYPES)
+    one_of("tables", config.tables, TABLES)
     if config.layerwise and config.on_nan == "skip":
         raise UsageError(
             "on_nan='skip' looks at the whole gradient before an update, which layerwise=True "

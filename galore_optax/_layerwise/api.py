@@ -32,6 +32,9 @@ def layerwise(
     clip_by: str = "global",
     slice_size: int | None = 2**23,
     round_bfloat16: bool = False,
+    inputs_dtype: str | None = None,
+    inputs_every: int = 1,
+    inputs_memory: str = "device",
 ) -> Layerwise:
     """Updates each layer inside the backward pass: no two layers have gradients at a time.
 
@@ -70,6 +73,17 @@ def layerwise(
         that nothing else has the size of an embedding; where ``tx`` treats each row of the leaf by
         itself. None updates whole leaves, as is best where their rows are sharded.
       round_bfloat16: whether to round bfloat16 leaves at random; see `galore_optax.apply_updates`.
+
+      inputs_dtype: what the inputs of the layers are kept in from the forward pass to the backward
+        one, whose gradients are then those at the rounded inputs: ``"int8"`` takes half the bytes
+        of bfloat16, by blocks of 256 numbers of the last axis, each off by at most 1 / 508 of the
+        range of its block; any name that ``projector_dtype`` takes will do. None keeps them as they
+        are.
+      inputs_every: of how many layers in a row the first one's input is kept. Those of the others
+        are computed again in the backward pass, some layers at a time, for
+        ``1 - 1 / inputs_every`` forward passes more. It must divide the number of layers.
+      inputs_memory: where they are kept: ``"device"``, or ``"pinned_host"``, the memory of the
+        machine that the device is in, out of which they are copied when they are needed.
 
     Returns:
       A pair of functions. ``init(params) -> state``. ``step(params, state, batch, key) -> params,
@@ -121,6 +135,9 @@ def layerwise(
         clip_by,
         slice_size,
         round_bfloat16,
+        inputs_dtype,
+        inputs_every,
+        inputs_memory,
     )
 
     def init(params: Params) -> State:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from galore_optax._layerwise.division import Division, select
-from galore_optax._layerwise.row_major import row_major
+from galore_optax._layerwise.inputs import one_of
 from galore_optax._layerwise.settings import Activations, Batch, Leaf, Settings
 from galore_optax._quantized_params import attach, carrier
 from galore_optax._sharding import shaped, zeros_like
@@ -39,14 +39,21 @@ class Passes:
     division: Division
     count: int
 
-    def forward(self, leaves: list[Leaf], batch: Batch) -> tuple[Activations, Activations]:
-        """Returns what the last layer returns, and the inputs of all layers, stacked."""
+    def forward(self, leaves: list[Leaf], batch: Batch) -> tuple[Activations, PyTree]:
+        """Returns what the last layer returns, and what is kept of the layers' inputs, stacked."""
         rest, stacked = self.division.divide(leaves)
-        block = self.settings.block
+        block, inputs = self.settings.block, self.settings.inputs
 
-        def one(batch: Batch) -> tuple[Activations, Activations]:
+        def group(x: Activations, layers: Params) -> tuple[Activations, PyTree]:
+            kept = inputs.keep(x)
+            if inputs.every == 1:
+                return block(layers, x), kept
+            x, _ = jax.lax.scan(lambda x, layer: (block(layer, x), None), x, layers)
+            return x, kept
+
+        def one(batch: Batch) -> tuple[Activations, PyTree]:
             x = self.settings.embed(rest, batch)
-            return jax.lax.scan(lambda x, layer: (block(layer, x), x), x, stacked)
+            return jax.lax.scan(group, x, inputs.in_groups(stacked))
 
         return one(batch) if self.count == 1 else jax.lax.map(one, batch)
 
@@ -95,7 +102,8 @@ class Passes:
 
     def layers(
         self,
-        inputs: Activations,
+        kept: PyTree,
+        last: Activations,
         dx: Activations,
         stacked: Callable[[Carry], list[Leaf]],
         visit: Callable[[Int[Array, ""], list[Leaf], Gradients, Carry], Carry],
@@ -104,7 +112,8 @@ class Passes:
         """Goes through the layers from the last to the first.
 
         Args:
-          inputs: what each layer got in the forward pass.
+          kept: what is kept of what each layer got in the forward pass.
+          last: what the last layer returned.
           dx: the gradient of what the last layer returns.
           stacked: finds the parameters of the blocks in a carry.
           visit: makes the next carry from a layer's index, parameters and gradients, and a carry.
@@ -113,13 +122,13 @@ class Passes:
         Returns:
           The gradient of the first layer's input, and the last carry.
         """
-        layers, axis = self.division.layers, 0 if self.count == 1 else 1
+        inputs, axis = self.settings.inputs, 0 if self.count == 1 else 1
+        every, groups = inputs.every, self.division.layers // inputs.every
 
-        def body(i: Int[Array, ""], both: tuple[Activations, Carry]) -> tuple[Activations, Carry]:
-            dx, carry = both
-            layer = layers - 1 - i
-            params = _index(stacked(carry), layer)
-            x = _index(inputs, layer, axis)
+        def one_layer(
+            layer: Int[Array, ""], x: Activations, dx: Activations, carry: Carry
+        ) -> tuple[Activations, Carry]:
+            params = one_of(stacked(carry), layer)
 
             def one(pair: tuple[Activations, Activations]) -> tuple[Gradients, Activations]:
                 x, dx = pair
@@ -133,7 +142,42 @@ class Passes:
             gradients, dx = self._mean(one, (x, dx))
             return dx, visit(layer, params, gradients, carry)
 
-        return jax.lax.fori_loop(0, layers, body, (dx, carry))
+        def one_group(
+            i: Int[Array, ""], both: tuple[Activations, Carry]
+        ) -> tuple[Activations, Carry]:
+            first = (groups - 1 - i) * every
+            x = inputs.load(one_of(kept, groups - 1 - i, axis), last)
+            if every == 1:
+                return one_layer(first, x, *both)
+            xs = self._again(first, x, stacked(both[1]))
+
+            def back(
+                j: Int[Array, ""], both: tuple[Activations, Carry]
+            ) -> tuple[Activations, Carry]:
+                own = every - 1 - j
+                return one_layer(first + own, one_of(xs, own), *both)
+
+            return jax.lax.fori_loop(0, every, back, both)
+
+        return jax.lax.fori_loop(0, groups, one_group, (dx, carry))
+
+    def _again(self, first: Int[Array, ""], x: Activations, stacked: list[Leaf]) -> Activations:
+        """Returns the inputs of the layers of a group, stacked, from that of its first one."""
+
+        def next_one(
+            j: Int[Array, ""], both: tuple[Activations, Activations]
+        ) -> tuple[Activations, Activations]:
+            x, xs = both
+            _, params = self.division.divide(one_of(stacked, first + j))
+            call = functools.partial(self.settings.block, params)
+            x = call(x) if self.count == 1 else jax.lax.map(call, x)
+            return x, jax.tree.map(
+                lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, j + 1, 0), xs, x
+            )
+
+        every = self.settings.inputs.every
+        xs = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (every, *x.shape)), x)
+        return jax.lax.fori_loop(0, every - 1, next_one, (x, xs))[1]
 
     def _mean(
         self, function: Callable[[PyTree], tuple[PyTree, PyTree]], xs: PyTree
@@ -174,12 +218,3 @@ def _with_others(floating: Activations, x: Activations) -> Activations:
 
 def _is_none(x: object) -> bool:
     return x is None
-
-
-def _index(tree: Params, layer: Int[Array, ""], axis: int = 0) -> Params:
-    """Returns one layer of each array of a tree, without the axis of layers."""
-
-    def index(x: Array) -> Array:
-        return row_major(jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False))
-
-    return jax.tree.map(index, tree)

@@ -77,9 +77,15 @@ def divided(settings: Settings, params: Params) -> Division:
 
     Raises:
       TypeError: the parameters are not a mapping with the blocks.
-      ValueError: they cannot be divided.
+      ValueError: they cannot be divided, or not in groups of layers.
     """
-    return Division(settings.tx, params, settings.blocks, settings.micro_batches)
+    division = Division(settings.tx, params, settings.blocks, settings.micro_batches)
+    if division.layers % settings.inputs_every:
+        raise ValueError(
+            f"inputs_every must divide the number of layers, {division.layers}; got "
+            f"{settings.inputs_every}"
+        )
+    return division
 
 
 def union(units: Sequence[Unit], count: int) -> list[bool]:

@@ -5,19 +5,15 @@ import numbers
 from collections.abc import Callable
 from typing import TypeAlias
 
+import jax
 from jaxtyping import Array, Float, PyTree
 
 from galore_optax._errors import check_transformation
+from galore_optax._layerwise.inputs import MEMORIES, Activations, Inputs
+from galore_optax._storage import resolve_storage
 from galore_optax._types import Params, Transformation
 
 Batch: TypeAlias = PyTree
-Activations: TypeAlias = PyTree
-"""What one layer returns and the next one takes: a floating-point array, or a tree with such.
-
-Other arrays in the tree are handed on without a gradient. The gradient of one is a tree with None
-in their places.
-"""
-
 Leaf: TypeAlias = PyTree
 """An array, a `QuantizedArray`, or None for a leaf that has no part in what is done."""
 
@@ -40,6 +36,9 @@ class Settings:
     clip_by: str
     slice_size: int | None
     round_bfloat16: bool
+    inputs_dtype: str | None = None
+    inputs_every: int = 1
+    inputs_memory: str = "device"
 
     def __post_init__(self):
         check_transformation("tx", self.tx)
@@ -53,10 +52,30 @@ class Settings:
             raise ValueError(f"clip_norm must be positive, or None; got {self.clip_norm!r}")
         if self.slice_size is not None:
             _check_positive_int("slice_size", self.slice_size, ", or None")
+        _check_positive_int("inputs_every", self.inputs_every)
+        resolve_storage("inputs_dtype", self.inputs_dtype)
+        if self.inputs_memory not in MEMORIES:
+            raise ValueError(
+                f"inputs_memory must be one of {', '.join(map(repr, MEMORIES))}; got "
+                f"{self.inputs_memory!r}"
+            )
+        if self.inputs_memory != "device" and not hasattr(jax, "memory"):
+            raise ValueError(
+                f"inputs_memory={self.inputs_memory!r} needs a later jax; this is {jax.__version__}"
+            )
         if self.clip_by not in ("global", "layer"):
             raise ValueError(f'clip_by must be "global" or "layer"; got {self.clip_by!r}')
         if self.clip_norm is None and self.clip_by != "global":
             raise ValueError(f"clip_by={self.clip_by!r} needs clip_norm, the norm to clip to")
+
+    @property
+    def inputs(self) -> Inputs:
+        """How the inputs of layers are kept."""
+        return Inputs(
+            resolve_storage("inputs_dtype", self.inputs_dtype),
+            self.inputs_every,
+            self.inputs_memory,
+        )
 
     def clips_by(self, what: str) -> bool:
         """Whether gradients are clipped, and by the norm of ``what``."""

@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from galore_optax._layerwise.division import Unit, select
 from galore_optax._layerwise.norms import clip_factor, norm_dtype, squared_norm
@@ -66,13 +66,13 @@ class Sweep:
         square = self._square(before)
         after = factor = None
         if settings.clips_by("global"):
-            first_dx, of_layers = self._measure(inputs, dx)
+            first_dx, of_layers = self._measure(inputs, x, dx)
             after = self._embed(of_head, first_dx)
             factor = self._clip_factor(square + of_layers + self._square(after))
 
         new = Trained(self.leaves, self.state, self._zero)
         new = self._update_outside(new, plan.before, before, factor)
-        dx, of_layers, blocks = self._update_layers(inputs, dx, factor)
+        dx, of_layers, blocks = self._update_layers(inputs, x, dx, factor)
         new = new.take(plan.division.layer, blocks)
         after = self._embed(of_head, dx) if after is None else after
         new = self._update_outside(new, plan.after, after, factor)
@@ -91,7 +91,7 @@ class Sweep:
         return [a if b is None else a + b for a, b in pairs]
 
     def _measure(
-        self, inputs: Activations, dx: Activations
+        self, inputs: PyTree, x: Activations, dx: Activations
     ) -> tuple[Activations, Float[Array, ""]]:
         """Goes through the layers and updates none of them.
 
@@ -105,10 +105,14 @@ class Sweep:
         ) -> Float[Array, ""]:
             return square + self._square(gradients)
 
-        return self._passes.layers(inputs, dx, lambda _: stacked, visit, self._zero)
+        return self._passes.layers(inputs, x, dx, lambda _: stacked, visit, self._zero)
 
     def _update_layers(
-        self, inputs: Activations, dx: Activations, factor: Float[Array, ""] | None
+        self,
+        inputs: PyTree,
+        x: Activations,
+        dx: Activations,
+        factor: Float[Array, ""] | None,
     ) -> tuple[Activations, Float[Array, ""], Updated]:
         """Updates the blocks, layer by layer, in place.
 
@@ -132,7 +136,7 @@ class Sweep:
 
         first = self._zero, Updated(unit.leaves(self.leaves), old, self._zero)
         dx, (square, new) = self._passes.layers(
-            inputs, dx, lambda carry: carry[1].leaves, visit, first
+            inputs, x, dx, lambda carry: carry[1].leaves, visit, first
         )
         return dx, square, new
 

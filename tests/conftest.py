@@ -28,7 +28,8 @@ if importlib.util.find_spec("tyro") is None:
 
 # Arrays are of the dtypes and shapes that signatures say, checked at every call in the tests. Not
 # in modules whose functions themselves check what a user gives them, and say better what is wrong;
-# nor in the one that goes through every equation of a program.
+# nor in the one that goes through every equation of a program, and in those about trees, which are
+# called for every node and say nothing of arrays.
 OPEN = {
     *("__init__", "_adamw", "_chain", "_galore", "_inner", "_limiter", "_low_bit", "_memory"),
     *("_memory_report", "_optimizers", "_options", "_presets", "_projector", "_quantized"),
@@ -36,7 +37,9 @@ OPEN = {
     *("_refresh", "_residuals", "_select", "_transports"),
     *(
         "_jaxpr",
+        "_ownership",
         "_ranks",
+        "_trees",
         "_update",
         "projectors",
         "trainers",
@@ -50,7 +53,7 @@ if jax.__version_info__ < (0, 7):
 PACKAGE = TESTS.parent / "galore_optax"
 MODULES = [".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py")]
 jaxtyping.install_import_hook(
-    [f"galore_optax.{name}" for name in sorted({*MODULES} - OPEN)], "beartype.beartype"
+    [f"galore_optax.{name}" for name in sorted({*MODULES} - OPEN)], "signatures.checked"
 )
 
 # Programs of tests run once or twice, so that compiling them is what takes time.

@@ -68,7 +68,7 @@ test-all: $(READY)  ## run all tests, as CI does
 	$(PYTEST) --seconds
 
 test-versions: $(READY)  ## run what another Python or JAX could change, a case of each test
-	$(PYTEST) --seconds --at-most 1 -m "not (ci or plain)"
+	$(PYTEST) --seconds --at-most 1 -m "both or not (ci or plain)"
 
 # The library alone, with the oldest JAX, Optax and Flax that it is for; without the pins of another
 # environment, and without JAX's settings, which take a fifth of the time.

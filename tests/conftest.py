@@ -1,5 +1,6 @@
 """How all tests compile, how long each may take, and which ones a contributor waits for."""
 
+import contextlib
 import importlib.util
 import os
 import random
@@ -165,16 +166,27 @@ def pytest_sessionstart(session):
             entry.unlink()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
+@contextlib.contextmanager
+def processor_counted(item, when):
     """Counts the processor's seconds, which other programs on the machine change little."""
     before = os.times()
     try:
-        return (yield)
+        yield
     finally:
         # Of this process and of those that it started and waited for.
-        seconds = sum(os.times()[:4]) - sum(before[:4])
-        item.user_properties.append(("cpu_seconds", seconds))
+        item.user_properties.append((when, sum(os.times()[:4]) - sum(before[:4])))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    with processor_counted(item, "setup"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with processor_counted(item, "call"):
+        return (yield)
 
 
 class Budget:
@@ -183,13 +195,18 @@ class Budget:
     def __init__(self):
         self.wall = defaultdict(float)
         self.cpu = defaultdict(dict)
+        # Of what tests share, which is no test's own.
+        self.setup = defaultdict(float)
         self.allowed = set()
 
     def pytest_runtest_logreport(self, report):
         path = report.location[0]
         self.wall[path] += report.duration
+        seconds = dict(report.user_properties).get(report.when, 0.0)
+        if report.when == "setup":
+            self.setup[path] += seconds
         if report.when == "call":
-            self.cpu[path][report.nodeid] = dict(report.user_properties).get("cpu_seconds", 0.0)
+            self.cpu[path][report.nodeid] = seconds
         if "long" in report.keywords:
             self.allowed.add(report.nodeid)
 
@@ -213,7 +230,7 @@ class Budget:
         if config.getoption("--seconds"):
             terminalreporter.section("seconds by file: wall, processor")
             for path in sorted(self.wall, key=self.wall.get, reverse=True):
-                cpu = sum(self.cpu[path].values())
+                cpu = self.setup[path] + sum(self.cpu[path].values())
                 terminalreporter.line(f"{self.wall[path]:8.1f} {cpu:8.1f}  {path}")
         if found := self.too_long():
             terminalreporter.section("tests too long for their files")

@@ -1,5 +1,6 @@
 """How all tests compile, how long each may take, and which ones a contributor waits for."""
 
+import contextlib
 import importlib.util
 import os
 import random
@@ -28,7 +29,8 @@ if importlib.util.find_spec("tyro") is None:
 
 # Arrays are of the dtypes and shapes that signatures say, checked at every call in the tests. Not
 # in modules whose functions themselves check what a user gives them, and say better what is wrong;
-# nor in the one that goes through every equation of a program.
+# nor in the one that goes through every equation of a program, and in those about trees, which are
+# called for every node and say nothing of arrays.
 OPEN = {
     *("__init__", "_adamw", "_chain", "_galore", "_inner", "_limiter", "_low_bit", "_memory"),
     *("_memory_report", "_optimizers", "_options", "_presets", "_projector", "_quantized"),
@@ -36,7 +38,9 @@ OPEN = {
     *("_refresh", "_residuals", "_select", "_transports"),
     *(
         "_jaxpr",
+        "_ownership",
         "_ranks",
+        "_trees",
         "_update",
         "projectors",
         "trainers",
@@ -50,7 +54,7 @@ if jax.__version_info__ < (0, 7):
 PACKAGE = TESTS.parent / "galore_optax"
 MODULES = [".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py")]
 jaxtyping.install_import_hook(
-    [f"galore_optax.{name}" for name in sorted({*MODULES} - OPEN)], "beartype.beartype"
+    [f"galore_optax.{name}" for name in sorted({*MODULES} - OPEN)], "signatures.checked"
 )
 
 # Programs of tests run once or twice, so that compiling them is what takes time.
@@ -162,16 +166,27 @@ def pytest_sessionstart(session):
             entry.unlink()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
+@contextlib.contextmanager
+def processor_counted(item, when):
     """Counts the processor's seconds, which other programs on the machine change little."""
     before = os.times()
     try:
-        return (yield)
+        yield
     finally:
         # Of this process and of those that it started and waited for.
-        seconds = sum(os.times()[:4]) - sum(before[:4])
-        item.user_properties.append(("cpu_seconds", seconds))
+        item.user_properties.append((when, sum(os.times()[:4]) - sum(before[:4])))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    with processor_counted(item, "setup"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with processor_counted(item, "call"):
+        return (yield)
 
 
 class Budget:
@@ -180,13 +195,18 @@ class Budget:
     def __init__(self):
         self.wall = defaultdict(float)
         self.cpu = defaultdict(dict)
+        # Of what tests share, which is no test's own.
+        self.setup = defaultdict(float)
         self.allowed = set()
 
     def pytest_runtest_logreport(self, report):
         path = report.location[0]
         self.wall[path] += report.duration
+        seconds = dict(report.user_properties).get(report.when, 0.0)
+        if report.when == "setup":
+            self.setup[path] += seconds
         if report.when == "call":
-            self.cpu[path][report.nodeid] = dict(report.user_properties).get("cpu_seconds", 0.0)
+            self.cpu[path][report.nodeid] = seconds
         if "long" in report.keywords:
             self.allowed.add(report.nodeid)
 
@@ -210,7 +230,7 @@ class Budget:
         if config.getoption("--seconds"):
             terminalreporter.section("seconds by file: wall, processor")
             for path in sorted(self.wall, key=self.wall.get, reverse=True):
-                cpu = sum(self.cpu[path].values())
+                cpu = self.setup[path] + sum(self.cpu[path].values())
                 terminalreporter.line(f"{self.wall[path]:8.1f} {cpu:8.1f}  {path}")
         if found := self.too_long():
             terminalreporter.section("tests too long for their files")

@@ -271,7 +271,6 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch):
 
 
 @pytest.mark.ci
-@pytest.mark.both
 @pytest.mark.long("every item of every stage, in processes of their own")
 def test_the_rehearsal_runs_every_item_of_every_stage(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]

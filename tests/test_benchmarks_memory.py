@@ -208,6 +208,7 @@ def test_the_figures_are_of_the_tables_settings():
 
 
 @pytest.mark.long("it traces the state of every row, for the tests that follow, too")
+@pytest.mark.ci
 def test_what_stays_is_what_the_compiler_found():
     for path in (memory_table.FIGURES, memory_error.FIGURES):
         for name, row in json.loads(path.read_text())["rows"].items():

@@ -235,6 +235,7 @@ def test_settings_that_cannot_work_with_lora(settings, message):
         tiny("x", optimizer="lora", **settings).resolve()
 
 
+@pytest.mark.ci
 def test_products_are_trained_from_nothing_only(runs):
     directory, text, _ = runs
     begin = {"weights_only": True, "tokenizer": str(directory / "plain")}

@@ -145,6 +145,7 @@ def counts(out, step):
 
 
 @pytest.mark.long("killed twice, after one more update each time")
+@pytest.mark.ci
 def test_what_was_changed_holds_however_soon_the_run_ends_again(run, monkeypatch):
     """Killed before its first update nothing has changed; after it everything has."""
     before = contents(run)
@@ -295,6 +296,7 @@ def test_a_position_in_batches_is_one_in_batches_of_another_size(was, now):
 
 
 @pytest.mark.long("a run of its own, whose update is of another size")
+@pytest.mark.ci
 def test_another_batch_in_micro_batches_goes_on_after_the_same_row(run):
     without_checkpoints_after(run, SAVED)
     config = arguments(run, "--batch", "4", "--accumulate", "2", "--steps", "4")
@@ -504,6 +506,7 @@ def new_run(root, tmp_path, *given):
 
 
 @pytest.mark.long("a run of its own, with a schedule of its own")
+@pytest.mark.ci
 def test_a_run_begins_with_the_weights_and_moments_of_another(run, tmp_path):
     config = new_run(tmp_path, tmp_path, "--lr", "0.02", "--steps", "2", "--seed", "5")
     expected = loss_of_batch(run, 1, config)

@@ -263,6 +263,7 @@ def test_a_directory_in_use_is_refused_with_the_process_that_uses_it(copy):
 
 
 @pytest.mark.long("its run has another rank, which is compiled for it alone")
+@pytest.mark.ci
 def test_another_rank_keeps_parameters_data_and_schedule_alone(copy, finished):
     shutil.rmtree(copy.out / "checkpoints" / "12")
     train.train(dataclasses.replace(copy, rank=2, save_every=9))
@@ -484,6 +485,7 @@ def test_a_model_of_another_shape_names_the_leaf(finished):
             checkpoints.restore_params(12, like)
 
 
+@pytest.mark.ci
 def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(copy, monkeypatch):
     shutil.rmtree(copy.out / "checkpoints" / "12")
     before = contents(copy.out / "checkpoints")

@@ -532,6 +532,7 @@ def test_the_loss_of_packed_rows_is_that_of_their_conversations(source):
 
 
 @pytest.mark.long("a run, and one more update")
+@pytest.mark.ci
 def test_a_run_on_chats_is_packed_and_goes_on(source, tmp_path):
     """With the template that it has kept, wherever the model's directory is now."""
     directory = make_model(tmp_path / "model", "chatml")

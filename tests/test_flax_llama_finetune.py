@@ -92,6 +92,7 @@ def test_a_model_learns_to_answer(directory, tuned):
         assert sample["after"] != sample["before"]
 
 
+@pytest.mark.ci
 def test_it_goes_on_and_is_exported_with_the_template(directory, tuned, tmp_path):
     shutil.copytree(directory / "run", tmp_path / "run")
     steps = len(tuned[1].result.train) + 1
@@ -110,6 +111,7 @@ def test_it_goes_on_and_is_exported_with_the_template(directory, tuned, tmp_path
 
 
 @pytest.mark.long("the program that a user runs, with all that it compiles")
+@pytest.mark.ci
 def test_lora_over_a_model_in_8_bits(directory):
     out = directory / "lora"
     words = ["--optimizer", "lora", "--rank", "2", "--int8-weights", "True", "--steps", "2"]

@@ -53,7 +53,10 @@ def text(tmp_path_factory):
 @pytest.mark.long("runs on eight devices, and on one")
 @pytest.mark.parametrize(
     "settings",
-    [{}, pytest.param(IN_BLOCKS | {"layerwise": True}, marks=pytest.mark.ci)],
+    [
+        pytest.param({}, marks=[pytest.mark.ci, pytest.mark.both]),
+        pytest.param(IN_BLOCKS | {"layerwise": True}, marks=pytest.mark.ci),
+    ],
 )
 def test_a_run_on_a_mesh_has_the_losses_of_one_device_and_goes_on_on_another(
     text, tmp_path, settings

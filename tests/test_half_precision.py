@@ -143,7 +143,7 @@ def test_what_looks_for_it_finds_it_in_optax():
     assert rounded_in_half(product(jnp.ones((2, 2), jnp.float16)).jaxpr) == ["dot_general"]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.ci)])
 @pytest.mark.parametrize(
     "name", ["frugal_adamw", "grass_adamw", "adamw_8bit", "flora", "fira_adamw"]
 )

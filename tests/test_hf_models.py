@@ -191,6 +191,7 @@ def test_an_imported_model_is_trained_evaluated_and_never_resumed(directory, tmp
 
 
 @pytest.mark.long("two trainings, of which one has the largest program of all")
+@pytest.mark.ci
 def test_layers_that_alternate_are_updated_inside_the_backward_pass(tmp_path):
     """With a tied head: the losses are those of ordinary updates."""
     texts = tmp_path / "texts.txt"

@@ -33,6 +33,8 @@ def nbytes(tree):
 
 
 @pytest.mark.since(jax="0.7")  # whose compiler of CPUs copies less.
+@pytest.mark.ci
+@pytest.mark.both
 def test_weights_and_state_are_updated_in_place():
     """Where both are in 8 bits, where the state is, where neither, and where there is no galore."""
 

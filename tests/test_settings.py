@@ -150,7 +150,7 @@ def test_no_step_makes_a_nan(subtests):
     for name in (*(f"projector {name}" for name in PROJECTORS), *PRESETS):
         with subtests.test(name), settings("nans"):
             tx = optimizer(name)
-            update, state = jax.jit(tx.update), tx.init(params)
+            update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
             for gradients in (zeros, of_rank_one, params, zeros):
                 updates, state = update(gradients, state, params)
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))

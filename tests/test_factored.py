@@ -206,6 +206,7 @@ def test_it_lies_as_its_table_does(kind):
         assert jax.typeof(updates["embedding"]).sharding.spec == P("x", "y")
 
 
+@pytest.mark.since(jax="0.7")
 def test_it_takes_the_names_of_axes_along_in_boxes():
     names = ("vocab", "embed")
     init = nnx.with_partitioning(nnx.initializers.ones, names)

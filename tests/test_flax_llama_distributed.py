@@ -71,6 +71,15 @@ def member(*arguments):
     )
 
 
+def connected(port):
+    """A connection to a process, as soon as it listens."""
+    while True:
+        try:
+            return socket.create_connection(("localhost", port))
+        except OSError:
+            time.sleep(0.05)
+
+
 def members(count, *numbers, timeout=30):
     """Processes of these numbers."""
     port = free_port()
@@ -115,13 +124,7 @@ def test_processes_that_do_not_belong_together_are_told_so(other, message):
 def test_what_looks_for_open_ports_is_no_process(words):
     port = free_port()
     first = member(port, 2, 0, 30, 0.1)
-    while True:
-        try:
-            stranger = socket.create_connection(("localhost", port))
-            break
-        except OSError:
-            time.sleep(0.05)
-    with stranger:
+    with connected(port) as stranger:
         stranger.sendall(words)
     other = member(port, 2, 1, 30, 0.1)
     for process in (first, other):
@@ -141,14 +144,8 @@ def ends_naming(process, number):
 def test_a_process_that_ends_while_others_are_waited_for_is_named():
     port = free_port()
     first = member(port, 3, 0, 30, 0.1)
-    while True:
-        try:
-            stand_in = socket.create_connection(("localhost", port))
-            break
-        except OSError:
-            time.sleep(0.05)
     who = {"number": 1, "settings": {"lr": 0.1, "processes": 3}}
-    with stand_in:
+    with connected(port) as stand_in:
         stand_in.sendall(f"here {json.dumps(who)}\n".encode())
     assert ends_naming(first, 1)
 

@@ -18,6 +18,7 @@ from flax import nnx
 from flax_llama_runs import metrics, pretend, tiny, write_text
 from matplotlib.figure import Figure
 
+from examples.flax_llama import command
 from examples.flax_llama import compare as module
 from examples.flax_llama import train as training
 from examples.flax_llama.compare import compare, parse_sweep, search
@@ -502,6 +503,8 @@ def test_errors_of_the_command_line_are_one_line(monkeypatch, tmp_path):
 def test_writes_that_orbax_abandons_say_nothing_after_that_line(monkeypatch, caplog):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+    # As in a process of its own, in which nothing has silenced them yet.
+    monkeypatch.setattr(command, "hide_abandoned", command.hide_abandoned.__wrapped__)
     monkeypatch.setattr("sys.argv", ["compare"])
     with pytest.raises(SystemExit):
         module.main()

@@ -114,7 +114,7 @@ TOGETHER = [
     {
         "up": ("galore_lion", {}),
         "down": ("galore_sgd", {}),
-        "embed": ("galore_adamw", {"tables": "factored"}),
+        "embed": ("adamw_8bit", {"tables": "factored"}),
         "rest": ("lion", {}),
     },
     {

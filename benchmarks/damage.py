@@ -60,7 +60,8 @@ def replace(path: Path, rng: random.Random) -> None:
         there = sorted(other.parent.iterdir(), key=lambda each: each.stat().st_size)
         place = sorted(path.parent.iterdir(), key=lambda each: each.stat().st_size).index(path)
         other = there[min(place, len(there) - 1)]
-    shutil.copyfile(other, path) if other != path else None
+    if other != path:
+        shutil.copyfile(other, path)
 
 
 def directory(path: Path, rng: random.Random) -> None:

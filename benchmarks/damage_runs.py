@@ -22,7 +22,7 @@ from flax import nnx
 from benchmarks.fuzz_search import Wrong
 from examples.flax_llama import tokenize, train
 from examples.flax_llama.changes import settings_of
-from examples.flax_llama.checkpoint import CheckpointError, Checkpoints
+from examples.flax_llama.checkpoint import CheckpointError
 from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.loading import load_run
@@ -228,8 +228,3 @@ def contents(out: Path, but: Sequence[str] = ("lock",)) -> dict[Path, bytes | No
 
     files = (path for path in out.rglob("*") if not path.is_dir() and path.name not in but)
     return {path: content(path) for path in files}
-
-
-def checkpoints_of(out: Path) -> list[int]:
-    with Checkpoints(out, read_only=True) as checkpoints:
-        return checkpoints.steps

@@ -67,8 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.inside is None:
         with tempfile.TemporaryDirectory() as directory:
-            words = [*sys.orig_argv[:1], "-m", "benchmarks.disk_full", *sys.argv[1:]]
-            own = ["unshare", "--mount", "--map-root-user", *words, "--inside", directory]
+            again = [sys.executable, "-m", "benchmarks.disk_full", *sys.argv[1:]]
+            own = ["unshare", "--mount", "--map-root-user", *again, "--inside", directory]
             sys.exit(subprocess.run(own).returncode)
     alone, cache = args.inside / "alone", args.inside / "cache"
     if train(alone, cache)[0]:

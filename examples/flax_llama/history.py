@@ -29,7 +29,10 @@ from examples.flax_llama.usage import UsageError
 from examples.flax_llama.writing import write_whole
 
 HISTORY = "history.json"
-MOVE_AWAY = "Move it away to go on without it: nothing that is computed depends on it"
+MOVE_AWAY = (
+    "Move it away to go on without it: training does not depend on it, but where the data to "
+    "validate on has changed, it says which losses compare, and so which checkpoint is the best"
+)
 
 
 def machine_here() -> dict[str, Any]:

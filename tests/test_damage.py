@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from benchmarks import damage, soak
-from benchmarks.damage_runs import check_seen, make
+from benchmarks.damage_runs import check_seen, copied, make
 from benchmarks.fuzz_search import Wrong
 from examples.flax_llama import repair, run_directory
+from examples.flax_llama.loading import load_run
+from examples.flax_llama.usage import UsageError
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +100,15 @@ def test_a_run_keeps_its_damaged_settings_when_they_are_written_again(made):
     finally:
         (made.out / "config.json.damaged").unlink(missing_ok=True)
         (made.out / "config.json").write_text(whole)
+
+
+def test_the_loss_of_another_checkpoint_is_no_loss(made):
+    """Which checkpoint is the best is not known then; a run goes on all the same."""
+    with copied(made.out.parent) as home:
+        checkpoints = home / "run" / "checkpoints"
+        shutil.copyfile(*(checkpoints / step / "metrics/metrics" for step in ("4", "8")))
+        with pytest.raises(UsageError, match=r"8/metrics is damaged, so that it is not known"):
+            load_run(home / "run", "best")
 
 
 def watched(leak=0.0, slower=1.0, checkpoints=4):

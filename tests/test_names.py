@@ -14,6 +14,7 @@ from flax import nnx
 
 import galore_optax
 from galore_optax import DEFAULT_EXCLUDE, DimensionNumbers
+from galore_optax._names import is_table
 from galore_optax._select import Selection
 from galore_optax._view import MatrixView
 
@@ -46,6 +47,24 @@ def test_the_page_of_names_says_what_the_default_does(where, path, expected):
     full_size = re.search(DEFAULT_EXCLUDE, path) is not None
     assert full_size == (expected == "full size")
     assert bool(projected(params)) != full_size
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("embed/embedding", True),
+        ("model/lm_head/kernel", True),
+        ("transformer/wte", True),
+        ("output/weight", True),
+        ("layers/output/weight", False),
+        ("blocks/up/kernel", False),
+        ("blocks/moe/router/kernel", False),
+        ("embeddings/norm/scale", False),
+        ("lm_head/bias", False),
+    ],
+)
+def test_tables_are_embeddings_and_heads_and_none_of_their_vectors(path, expected):
+    assert is_table(path) == expected
 
 
 def test_the_page_has_both_kinds():

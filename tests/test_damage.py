@@ -51,6 +51,7 @@ def test_damage_is_named_or_does_nothing(made, file, kind, came_to):
 
 
 @pytest.mark.ci
+@pytest.mark.long("makes three runs in a process of its own, and goes on with copies of them")
 def test_a_search_for_damage_finds_nothing(tmp_path):
     """In a process of its own: here what Orbax abandons when it fails would be an error."""
     words = [
@@ -66,7 +67,7 @@ def test_a_search_for_damage_finds_nothing(tmp_path):
     command = [sys.executable, "-m", "benchmarks.damage", *map(str, words)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "20 cases tried, 0 failed" in run.stdout
+    assert "10 cases tried, 0 failed" in run.stdout
 
 
 def test_other_settings_in_a_file_that_is_changed_are_refused(made, monkeypatch):
@@ -142,6 +143,7 @@ def test_what_grows_or_slows_is_beyond_the_bounds(wrong, beyond):
 
 
 @pytest.mark.ci
+@pytest.mark.long("makes a run of 150 updates")
 def test_a_short_soak_writes_figures_and_a_picture(tmp_path, monkeypatch, capsys):
     out = tmp_path / "soak.json"
     words = ["soak", "--updates", "150", "--seconds", "0.1", "--out", str(out)]

@@ -58,7 +58,7 @@ def test_a_search_for_damage_finds_nothing(tmp_path):
         "--seed",
         "5",
         "--count",
-        "20",
+        "10",
         "--runs",
         tmp_path / "runs",
         "--out",

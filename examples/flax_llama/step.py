@@ -185,7 +185,7 @@ def make_update(
         params = with_lora(params, trained) if lora else trained
         return params, new, {"loss": loss, **norms}
 
-    step = make_layerwise(config, graphdef, optimizer) if config.layerwise else ordinary
+    step = make_layerwise(config, graphdef, optimizer, mesh) if config.layerwise else ordinary
     step = computing_on(mesh, step)
 
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:

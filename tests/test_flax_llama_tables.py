@@ -70,7 +70,7 @@ def test_a_chunk_of_the_vocabulary_makes_few_logits(tokens, vocabulary):
     chunk = vocabulary_chunk(tokens, vocabulary)
     assert chunk == vocabulary or chunk % 128 == 0
     assert chunk <= vocabulary
-    assert chunk * tokens <= max(2**24 + 128 * tokens, 1024 * tokens)
+    assert chunk * tokens <= max(2**23 + 128 * tokens, 1024 * tokens)
     # The chunks are alike: all but the last one, at most, are full.
     assert chunk == vocabulary or -(-vocabulary // chunk) * (chunk - 128) < vocabulary
 
@@ -87,7 +87,7 @@ def test_a_step_has_neither_all_logits_nor_a_float32_gradient_of_the_head():
     logits = 4 * B * S * V
     assert temporary(plain) > logits
     # Three arrays of a chunk's logits: the logits, their exponentials, and those of the label.
-    assert temporary(cross_entropy_by_vocabulary) < 3.3 * 4 * 2**24 < 0.25 * logits
+    assert temporary(cross_entropy_by_vocabulary) < 3.5 * 4 * 2**23 < 0.25 * logits
 
 
 @pytest.mark.parametrize("alone", [True, False])

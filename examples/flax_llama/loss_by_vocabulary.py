@@ -18,12 +18,12 @@ import jax.numpy as jnp
 
 from examples.flax_llama.tables import zeros_after
 
-MAX_LOGITS = 2**24
+MAX_LOGITS = 2**23
 MULTIPLE = 128
 
 
 def vocabulary_chunk(tokens: int, vocabulary: int) -> int:
-    """Entries per chunk: as many as make at most 2^24 logits, 64 MiB, but at least 1024."""
+    """Entries per chunk: as many as make at most 2^23 logits, 32 MiB, but at least 1024."""
     most = max(MAX_LOGITS // tokens, 8 * MULTIPLE)
     even = math.ceil(vocabulary / math.ceil(vocabulary / most))
     return min(vocabulary, MULTIPLE * math.ceil(even / MULTIPLE))

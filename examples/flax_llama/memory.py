@@ -16,9 +16,10 @@ from typing import Any
 import jax
 
 import galore_optax
-from examples.flax_llama.attention import attention_groups
+from examples.flax_llama.attention import attention_parts
 from examples.flax_llama.config import Config, LlamaConfig
 from examples.flax_llama.loss import chunk_size
+from examples.flax_llama.loss_by_vocabulary import vocabulary_chunk
 from examples.flax_llama.methods import IN_GALORE, in_8_bits
 from examples.flax_llama.optimizers import (
     galore_arguments,
@@ -165,7 +166,7 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     # Codes whose blocks are of single rows are updated some rows at a time.
     whole = 0 if shape.hidden % CODES == 0 else update_of_embedding(config, shape)
     return {
-        "head": head(config, shape, inputs),
+        "head": head_by_vocabulary(config, shape, inputs),
         "embedding": (0, 0, whole),
         # Of the layer, and with clipping by the global norm of the embedding, since it has been
         # measured before any layer is updated.
@@ -195,6 +196,18 @@ def head(config: Config, shape: LlamaConfig, inputs: int) -> Moment:
     return entry * shape.vocab_size * shape.hidden, inputs, logits
 
 
+def head_by_vocabulary(config: Config, shape: LlamaConfig, inputs: int) -> Moment:
+    """The same where the update is in the backward pass: no float32 sum of the gradient is there."""
+    a, p = BYTES[config.dtype], BYTES[config.param_dtype]
+    tokens, D, V = config.batch // config.accumulate * config.seq, shape.hidden, shape.vocab_size
+    chunk = vocabulary_chunk(tokens, V)
+    # The gradient of the tokens is float32; of the head and of its gradient there is a chunk.
+    working = LOGITS * 4 * chunk * tokens + 4 * tokens * D + 2 * a * chunk * D
+    # Of micro-batches, float32 sums.
+    entry = p if config.accumulate == 1 else p + 4
+    return entry * V * D, inputs, working
+
+
 def kept_of_layer(shape: LlamaConfig) -> int:
     """What a layer keeps of a token: its input, and what kernels return but for the last one."""
     D, F = shape.hidden, shape.intermediate
@@ -208,8 +221,10 @@ def block(config: Config, shape: LlamaConfig) -> int:
     activations = B * config.seq * (BLOCK_D * shape.hidden + BLOCK_F * shape.intermediate) * a
     # The softmax in float32 and in `dtype`, of some sequences at a time; cuDNN's kernel never has
     # it. XLA decodes quantized kernels where it multiplies with them.
-    some = B // attention_groups(B, config.seq, shape.heads, config.attention)
-    scores = 0 if config.attention == "cudnn" else some * shape.heads * config.seq**2 * (4 + a)
+    sizes = B, config.seq, shape.heads, shape.kv_heads
+    parts = attention_parts(*sizes, config.attention)
+    some = B * shape.heads * config.seq**2 // (parts.sequences * parts.heads)
+    scores = 0 if config.attention == "cudnn" else some * (4 + a)
     return activations + scores
 
 

@@ -100,7 +100,7 @@ def estimate(config: Config, vocab_size: int) -> Estimate:
     # whether GaLore averages micro-batches: its accumulator stays between updates.
     same: dict[str, Any] = {"dtype": "float32", "attention": "xla", "remat": False}
     same |= {"batch": 1 + several, "accumulate": 1 + several, "layerwise": several}
-    same["clip_by"] = "global"
+    same |= {"clip_by": "global", "inputs_dtype": None, "inputs_every": 1, "inputs_memory": "device"}
     weights, projectors, moments = held(dataclasses.replace(config, **same), vocab_size)
     moments_of_step = step_layerwise(config, shape) if config.layerwise else step(config, shape)
     if several:
@@ -158,7 +158,7 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     groups, every = shape.layers // config.inputs_every, config.inputs_every
     # Of a group, all are there while its layers are gone through.
     again = every if every > 1 else 0
-    kept = groups * kept_in(config) if config.inputs_memory == "device" else 0
+    kept = groups * kept_in(config.inputs_dtype or config.dtype) if config.inputs_memory == "device" else 0
     inputs = round(K * N * shape.hidden * (kept + again * a))
     layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0
@@ -174,12 +174,12 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     }
 
 
-def kept_in(config: Config) -> float:
+@functools.cache
+def kept_in(dtype: str) -> float:
     """Bytes of an entry of a layer's input as it is kept."""
-    dtype = config.inputs_dtype or config.dtype
     if dtype in BYTES:
         return BYTES[dtype]
-    entries = jax.ShapeDtypeStruct((CODES,), config.dtype)
+    entries = jax.ShapeDtypeStruct((CODES,), "float32")
     kept: galore_optax.QuantizedArray = jax.eval_shape(
         lambda x: galore_optax.quantize(x, dtype), entries
     )
@@ -197,7 +197,7 @@ def head(config: Config, shape: LlamaConfig, inputs: int) -> Moment:
 
 
 def head_by_vocabulary(config: Config, shape: LlamaConfig, inputs: int) -> Moment:
-    """The same where the update is in the backward pass: no float32 sum of the gradient is there."""
+    """The same with the update in the backward pass: the gradient is in the dtype of the head."""
     a, p = BYTES[config.dtype], BYTES[config.param_dtype]
     tokens, D, V = config.batch // config.accumulate * config.seq, shape.hidden, shape.vocab_size
     chunk = vocabulary_chunk(tokens, V)

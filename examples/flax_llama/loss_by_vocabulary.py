@@ -23,8 +23,8 @@ MULTIPLE = 128
 
 
 def vocabulary_chunk(tokens: int, vocabulary: int) -> int:
-    """Entries per chunk: as many as make at most 2^23 logits, 32 MiB, but at least 1024."""
-    most = max(MAX_LOGITS // tokens, 8 * MULTIPLE)
+    """Entries per chunk: at most 2^23 logits, 32 MiB, and an eighth of all, but at least 1024."""
+    most = max(min(MAX_LOGITS // tokens, vocabulary // 8), 8 * MULTIPLE)
     even = math.ceil(vocabulary / math.ceil(vocabulary / most))
     return min(vocabulary, MULTIPLE * math.ceil(even / MULTIPLE))
 

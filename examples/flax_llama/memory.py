@@ -100,7 +100,12 @@ def estimate(config: Config, vocab_size: int) -> Estimate:
     # whether GaLore averages micro-batches: its accumulator stays between updates.
     same: dict[str, Any] = {"dtype": "float32", "attention": "xla", "remat": False}
     same |= {"batch": 1 + several, "accumulate": 1 + several, "layerwise": several}
-    same |= {"clip_by": "global", "inputs_dtype": None, "inputs_every": 1, "inputs_memory": "device"}
+    same |= {
+        "clip_by": "global",
+        "inputs_dtype": None,
+        "inputs_every": 1,
+        "inputs_memory": "device",
+    }
     weights, projectors, moments = held(dataclasses.replace(config, **same), vocab_size)
     moments_of_step = step_layerwise(config, shape) if config.layerwise else step(config, shape)
     if several:
@@ -158,7 +163,11 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     groups, every = shape.layers // config.inputs_every, config.inputs_every
     # Of a group, all are there while its layers are gone through.
     again = every if every > 1 else 0
-    kept = groups * kept_in(config.inputs_dtype or config.dtype) if config.inputs_memory == "device" else 0
+    kept = (
+        groups * kept_in(config.inputs_dtype or config.dtype)
+        if config.inputs_memory == "device"
+        else 0
+    )
     inputs = round(K * N * shape.hidden * (kept + again * a))
     layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0

@@ -101,7 +101,7 @@ def fewest() -> dict[str, dict[str, Any]]:
     for preset, method, settings, of_batch, device in (
         ("7b", "GaLore rank 1024", GALORE, {}, "rtx4060ti_16gb"),
         ("7b", "APOLLO rank 256", APOLLO | {"rank": 256}, {}, "rtx4060ti_16gb"),
-        ("7b", "GaLore rank 256", GALORE | {"rank": 256}, short, "rtx3080_10gb"),
+        ("7b", "GaLore rank 256", GALORE | {"rank": 256}, short, "rtx4070_12gb"),
         ("llama-3.1-8b", "GaLore rank 256", GALORE | {"rank": 256}, long, "rtx4070_12gb"),
         ("llama-3.1-8b", "GaLore rank 256", GALORE | {"rank": 256}, {}, "rtx4080_16gb"),
         ("13b", "APOLLO-Mini", APOLLO_MINI, {}, "rtx4060ti_16gb"),

@@ -108,11 +108,11 @@ def fewest() -> dict[str, dict[str, Any]]:
     ):
         projector = {} if "APOLLO" in method else {"projector": "rows"}
         of_row = SHARED | settings | FEWEST | projector | of_batch | {"preset": preset}
+        named = method.replace(" rank", " `rows` rank") if projector else method
         tokens = f"{of_row['batch']} x {of_row['seq']:,}"
         rows[f"{preset} fewest {method} {of_row['batch']}x{of_row['seq']} {device}"] = {
             "device": device,
-            "method": f"8-bit {method}{', projector `rows`' * bool(projector)}, int8 weights and "
-            f"inputs, factored tables, {tokens} tokens",
+            "method": f"8-bit {named}, weights and inputs int8, tables factored, {tokens}",
             "settings": of_row,
         }
     return rows

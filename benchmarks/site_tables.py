@@ -33,6 +33,13 @@ PRESETS = {
     "frugal": "`frugal_adamw`",
 }
 CONTRIB = "optax.contrib.galore"
+BASELINES = (CONTRIB, "optax.adamw")
+# How benchmarks/gpu calls them, where that is another name.
+ON_GPU = {
+    "AdamW": "adamw, float32 moments",
+    "`galore_adamw`": "galore power_iteration",
+    "`galore_adamw_8bit`": "galore power_iteration, 8-bit",
+}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -122,6 +129,37 @@ def presets() -> str:
     )
 
 
+def measured() -> str:
+    """What was measured of each preset: a loss, and times and bytes at two sizes."""
+    [cell] = [
+        cell
+        for cell in read("quality")["summary"]["cells"]
+        if (cell["hidden"], cell["rank"]) == (128, 32)
+    ]
+    losses = {PRESETS[row["contender"]]: row for row in cell["rows"] if row["contender"] in PRESETS}
+    on_cpu = read("step_time_60m_presets_cpu")["optimizers"]
+    on_gpu = read("gpu/step")["items"]
+    rows = []
+    for name in ("AdamW", *(f"`{name}`" for name in on_cpu if name not in BASELINES)):
+        loss = (
+            losses.get(name) or losses.get(f"{name}, rank 1") or losses.get(f"{name}, scale 0.25")
+        )
+        cpu = on_cpu["optax.adamw" if name == "AdamW" else name.strip("`")]
+        gpu = on_gpu.get(ON_GPU.get(name, name.strip("`")), {}).get("result")
+        rows.append(
+            [
+                name,
+                "" if loss is None else plus_minus(loss["over_adamw"], 2, signed=True),
+                f"{cpu['mean_ms']:.0f}",
+                f"{cpu['state_bytes'] / 1e6:,.0f}",
+                "" if gpu is None else f"{1e3 * gpu['mean_s']:.1f}",
+                "" if gpu is None else f"{gpu['state_bytes'] / 1e9:.2f}",
+            ]
+        )
+    head = ["", "loss over AdamW's, %", "step, 60m, ms", "state, MB"]
+    return markdown([*head, "step, 1b, ms", "state, GB"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "projectors": projectors,
     "optimizers": optimizers,
@@ -129,6 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps_130m": steps("130m"),
     "steps_60m": steps("60m"),
     "presets": presets,
+    "measured": measured,
 }
 
 

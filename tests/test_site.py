@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import json
 import pathlib
@@ -215,6 +216,40 @@ def test_the_table_of_methods_has_what_presets_choose():
         taken = chosen["residual"]
         names = {"NormScaled": "norm_scaled", "ScaleGradient": "scale_gradient"}
         assert (taken if isinstance(taken, str) else names[type(taken).__name__]) == residual
+
+
+# What makes the site of it; the packages for that need not be here.
+
+
+def hook(name):
+    """One of the modules that the build takes from docs/_hooks."""
+    pytest.importorskip("griffe")
+    path = ROOT / "docs" / "_hooks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_docstrings_become_markdown():
+    markdown = hook("docstrings").markdown
+    assert markdown("See `GaLore <https://a.b/c>`_, 2024") == "See [GaLore](https://a.b/c), 2024"
+    assert markdown("`galore_optax.chain` and ``galore_optax.chain``") == (
+        "[`galore_optax.chain`][galore_optax.chain] and ``galore_optax.chain``"
+    )
+    assert markdown(":func:`galore`") == "`galore`"
+    made = markdown("As in\n\n.. math::\n  R = P^\\top G\n\nHere")
+    assert re.fullmatch(r"As in\n\n<div><math .*</math></div>\n\nHere", made)
+
+
+def test_links_between_files_become_links_between_pages():
+    repository = hook("repository")
+    assert repository.in_site("docs/api/galore.md") == "api/galore.md"
+    assert repository.in_site("README.md") == "index.md"
+    assert repository.in_repository("faq.md") == "docs/faq.md"
+    assert repository.in_repository("CHANGELOG.md") == "CHANGELOG.md"
+    found = repository.targets("docs/migration/galore-torch.md")
+    assert {"docs/leaves.md", "examples/flax_llama/README.md", "tests/test_parity.py"} <= {*found}
 
 
 # What finds its way into the site.

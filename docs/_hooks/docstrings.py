@@ -14,6 +14,11 @@ RULES = [
     # `galore_optax.name`, which is a reference
     (re.compile(r"(?<![`\[])`(galore_optax\.[\w.]+)`(?![`\]])"), r"[`\1`][\1]"),
 ]
+# Types as they are written out, which nobody wants to read, and their names.
+NAMES = {
+    re.compile(r"typing\.Union\[float, [\w.]*Array, [\w.]*Callable\[\["): "ScalarOrSchedule",
+    re.compile(r"typing\.Union\[str, type\[typing\.Any\], [\w.]*dtype"): "DTypeLike",
+}
 MATH = re.compile(r"^\.\. math::\n((?:\n| +.*\n?)+)", re.MULTILINE)
 
 
@@ -24,6 +29,18 @@ class Markdown(griffe.Extension):
         """Griffe calls this for each module, class, function and attribute."""
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
+        if isinstance(obj, griffe.Function):
+            for parameter in obj.parameters:
+                parameter.annotation = named(parameter.annotation)
+
+
+def named(annotation: Any) -> Any:
+    """A type by the name that it has in Optax or here, where it is a long union."""
+    text = str(annotation)
+    for start, name in NAMES.items():
+        if start.match(text):
+            return name + " | None" * text.endswith(("NoneType]", "| None"))
+    return annotation
 
 
 def markdown(text: str) -> str:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,3 +193,29 @@ def test_the_learning_rate_is_found_beside_a_parameter_of_that_name(ran):
     updates, _ = tx.update(names["grads"], state, params)
     # The first update of Adam is the learning rate, of what is not projected.
     np.testing.assert_allclose(updates["learning_rate"], -1e-4, rtol=1e-3)
+
+
+def test_the_line_for_optax_contrib_is_the_same_algorithm():
+    """To the second refresh, with the line that the page removes and the one it adds."""
+    text = PAGES["docs/migration/optax-contrib.md"]
+    [old] = re.findall(r"^-tx = (.*)$", text, re.MULTILINE)
+    [new] = re.findall(r"^\+tx = (.*)\n\+ +(.*)$", text, re.MULTILINE)
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "embed": jax.random.normal(keys[0], (160, 140)),
+        "up": jax.random.normal(keys[1], (140, 200)),
+        "bias": jnp.zeros(5),
+    }
+
+    def trained(tx):
+        state, new = tx.init(params), params
+        for key in jax.random.split(keys[2], 3):
+            grads = jax.tree.map(lambda x, key=key: jax.random.normal(key, x.shape) + x, new)
+            updates, state = tx.update(grads, state, new)
+            new = optax.apply_updates(new, updates)
+        return new
+
+    names = {"optax": optax, "galore_optax": galore_optax}
+    chex.assert_trees_all_close(
+        trained(eval(old, names)), trained(eval("".join(new), names)), atol=1e-5
+    )

@@ -16,6 +16,7 @@ import yaml
 
 import galore_optax
 from benchmarks import memory_table, site_tables
+from examples.flax_llama import plan_models
 
 # What no version of JAX changes.
 pytestmark = pytest.mark.plain
@@ -88,6 +89,13 @@ def test_the_start_page_has_the_figures_of_the_table():
     [adamw] = [row for row in rows if row["method"] == "AdamW, ordinary step"]
     start = (ROOT / "docs" / "index.md").read_text()
     assert f"AdamW's takes {memory_table.peak(adamw)} GiB" in start
+
+
+def test_the_table_of_cards_has_the_models_and_cards_that_the_page_tells():
+    text = (ROOT / "docs" / "will-it-fit.md").read_text()
+    assert "twelve published models" in text
+    assert "nine cards" in text
+    assert (len(plan_models.MODELS), len(plan_models.CARDS)) == (12, 9)
 
 
 # The commands.

@@ -246,6 +246,7 @@ def test_docstrings_become_markdown():
         "[`galore_optax.chain`][galore_optax.chain] and ``galore_optax.chain``"
     )
     assert markdown(":func:`galore`") == "`galore`"
+    assert markdown("P, (*batch, m), ``f(*x)``") == r"P, (\*batch, m), ``f(*x)``"
     made = markdown("As in\n\n.. math::\n  R = P^\\top G\n\nHere")
     assert re.fullmatch(r"As in\n\n<div><math .*</math></div>\n\nHere", made)
 

@@ -209,8 +209,8 @@ def test_the_table_goes_between_the_comments():
             memory_table.replaced(wrong, "new\n")
 
 
-def test_the_readme_has_the_table_of_the_figures():
-    text = memory_table.README.read_text()
+def test_the_page_has_the_table_of_the_figures():
+    text = memory_table.PAGE.read_text()
     assert memory_table.replaced(text, memory_table.current()) == text
 
 

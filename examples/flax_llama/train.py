@@ -6,6 +6,7 @@ python -m examples.flax_llama.train --out runs/galore --resume
 
 import contextlib
 import dataclasses
+import functools
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,7 @@ from examples.flax_llama.step import (
     State,
     check_divides,
     has_segments,
-    initial_params,
+    initial_state,
     make_update,
     put_batch,
     state_shardings,
@@ -150,16 +151,12 @@ def train(
             check_same_tokenizer(config, dataset.tokenizer)
         shape = config.shape(dataset.tokenizer.vocab_size)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
-
-        def initial_state() -> State:
-            params = initial_params(config, shape)
-            return State(params, optimizer.init(params))
-
+        initial = functools.partial(initial_state, config, shape, optimizer)
         stop, checkpoints = never, None
         if out is not None:
             stop = stack.enter_context(stopping(go_on))
             checkpoints = stack.enter_context(open_checkpoints(out, config, shape, beginning))
-        state = first_state(checkpoints, beginning, config, initial_state, dataset, mesh)
+        state = first_state(checkpoints, beginning, config, initial, dataset, mesh)
         log = stack.enter_context(open_log(config, shape, dataset, beginning))
         run = Parts(
             *(config, beginning, shape, dataset, mesh, log, checkpoints, stop),
@@ -173,7 +170,7 @@ def train(
         if beginning.finished:
             conclude(run, state)
         else:
-            where = state_shardings(optimizer, state.params, mesh)
+            where = state_shardings(config, optimizer, state.params, mesh)
             update = make_update(config, graphdef, optimizer, mesh, where)
             compiled, needed = compile_update(update, state, config, mesh, log.progress)
             state, stopped = make_updates(run, compiled, state)
@@ -183,7 +180,11 @@ def train(
         if is_first():
             print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
         raise SystemExit(0)
-    model = nnx.merge(graphdef, galore_optax.dequantize_params(state.params))
+    params = state.params
+    # Else they need not fit: the model takes one layer at a time.
+    if "weights" not in config.offload:
+        params = galore_optax.dequantize_params(params)
+    model = nnx.merge(graphdef, params)
     return Result(model, dataset.tokenizer, log.train, log.valid, needed, dataset.valid)
 
 

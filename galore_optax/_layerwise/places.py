@@ -100,7 +100,7 @@ def first_state(settings: Settings, division: Division, params: Params) -> State
 
 def _own(params: Params) -> PyTree:
     """Returns the shardings of parameters, or one for all, of a mesh of one device."""
-    leaves, treedef = jax.tree.flatten(logical(params))
+    treedef = jax.tree.structure(logical(params))
     found = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params, is_leaf=_codes)]
     named = [x if isinstance(x, NamedSharding) else None for x in found]
     if any(x is not None for x in named):

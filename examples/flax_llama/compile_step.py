@@ -104,10 +104,11 @@ def compile_step(config: Config, vocab_size: int, device: Device) -> Compiled:
             *("generated_code_size", "peak_memory"),
         )
     )
-    host = sum(
-        getattr(found, f"host_{name}_size_in_bytes") for name in ("argument", "output", "temp")
+    held, made, shared, computed = (
+        getattr(found, f"host_{name}_size_in_bytes")
+        for name in ("argument", "output", "alias", "temp")
     )
-    host -= found.host_alias_size_in_bytes
+    host = held + made - shared + computed
     # XLA's own counts what lies in the memory of the machine, too.
     if device.platform != "cuda" or host:
         peak = arguments + outputs - alias + temporaries + code

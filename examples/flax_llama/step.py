@@ -85,6 +85,16 @@ def initial_state(
     return State(params, optimizer.init(to_device(params)))
 
 
+def trained_model(config: Config, graphdef: nnx.GraphDef, params: Params) -> Llama:
+    """The model of parameters, with weights as they are computed with.
+
+    They stay in codes where the layers lie in the memory of the machine, since they need not fit
+    into the device's: the model decodes one at a time.
+    """
+    whole = params if "weights" in config.offload else galore_optax.dequantize_params(params)
+    return nnx.merge(graphdef, whole)
+
+
 def first_optimizer_state(
     optimizer: optax.GradientTransformation, params: Params, where: Any
 ) -> Any:

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-import galore_optax
 from examples.flax_llama import sinks
 from examples.flax_llama.beginning import (
     Beginning,
@@ -41,6 +40,7 @@ from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import settings_given
 from examples.flax_llama.initial import first_state
 from examples.flax_llama.interrupts import stopping
+from examples.flax_llama.memory import check_machine
 from examples.flax_llama.model import Llama, Params
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.progress import Progress, duration, header, print_text, scores
@@ -63,6 +63,7 @@ from examples.flax_llama.step import (
     make_update,
     put_batch,
     state_shardings,
+    trained_model,
 )
 from examples.flax_llama.tokenizer import Tokenizer, tokenizer_files
 from examples.flax_llama.units import size
@@ -150,6 +151,7 @@ def train(
         if not beginning.step:
             check_same_tokenizer(config, dataset.tokenizer)
         shape = config.shape(dataset.tokenizer.vocab_size)
+        check_machine(config, dataset.tokenizer.vocab_size)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
         initial = functools.partial(initial_state, config, shape, optimizer)
         stop, checkpoints = never, None
@@ -180,11 +182,7 @@ def train(
         if is_first():
             print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
         raise SystemExit(0)
-    params = state.params
-    # Else they need not fit: the model takes one layer at a time.
-    if "weights" not in config.offload:
-        params = galore_optax.dequantize_params(params)
-    model = nnx.merge(graphdef, params)
+    model = trained_model(config, graphdef, state.params)
     return Result(model, dataset.tokenizer, log.train, log.valid, needed, dataset.valid)
 
 

@@ -18,8 +18,8 @@ from galore_optax._types import Params
 from galore_optax._view import moment_dtype
 
 Carry = TypeVar("Carry")
-_Both: TypeAlias = tuple[list[Leaf] | None, PyTree]
-"""A layer's parameters, where they are fetched ahead, and what else is carried."""
+_Both: TypeAlias = tuple[list[Leaf], PyTree]
+"""A layer's parameters, none where they are not fetched ahead, and what else is carried."""
 Gradients = list[Array | None]
 """A gradient for each leaf of the parameters, None for those that have no part in it."""
 
@@ -151,7 +151,7 @@ class Passes:
             layer: Int[Array, ""], x: Activations, dx: Activations, both: _Both
         ) -> tuple[Activations, _Both]:
             params, carry = both
-            before = None
+            before: list[Leaf] = []
             if self.settings.offloads(WEIGHTS):
                 before = one_of(stacked(carry), jnp.maximum(layer - 1, 0))
             else:
@@ -186,7 +186,7 @@ class Passes:
 
             return jax.lax.fori_loop(0, every, back, all_of_it)
 
-        ahead = None
+        ahead: list[Leaf] = []
         if self.settings.offloads(WEIGHTS):
             ahead = one_of(stacked(carry), self.division.layers - 1)
         dx, (_, carry) = jax.lax.fori_loop(0, groups, one_group, (dx, (ahead, carry)))

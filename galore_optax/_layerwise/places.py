@@ -1,6 +1,7 @@
 """layerwise_shardings() says where parameters and state lie, and in which memory."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import numpy as np
@@ -91,7 +92,10 @@ def first_state(settings: Settings, division: Division, params: Params) -> State
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         return division.state_treedef.unflatten(init(params))
     _, where = layerwise_shardings(
-        settings.tx, params, offload=settings.offload, blocks=settings.blocks
+        cast(optax.GradientTransformation, settings.tx),
+        params,
+        offload=settings.offload,
+        blocks=settings.blocks,
     )
     # Compiled, so that nothing is whole in the device's memory that is to lie in the machine's.
     made = jax.jit(init, out_shardings=jax.tree.leaves(where))(params)

@@ -167,6 +167,10 @@ class Passes:
                 return jax.vjp(apply, _carriers(params), _floating(x))[1](dx)
 
             gradients, dx = self._mean(one, (x, dx))
+            if before:
+                # The layer before is there when this one is written, or XLA would copy all of them
+                # for the one that still reads.
+                before, gradients = jax.lax.optimization_barrier((before, gradients))
             return dx, (before, visit(layer, params, gradients, carry))
 
         def one_group(

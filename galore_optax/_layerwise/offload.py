@@ -1,6 +1,6 @@
 """Keeps what belongs to layers in the memory of the machine, and moves a layer at a time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 from jaxtyping import Array, PyTree
@@ -39,18 +39,18 @@ def hosted_state(division: Division, offload: Sequence[str]) -> list[bool]:
     return found
 
 
-def check_memories(devices: Iterable[jax.Device]) -> None:
+def check_memories(device: str, kinds: Sequence[str]) -> None:
     """Raises an error where a device cannot use the memory of the machine that it is in.
 
-    Nothing is known of devices that are only compiled for.
+    Args:
+      device: the device.
+      kinds: of its memories; none are known of a device that is only compiled for.
     """
-    for device in devices:
-        kinds = [memory.kind for memory in device.addressable_memories()]
-        if kinds and HOST not in kinds:
-            raise ValueError(
-                f"offload needs the memory {HOST!r}, which {device} does not have; it has "
-                f"{', '.join(map(repr, kinds))}: leave out offload"
-            )
+    if kinds and HOST not in kinds:
+        raise ValueError(
+            f"offload needs the memory {HOST!r}, which {device} does not have; it has "
+            f"{', '.join(map(repr, kinds))}: leave out offload"
+        )
 
 
 def check_places(

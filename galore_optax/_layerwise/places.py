@@ -63,7 +63,17 @@ def layerwise_shardings(
     """
     check_transformation("tx", tx)
     offload = checked_offload(offload)
-    division = Division(tx, params, blocks, 1)
+    return _places(tx, params, shardings, Division(tx, params, blocks, 1), offload)
+
+
+def _places(
+    tx: optax.GradientTransformation,
+    params: Params,
+    shardings: PyTree,
+    division: Division,
+    offload: Sequence[str],
+) -> tuple[Params, State]:
+    """Returns what :func:`layerwise_shardings` does, of parameters that are divided already."""
     if shardings is None:
         shardings = _own(params)
     found = state_shardings(tx, params, shardings)
@@ -71,7 +81,8 @@ def layerwise_shardings(
     of_params = state_shardings(itself, params, shardings)
     if offload:
         mesh = jax.tree.leaves(found)[0].mesh if jax.tree.leaves(found) else None
-        check_memories(mesh.devices.flat if isinstance(mesh, Mesh) else ())
+        for device in mesh.devices.flat if isinstance(mesh, Mesh) else ():
+            check_memories(str(device), [memory.kind for memory in device.addressable_memories()])
     leaves = division.treedef.flatten_up_to(of_params)
     pairs = zip(leaves, hosted_leaves(division, offload), strict=True)
     leaves = [jax.tree.map(_on_host, leaf) if host else leaf for leaf, host in pairs]
@@ -91,12 +102,8 @@ def first_state(settings: Settings, division: Division, params: Params) -> State
     arrays = jax.tree.leaves(params)
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         return division.state_treedef.unflatten(init(params))
-    _, where = layerwise_shardings(
-        cast(optax.GradientTransformation, settings.tx),
-        params,
-        offload=settings.offload,
-        blocks=settings.blocks,
-    )
+    tx = cast(optax.GradientTransformation, settings.tx)
+    _, where = _places(tx, params, None, division, settings.offload)
     # Compiled, so that nothing is whole in the device's memory that is to lie in the machine's.
     made = jax.jit(init, out_shardings=jax.tree.leaves(where))(params)
     return division.state_treedef.unflatten(made)

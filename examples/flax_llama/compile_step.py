@@ -109,11 +109,9 @@ def compile_step(config: Config, vocab_size: int, device: Device) -> Compiled:
         for name in ("argument", "output", "alias", "temp")
     )
     host = held + made - shared + computed
-    whole = arguments + outputs - alias + temporaries + code
     # XLA's own counts what lies in the memory of the machine, too.
-    peak = min(whole, peak - held) if device.platform == "cuda" and host else peak
-    if device.platform != "cuda":
-        peak = whole
+    if device.platform != "cuda" or host:
+        peak = arguments + outputs - alias + temporaries + code
     rematerializes = tuple(match.group() for match in REMATERIALIZES.finditer(logged()))
     return Compiled(arguments, outputs, alias, temporaries, peak, seconds, rematerializes, host)
 

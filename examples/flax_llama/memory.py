@@ -39,8 +39,9 @@ UPDATE = 2.5
 EMBEDDING, CODES = 4, 256
 # Residuals that compute, in float32, the part of the gradient that is outside of the subspace.
 OUTSIDE = ("sign", "error_feedback")
-# Copies of a layer's weights, and of its state, where they lie in the memory of the machine.
-FETCHED, STATES = 3, 2
+# Copies of a layer's weights, and of its state, where they lie in the memory of the machine, set by
+# steps of 13B and 30B.
+FETCHED, STATES = 1, 1
 # Arrays of a chunk's logits, float32.
 LOGITS = 2
 # What steps needed beyond what stays, in parts of what is estimated, by the kind of device: the
@@ -188,8 +189,7 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     # Of a group, all are there while its layers are gone through.
     again = every if every > 1 else 0
     kept = groups * kept_in(config) if config.inputs_memory == "device" else 0
-    # Of a layer in the memory of the machine: as it is computed with, fetched ahead, and as it is
-    # after its update; its state before that and after it.
+    # Of a layer in the memory of the machine, beside what an update of one has in any case.
     own = offloaded(config, shape.vocab_size)
     fetched = (FETCHED * own.weights + STATES * own.state) // shape.layers
     inputs = round(K * N * shape.hidden * (kept + again * a))

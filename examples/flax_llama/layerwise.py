@@ -89,6 +89,7 @@ def make_layerwise(
             inputs_dtype=config.inputs_dtype,
             inputs_every=config.inputs_every,
             inputs_memory=config.inputs_memory,
+            offload=config.offload,
         )
         return training.step(params, state, micro, key)
 

@@ -17,7 +17,8 @@ import jax
 
 import galore_optax
 from examples.flax_llama.attention import attention_parts
-from examples.flax_llama.config import Config, LlamaConfig
+from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.hosted import machine_memory, moved, offloaded
 from examples.flax_llama.loss import chunk_size
 from examples.flax_llama.loss_by_vocabulary import vocabulary_chunk
 from examples.flax_llama.methods import IN_GALORE, in_8_bits
@@ -27,6 +28,7 @@ from examples.flax_llama.optimizers import (
     micro_batches_at_rank,
 )
 from examples.flax_llama.step import initial_params
+from examples.flax_llama.units import size
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # Arrays of (N, D) and of (N, F) that the backward pass of a block has at its fullest moment.
@@ -38,6 +40,9 @@ UPDATE = 2.5
 EMBEDDING, CODES = 4, 256
 # Residuals that compute, in float32, the part of the gradient that is outside of the subspace.
 OUTSIDE = ("sign", "error_feedback")
+# Copies of a layer's weights, and of its state, where they lie in the memory of the machine, set by
+# steps of 13B and 30B.
+FETCHED, STATES = 1, 1
 # Arrays of a chunk's logits, float32.
 LOGITS = 2
 # What steps needed beyond what stays, in parts of what is estimated, by the kind of device: the
@@ -59,6 +64,9 @@ class Estimate:
       gradients: those that exist at that moment.
       inputs: what the forward pass keeps of each block.
       working: the rest, of what is computed at that moment.
+      host: in the memory of the machine, where some of the weights, projectors, moments and inputs
+        may lie; they are not among those above.
+      moved: that an update copies between the memories.
       moment: which one that is: "block", the backward pass of a block; "head", that of the head;
         "embedding", the optimizer's update of it; "update", that of a stacked matrix; "choice", of
         how micro-batches are averaged.
@@ -71,11 +79,14 @@ class Estimate:
     inputs: int
     working: int
     moment: str
+    host: int = 0
+    moved: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
         """The bytes by name."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "moment"}
+        others = ("moment", "host", "moved")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
 
     @property
     def arguments(self) -> int:
@@ -105,6 +116,7 @@ def estimate(config: Config, vocab_size: int) -> Estimate:
         "inputs_dtype": None,
         "inputs_every": 1,
         "inputs_memory": "device",
+        "offload": (),
     }
     weights, projectors, moments = held(dataclasses.replace(config, **same), vocab_size)
     moments_of_step = step_layerwise(config, shape) if config.layerwise else step(config, shape)
@@ -113,7 +125,27 @@ def estimate(config: Config, vocab_size: int) -> Estimate:
         # for the two ways.
         moments_of_step["choice"] = (0, 0, weights + projectors + moments)
     name, parts = max(moments_of_step.items(), key=lambda item: sum(item[1]))
-    return Estimate(weights, projectors, moments, *parts, name)
+    hosted, inputs = offloaded(config, vocab_size), inputs_on_host(config, shape)
+    stays = (weights - hosted.weights, projectors - hosted.projectors, moments - hosted.moments)
+    in_machine = hosted.weights + hosted.state + inputs
+    return Estimate(*stays, *parts, name, in_machine, moved(config, vocab_size, inputs))
+
+
+def check_machine(config: Config, vocab_size: int) -> None:
+    """Refuses a step that has more in the memory of this machine than that has.
+
+    Raises:
+      UsageError: it does.
+    """
+    if not config.offload and config.inputs_memory == "device":
+        return
+    needed, has = estimate(config, vocab_size).host, machine_memory()
+    if needed > has:
+        raise UsageError(
+            f"What is to lie in the memory of the machine takes {size(needed)}, and that has "
+            f"{size(has)}: leave a part of offload={' '.join(config.offload)!r} out, or choose "
+            "fewer bits (int8_weights=True, an optimizer that ends in _8bit) or a lower rank."
+        )
 
 
 @functools.cache
@@ -168,6 +200,9 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
         if config.inputs_memory == "device"
         else 0
     )
+    # Of a layer in the memory of the machine, beside what an update of one has in any case.
+    own = offloaded(config, shape.vocab_size)
+    fetched = (FETCHED * own.weights + STATES * own.state) // shape.layers
     inputs = round(K * N * shape.hidden * (kept + again * a))
     layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0
@@ -179,8 +214,22 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
         "embedding": (0, 0, whole),
         # Of the layer, and with clipping by the global norm of the embedding, since it has been
         # measured before any layer is updated.
-        "block": (layer + held_back * p * dense, inputs, block(config, shape)),
+        "block": (layer + held_back * p * dense, inputs, block(config, shape) + fetched),
     }
+
+
+def inputs_on_host(config: Config, shape: LlamaConfig) -> int:
+    """Bytes of the layers' inputs that are kept in the memory of the machine."""
+    if not config.layerwise or config.inputs_memory == "device":
+        return 0
+    groups = shape.layers // config.inputs_every
+    return round(
+        groups
+        * config.batch
+        * config.seq
+        * shape.hidden
+        * kept_in(config.inputs_dtype or config.dtype)
+    )
 
 
 @functools.cache

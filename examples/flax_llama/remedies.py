@@ -305,6 +305,11 @@ def single_changes(question: Question) -> Iterator[tuple[Config, Departure]]:
         yield dataclasses.replace(given, projector="rows"), Departure(CLEAR)
         yield dataclasses.replace(given, int8_weights=True), Departure(CLEAR)
     yield dataclasses.replace(given, tables="factored"), Departure(CLEAR)
+    if question.device.platform != "cpu":
+        for what in (("moments",), ("weights", "moments")):
+            more = Departure(computing=len(what) + (not config.layerwise))
+            offload = tuple(sorted({*what, *config.offload}))
+            yield dataclasses.replace(given, layerwise=True, offload=offload), more
     yield from ranks(question, given)[1:2]
     if config.accumulate > 1:
         fewer = Departure(computing=halvings(config.accumulate))

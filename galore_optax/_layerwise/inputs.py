@@ -68,10 +68,29 @@ class Inputs:
         return jax.tree.map(lambda x: x.reshape(-1, self.every, *x.shape[1:]), stacked)
 
 
-def one_of(tree: PyTree, index: Int[Array, ""], axis: int = 0) -> PyTree:
-    """Returns one entry of each array of a tree along an axis, without that axis."""
+def is_on_host(array: Array) -> bool:
+    """Whether the type of an array says that it lies in the memory of the machine."""
+    return hasattr(jax, "memory") and jax.typeof(array).memory_space == jax.memory.Space.Host
+
+
+def to_device(array: Array) -> Array:
+    """Returns an array in the memory of the device."""
+    return jax.device_put(array, jax.memory.Space.Device) if is_on_host(array) else array
+
+
+def to_host(array: Array) -> Array:
+    """Returns an array in the memory of the machine; it must not lie there."""
+    return jax.device_put(array, jax.memory.Space.Host)
+
+
+def one_of(tree: PyTree, index: Int[Array, ""] | int, axis: int = 0) -> PyTree:
+    """Returns one entry of each array of a tree along an axis, without that axis.
+
+    What lies in the memory of the machine is copied to the device, one entry of it.
+    """
 
     def cut(x: Array) -> Array:
-        return row_major(jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False))
+        own = jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
+        return row_major(to_device(own))
 
     return jax.tree.map(cut, tree)

@@ -135,7 +135,7 @@ def test_help_has_every_text_whole_within_the_terminal(monkeypatch, columns):
         if name not in ("GROUPS", "HIDDEN", *Config.HIDDEN):
             default = getattr(Config, name)
             said = re.sub(r"`(\w+)`", lambda m: "--" + m[1].replace("_", "-"), comment)
-            hint = "" if default is None else f" (default: {default})"
+            hint = "" if default in (None, ()) else f" (default: {default})"
             assert f"{said}{hint}" in text, name
     assert all(preset in text for preset in PRESETS)
     assert "None|" not in text

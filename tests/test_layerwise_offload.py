@@ -160,7 +160,8 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             own, state, _ = jax.jit(training.step)(own, state, tokens[0], None)
             check_kinds(offload, own, state)
             found.append(jax.device_get((own, state)))
-        jax.tree.map(np.testing.assert_array_equal, *found)
+        # To the last bit but one: fusions may round otherwise.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), *found)
 """
 
 

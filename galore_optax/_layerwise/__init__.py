@@ -4,7 +4,7 @@
 `division` says which leaves of the parameters and of the state are updated at a time, and `checks`
 whether a transformation can be divided so. A `sweep` goes forward through the model and back:
 `passes` has the gradients that it takes, and `updating` what becomes of them. `places` says where
-all of it lies, and `offload` what of it in the memory of the machine.
+all of it lies, `offload` what of it in the memory of the machine, and `spaces` moves it there.
 """
 
 from galore_optax._layerwise.api import Layerwise, layerwise

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from galore_optax._layerwise.row_major import row_major
+from galore_optax._layerwise.spaces import to_device
 from galore_optax._quantized import is_quantized
 from galore_optax._storage import Storage
 from galore_optax._types import Params
@@ -66,21 +67,6 @@ class Inputs:
         if self.every == 1:
             return stacked
         return jax.tree.map(lambda x: x.reshape(-1, self.every, *x.shape[1:]), stacked)
-
-
-def is_on_host(array: Array) -> bool:
-    """Whether the type of an array says that it lies in the memory of the machine."""
-    return hasattr(jax, "memory") and jax.typeof(array).memory_space == jax.memory.Space.Host
-
-
-def to_device(array: Array) -> Array:
-    """Returns an array in the memory of the device."""
-    return jax.device_put(array, jax.memory.Space.Device) if is_on_host(array) else array
-
-
-def to_host(array: Array) -> Array:
-    """Returns an array in the memory of the machine; it must not lie there."""
-    return jax.device_put(array, jax.memory.Space.Host)
 
 
 def one_of(tree: PyTree, index: Int[Array, ""] | int, axis: int = 0) -> PyTree:

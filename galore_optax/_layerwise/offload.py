@@ -6,8 +6,8 @@ import jax
 from jaxtyping import Array, PyTree
 
 from galore_optax._layerwise.division import Division
-from galore_optax._layerwise.inputs import is_on_host
 from galore_optax._layerwise.settings import MOMENTS, WEIGHTS, Leaf
+from galore_optax._layerwise.spaces import is_on_host
 from galore_optax._trees import path_name
 
 HOST = "pinned_host"

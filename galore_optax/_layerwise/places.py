@@ -11,9 +11,9 @@ from jaxtyping import PyTree
 
 from galore_optax._errors import check_transformation
 from galore_optax._layerwise.division import Division
-from galore_optax._layerwise.inputs import to_device, to_host
 from galore_optax._layerwise.offload import HOST, check_memories, hosted_leaves, hosted_state
 from galore_optax._layerwise.settings import Settings, checked_offload
+from galore_optax._layerwise.spaces import to_device, to_host
 from galore_optax._quantized import is_quantized
 from galore_optax._specs import state_shardings
 from galore_optax._trees import logical

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from galore_optax._excerpt import Excerpt
 from galore_optax._layerwise.division import Division, Unit
-from galore_optax._layerwise.inputs import is_on_host, to_device, to_host
 from galore_optax._layerwise.norms import squared_norm
 from galore_optax._layerwise.row_major import row_major
 from galore_optax._layerwise.settings import MOMENTS, WEIGHTS, Leaf, Settings
+from galore_optax._layerwise.spaces import is_on_host, to_device, to_host
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import apply_updates
 from galore_optax._types import DType

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from examples.flax_llama.config import Config, UsageError
-from examples.flax_llama.optimizers import make_optimizer
+from examples.flax_llama.optimizers import make_optimizer, micro_batches_at_rank
 from examples.flax_llama.step import initial_params
 
 
@@ -22,6 +22,20 @@ class OfLayers(NamedTuple):
     @property
     def state(self) -> int:
         return self.projectors + self.moments
+
+
+def as_held(config: Config) -> Config:
+    """The same without what parameters and state do not depend on, since a search changes it.
+
+    But for whether GaLore averages micro-batches: its accumulator stays between updates.
+    """
+    several = micro_batches_at_rank(config) > 1
+    return dataclasses.replace(
+        config,
+        **{"dtype": "float32", "attention": "xla", "remat": False, "clip_by": "global"},
+        **{"batch": 1 + several, "accumulate": 1 + several, "layerwise": several},
+        **{"inputs_dtype": None, "inputs_every": 1, "inputs_memory": "device", "offload": ()},
+    )
 
 
 @functools.cache
@@ -50,10 +64,7 @@ def offloaded(config: Config, vocab_size: int) -> OfLayers:
     """
     if not config.offload:
         return OfLayers()
-    # What these do not depend on is left out, since a search changes it.
-    same: dict[str, Any] = {"dtype": "float32", "attention": "xla", "batch": 1, "accumulate": 1}
-    same |= {"inputs_memory": "device", "inputs_every": 1, "inputs_dtype": None, "offload": ()}
-    weights, projectors, moments = of_layers(dataclasses.replace(config, **same), vocab_size)
+    weights, projectors, moments = of_layers(as_held(config), vocab_size)
     weights *= "weights" in config.offload
     if "moments" not in config.offload:
         return OfLayers(weights)

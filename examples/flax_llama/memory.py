@@ -18,7 +18,7 @@ import jax
 import galore_optax
 from examples.flax_llama.attention import attention_parts
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
-from examples.flax_llama.hosted import machine_memory, moved, offloaded
+from examples.flax_llama.hosted import as_held, machine_memory, moved, offloaded
 from examples.flax_llama.loss import chunk_size
 from examples.flax_llama.loss_by_vocabulary import vocabulary_chunk
 from examples.flax_llama.methods import IN_GALORE, in_8_bits
@@ -107,18 +107,7 @@ def estimate(config: Config, vocab_size: int) -> Estimate:
     """The memory of a step of a resolved configuration on one device."""
     shape = config.shape(vocab_size)
     several = micro_batches_at_rank(config) > 1
-    # What the parameters and the state do not depend on is left out, since a search changes it. Not
-    # whether GaLore averages micro-batches: its accumulator stays between updates.
-    same: dict[str, Any] = {"dtype": "float32", "attention": "xla", "remat": False}
-    same |= {"batch": 1 + several, "accumulate": 1 + several, "layerwise": several}
-    same |= {
-        "clip_by": "global",
-        "inputs_dtype": None,
-        "inputs_every": 1,
-        "inputs_memory": "device",
-        "offload": (),
-    }
-    weights, projectors, moments = held(dataclasses.replace(config, **same), vocab_size)
+    weights, projectors, moments = held(as_held(config), vocab_size)
     moments_of_step = step_layerwise(config, shape) if config.layerwise else step(config, shape)
     if several:
         # Whether a subspace is due decides how micro-batches are averaged. XLA copies what stays

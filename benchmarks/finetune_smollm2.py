@@ -139,7 +139,9 @@ def trained(run: Run, model: Path, data: Path) -> dict[str, float]:
 def untrained(directory: Path) -> dict[str, float]:
     """Scores the model as it was."""
     source = open_model(directory)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(source.shape, rngs=nnx.Rngs(0))))
+    # No longer a context than that of training: what it holds is computed with for every token.
+    shape = dataclasses.replace(source.shape, max_seq=ROW_TOKENS)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
     params = load(source.tensors, source.found.entries, source.like)
     return score(nnx.merge(graphdef, jax.device_put(params)), load_tokenizer(directory))
 

@@ -20,7 +20,7 @@ from examples.flax_llama.loading import load_params
 from examples.flax_llama.memory import estimate
 from examples.flax_llama.model import dimension_numbers
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.relora import FORGOTTEN, forgotten, merged_and_redrawn
+from examples.flax_llama.relora import forgotten, merged_and_redrawn
 from examples.flax_llama.schedules import learning_rate
 from examples.flax_llama.step import initial_params
 from examples.flax_llama.train import train
@@ -92,7 +92,6 @@ def test_of_the_moments_the_largest_hundredth_stays():
                 expected = np.zeros(layer.size)
                 expected[largest] = layer.flat[largest]
                 np.testing.assert_array_equal(kept.ravel(), expected)
-    assert FORGOTTEN == 0.99
 
 
 def test_the_learning_rate_rises_again_after_each_time():

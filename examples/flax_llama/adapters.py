@@ -68,6 +68,14 @@ class Adapter:
         """The entries of a layer's kernels that are not trained, where all else of the model is."""
         return sum(m * n for name, (m, n) in kernels.items() if self.adds_to(name))
 
+    def kept(self, kernels: dict[str, tuple[int, int]]) -> int:
+        """What a layer keeps of a token beside its input and what kernels return."""
+        if self.kind == LOW_RANK:
+            return self.rank * len(kernels)
+        # The sum of two products is computed again, of both.
+        sizes = {name: n for name, (_, n) in kernels.items() if self.adds_to(name)}
+        return self.rank * len(sizes) + sum(n for name, n in sizes.items() if name != "down")
+
     def entries(self, kernels: dict[str, tuple[int, int]]) -> tuple[int, int]:
         """The entries of a layer's kernels, and of what is beside them."""
         if self.kind == LOW_RANK:

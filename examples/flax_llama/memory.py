@@ -258,8 +258,9 @@ def head_by_vocabulary(config: Config, shape: LlamaConfig, inputs: int) -> Momen
 
 def kept_of_layer(shape: LlamaConfig) -> int:
     """What a layer keeps of a token: its input, and what kernels return but for the last one."""
-    D, F = shape.hidden, shape.intermediate
-    return 2 * D + shape.q_width + 2 * shape.kv_width + 2 * F
+    D, F, adapter = shape.hidden, shape.intermediate, shape.adapter
+    own = 2 * D + shape.q_width + 2 * shape.kv_width + 2 * F
+    return own if adapter is None else own + adapter.kept(shape.kernels)
 
 
 def block(config: Config, shape: LlamaConfig) -> int:

@@ -143,11 +143,9 @@ class AdamW:
         """Returns AdamW."""
 
         def adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-            if self.tables == "factored":
+            if self.tables == "factored" or self._never_decays:
                 return optax.chain(
-                    self._scaling(),
-                    optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask)),
-                    optax.scale_by_learning_rate(learning_rate),
+                    self._scaling(), self._decay(), optax.scale_by_learning_rate(learning_rate)
                 )
             return optax.adamw(
                 learning_rate,
@@ -197,7 +195,7 @@ class AdamW:
         line = rounded_once(
             optax.chain(
                 galore(self._held(self._scaling()), **options),
-                decoded(optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask))),
+                decoded(self._decay()),
                 sees_dtypes(
                     self._at_the_rate(
                         lambda learning_rate: optax.scale_by_learning_rate(learning_rate)
@@ -206,6 +204,18 @@ class AdamW:
             )
         )
         return self._checked(line, options)
+
+    @property
+    def _never_decays(self) -> bool:
+        """Whether there is no decay, which is more than a decay of zero to the compiler."""
+        rate = self.weight_decay
+        return self.mask is None and isinstance(rate, numbers.Real) and rate == 0
+
+    def _decay(self) -> optax.GradientTransformation:
+        """Returns weight decay before the learning rate; where there is none, with its state."""
+        if self._never_decays:
+            return optax.identity()
+        return optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask))
 
     def _scaling(self) -> optax.GradientTransformation:
         """Returns Adam without a learning rate; of tables, with what they have in its place."""

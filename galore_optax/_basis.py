@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class Side:
 class Basis(Protocol):
     """What every type of basis can do; `Dense` says what each member means."""
 
+    moves: ClassVar[bool]
+
     @classmethod
     def initial(cls, side: Side) -> Basis: ...
     @classmethod
@@ -71,9 +73,11 @@ class Dense:
 
     Attributes:
       matrix: P, (m, r), in the dtype in which it is stored.
+      moves: whether products with it only move numbers.
     """
 
     matrix: PyTree
+    moves: ClassVar[bool] = False
 
     @classmethod
     def initial(cls, side: Side) -> Dense:

@@ -1,6 +1,7 @@
 """low_bit() keeps the moments of any transformation in 8-bit codes or bfloat16 between steps."""
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -17,7 +18,6 @@ from galore_optax._blocks import lying_as
 from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._errors import check_transformation
 from galore_optax._excerpt import Excerpt
-from galore_optax._mesh_axes import has_explicit_axes
 from galore_optax._ownership import FEWEST, Owned, Role, Stacked, check_stacked, ownership
 from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import (
@@ -27,9 +27,10 @@ from galore_optax._quantized import (
     is_quantized,
 )
 from galore_optax._quantized_params import check_gradients, dequantize_params
-from galore_optax._specs import placed_state, specs_of
+from galore_optax._specs import decoded_specs, placed_state
 from galore_optax._storage import Storage, Stored
 from galore_optax._trees import bare, beside
+from galore_optax._twice import twice
 from galore_optax._types import Params, Shape, State, Updates
 from galore_optax._view import moment_dtype, wide
 
@@ -217,10 +218,15 @@ class _Rules:
         kind: str,
         batch_axes: int,
         key: PRNGKeyArray | None = None,
+        twin: Float[Array, "..."] | None = None,
     ) -> Stored:
         """Returns a moment as it is kept between steps, to be read again in at least float32."""
         return self.storage(kind).keep(
-            wide(array), batch_axes=batch_axes, key=key, keep_positive=kind == "unsigned"
+            wide(array),
+            batch_axes=batch_axes,
+            key=key,
+            keep_positive=kind == "unsigned",
+            twin=twin,
         )
 
     def restore(
@@ -293,27 +299,39 @@ class _LowBit:
         params = dequantize_params(params)
         like = updates if params is None else params
         params = jax.tree.map(wide, params)
-        restored = [
-            leaf if kind is None else self.rules.restore(leaf, kind, where)
-            for leaf, kind, where in zip(leaves, kinds, _places(state.inner, updates), strict=True)
-        ]
+        places = decoded_specs(state.inner, updates)
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
-        new_updates, new_inner = self.inner.update(
-            gradients, treedef.unflatten(restored), params, **extra_args
-        )
+
+        def restored(hides: bool = False) -> list[PyTree]:
+            hide = jax.lax.optimization_barrier if hides else lambda x: x
+            return [
+                leaf if kind is None else self.rules.restore(jax.tree.map(hide, leaf), kind, where)
+                for leaf, kind, where in zip(leaves, kinds, places, strict=True)
+            ]
+
+        def step(moments: list[PyTree]) -> tuple[Updates, list[PyTree]]:
+            new_updates, new_inner = self.inner.update(
+                gradients, treedef.unflatten(moments), params, **extra_args
+            )
+            return new_updates, treedef.flatten_up_to(new_inner)
+
+        if self.rules.bits == 8 and any(kinds):
+            again = functools.partial(restored, hides=True)
+            new_updates, new_leaves, twins = twice(step, restored(), again)
+        else:
+            (new_updates, new_leaves), twins = step(restored()), None
         new_updates = jax.tree.map(_like, new_updates, like)
         key, rounds = self._next_round(state, excerpt)
         stored = []
-        new_leaves = treedef.flatten_up_to(new_inner)
         for i, (kind, old, new) in enumerate(zip(kinds, leaves, new_leaves, strict=True)):
             if kind is None:
                 # Wider moments must not widen what is kept beside them from step to step.
                 stored.append(_like(new, old))
             else:
                 leaf_key = None if key is None else jax.random.fold_in(key, i)
-                stored.append(
-                    lying_as(old, self.rules.store(new, kind, owned[i].batch_axes, leaf_key))
-                )
+                twin = None if twins is None else twins[i]
+                kept = self.rules.store(new, kind, owned[i].batch_axes, leaf_key, twin)
+                stored.append(lying_as(old, kept))
         new_state = LowBitState(treedef.unflatten(stored), rounds)
         return boxed_like(new_updates, boxes[0]), boxed_like(new_state, boxes[1])
 
@@ -357,19 +375,6 @@ class _LowBit:
 
 def _pairs(one: PyTree, other: PyTree) -> list[tuple[PyTree, PyTree]]:
     return list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
-
-
-def _places(state: State, updates: Updates) -> Sequence[PartitionSpec | None]:
-    """Returns where each leaf of a state lies out of codes, on a mesh of Explicit axes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not has_explicit_axes(mesh):
-        return [None] * len(jax.tree.leaves(state, is_leaf=is_quantized))
-    decoded = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), state, is_leaf=is_quantized
-    )
-    specs = [jax.typeof(x).sharding.spec for x in jax.tree.leaves(updates)]
-    found = specs_of(decoded, updates, {}, specs, mesh)
-    return jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _codes_of(kind: str | None, block_size: int, item_shape: Shape) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,8 @@ class Rows(_Numbered):
       numbers: for each column the row in which its one stands, (r,), int32, all different.
     """
 
+    moves: ClassVar[bool] = True
+
     @classmethod
     def initial(cls, side: Side) -> Rows:
         """Returns the first rows."""
@@ -132,6 +134,8 @@ class Rows(_Numbered):
         columns = jnp.full(side.size, side.rank, self.numbers.dtype)
         columns = columns.at[self.numbers].set(jnp.arange(side.rank, dtype=self.numbers.dtype))
         columns = jnp.expand_dims(columns, 1 - side.axis)
+        # What is looked up is kept; XLA would rather keep several arrays of which it is made.
+        low_rank = jax.lax.optimization_barrier(low_rank)
         return jnp.take_along_axis(low_rank, columns, side.axis, mode="fill", fill_value=0)
 
     @classmethod
@@ -158,6 +162,7 @@ class WeightedRows:
     """
 
     sampled: Sampled
+    moves: ClassVar[bool] = False
 
     @classmethod
     def initial(cls, side: Side) -> WeightedRows:

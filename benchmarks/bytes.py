@@ -67,6 +67,10 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "galore_adamw_8bit, rows": in_galore("galore_adamw_8bit", "rows"),
     "galore_adamw, power_iteration": in_galore("galore_adamw", "power_iteration"),
     "galore_adamw_8bit, power_iteration": in_galore("galore_adamw_8bit", "power_iteration"),
+} | {
+    f"{name}, {projector}, without decay": in_galore(name, projector, decay=0.0)
+    for projector in ("rows", "power_iteration")
+    for name in ("galore_adamw", "galore_adamw_8bit")
 }
 
 

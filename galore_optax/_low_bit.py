@@ -1,7 +1,6 @@
 """low_bit() keeps the moments of any transformation in 8-bit codes or bfloat16 between steps."""
 
 import dataclasses
-import functools
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -30,7 +29,7 @@ from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._specs import decoded_specs, placed_state
 from galore_optax._storage import Storage, Stored
 from galore_optax._trees import bare, beside
-from galore_optax._twice import twice
+from galore_optax._twice import hidden, twice
 from galore_optax._types import Params, Shape, State, Updates
 from galore_optax._view import moment_dtype, wide
 
@@ -302,12 +301,15 @@ class _LowBit:
         places = decoded_specs(state.inner, updates)
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
 
-        def restored(hides: bool = False) -> list[PyTree]:
-            hide = jax.lax.optimization_barrier if hides else lambda x: x
+        def restored(leaves: list[PyTree]) -> list[PyTree]:
             return [
-                leaf if kind is None else self.rules.restore(jax.tree.map(hide, leaf), kind, where)
+                leaf if kind is None else self.rules.restore(leaf, kind, where)
                 for leaf, kind, where in zip(leaves, kinds, places, strict=True)
             ]
+
+        def again() -> list[PyTree]:
+            codes = hidden({i: leaves[i] for i, kind in enumerate(kinds) if kind})
+            return restored([codes.get(i, leaf) for i, leaf in enumerate(leaves)])
 
         def step(moments: list[PyTree]) -> tuple[Updates, list[PyTree]]:
             new_updates, new_inner = self.inner.update(
@@ -316,10 +318,9 @@ class _LowBit:
             return new_updates, treedef.flatten_up_to(new_inner)
 
         if self.rules.bits == 8 and any(kinds):
-            again = functools.partial(restored, hides=True)
-            new_updates, new_leaves, twins = twice(step, restored(), again)
+            new_updates, new_leaves, twins = twice(step, restored(leaves), again, kinds)
         else:
-            (new_updates, new_leaves), twins = step(restored()), None
+            (new_updates, new_leaves), twins = step(restored(leaves)), None
         new_updates = jax.tree.map(_like, new_updates, like)
         key, rounds = self._next_round(state, excerpt)
         stored = []

@@ -15,18 +15,16 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 
 from galore_optax._arguments import static_hint
 from galore_optax._blocks import (
-    from_blocks,
-    is_divided,
     lying_as,
     merge,
     split,
-    spread,
     stored_shape,
     stored_spec,
     to_blocks,
 )
-from galore_optax._codec import ByElement, Coded
+from galore_optax._codec import Coded
 from galore_optax._codecs import CODECS
+from galore_optax._coding import read, write
 from galore_optax._types import Shape
 
 
@@ -272,43 +270,9 @@ def quantized_as(
     codec = CODECS[scheme]
     if keep_positive:
         codec = codec.keeping_positive() or codec
-    if isinstance(codec, ByElement):
-        twin = array if twin is None else twin
-        coded = _by_element(codec, array, twin, item_shape, block_size)
-    else:
-        blocks = to_blocks(array, item_shape, block_size).astype(jnp.float32)
-        coded = codec.encode(blocks, key)
+    coded = write(codec, array, twin, key, (item_shape, block_size))
     codes = merge(codec.pack(coded.codes))
     return QuantizedArray(codes, coded.scales, coded.zeros, item_shape, dtype, scheme, block_size)
-
-
-def _by_element(
-    codec: ByElement,
-    array: Float[Array, "..."],
-    twin: Float[Array, "..."],
-    item_shape: Shape,
-    block_size: int,
-) -> Coded:
-    """Returns blocks in codes, with the scales of the twin's blocks.
-
-    The codes are made as the array lies, which fuses with what the array is made by. On a TPU, and
-    on a mesh, they are made in blocks: scales have no place beside each number there.
-    """
-    cut = functools.partial(to_blocks, item_shape=item_shape, block_size=block_size)
-    exact = functools.partial(jnp.asarray, dtype=jnp.float32)
-
-    def in_blocks(array: Array, twin: Array) -> tuple[Array, Array]:
-        scales = jnp.max(codec.peaks(exact(cut(twin))), axis=-1)
-        return codec.write(exact(cut(array)), scales[..., None]), scales
-
-    def as_it_lies(array: Array, twin: Array) -> tuple[Array, Array]:
-        scales = jnp.max(cut(codec.peaks(exact(twin))), axis=-1)
-        beside = from_blocks(spread(scales, block_size), item_shape, block_size)
-        return cut(codec.write(exact(array), beside), fill=codec.zero), scales
-
-    if is_divided(array):
-        return Coded(*in_blocks(array, twin))
-    return Coded(*jax.lax.platform_dependent(array, twin, tpu=in_blocks, default=as_it_lies))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -316,27 +280,8 @@ def dequantized(
     quantized: QuantizedArray, where: PartitionSpec | None = None
 ) -> Float[Array, "..."]:
     """Returns the array that this stands for; see :func:`galore_optax._blocks.from_blocks`."""
-    codec, coded = CODECS[quantized.scheme], quantized.blocks()
-    lay = functools.partial(
-        from_blocks,
-        item_shape=quantized.item_shape,
-        block_size=quantized.block_size,
-        where=where,
-    )
-
-    def in_blocks(coded: Coded) -> Array:
-        return lay(codec.decode(coded).astype(quantized.dtype))
-
-    if not isinstance(codec, ByElement) or is_divided(quantized.codes) or any(where or ()):
-        return in_blocks(coded)
-
-    def as_it_lies(coded: Coded) -> Array:
-        # XLA would put off the change of shape until the numbers are read, and then keep them.
-        codes = jax.lax.optimization_barrier(lay(coded.codes))
-        scales = lay(spread(coded.scales, quantized.block_size))
-        return codec.read(codes, scales).astype(quantized.dtype)
-
-    return jax.lax.platform_dependent(coded, tpu=in_blocks, default=as_it_lies)
+    form = quantized.item_shape, quantized.block_size
+    return read(CODECS[quantized.scheme], quantized.blocks(), form, quantized.dtype, where)
 
 
 def placed(

@@ -5,7 +5,8 @@ and the other XLA would keep the numbers in float32, which takes four times the 
 and the gradient that they are made of.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -21,17 +22,19 @@ def twice(
     function: Callable[[PyTree], tuple[Updates, list[PyTree]]],
     given: PyTree,
     again: Callable[[], PyTree],
+    kinds: Sequence[str | None],
 ) -> tuple[Updates, list[PyTree], list[PyTree] | None]:
     """Returns what a function makes of its argument, and a part of that, computed another time.
 
     Args:
       function: returns updates and moments; it is traced once.
       given: its argument, a tree of arrays.
-      again: returns the same argument, made so that the compiler does not see that it is.
+      again: returns the same argument, made of what is :func:`hidden`.
+      kinds: for each moment whether it is wanted once more, which None says it is not.
 
     Returns:
-      The updates, the moments, and the moments once more; None in place of these where the moments
-      are not made element by element, so that to compute them twice might take long.
+      The updates, the moments, and the moments once more; None in place of these where one that is
+      wanted is not made element by element, so that to compute it twice might take long.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(given)
     structure = jax.tree.structure(shapes)
@@ -41,7 +44,17 @@ def twice(
     def result(argument: PyTree) -> tuple[Updates, list[PyTree]]:
         return structure.unflatten(run(*jax.tree.leaves(argument)))
 
-    if closed.effects or not all(jax.tree.leaves(cheap)):
+    wanted = [parts for parts, kind in zip(cheap, kinds, strict=True) if kind is not None]
+    if closed.effects or not all(jax.tree.leaves(wanted)):
         return *result(given), None
     _, twins = result(given)
     return *result(again()), twins
+
+
+def hidden(tree: PyTree) -> PyTree:
+    """Returns the same arrays, which the compiler takes for others on a GPU.
+
+    Elsewhere it sees through it and computes nothing twice: a CPU has less arithmetic to spare.
+    """
+    hide = functools.partial(jax.tree.map, jax.lax.optimization_barrier)
+    return jax.lax.platform_dependent(tree, cuda=hide, rocm=hide, default=lambda same: same)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +46,6 @@ class Side:
 class Basis(Protocol):
     """What every type of basis can do; `Dense` says what each member means."""
 
-    moves: ClassVar[bool]
-
     @classmethod
     def initial(cls, side: Side) -> Basis: ...
     @classmethod
@@ -62,6 +60,7 @@ class Basis(Protocol):
     def up(self, low_rank: Array, side: Side, dtype: DType) -> Array: ...
     def squares(self, low_rank: Array, side: Side) -> Array: ...
     def turned(self, old: Basis, side: Side) -> Array: ...
+    def moves(self) -> bool: ...
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree: ...
 
@@ -73,11 +72,9 @@ class Dense:
 
     Attributes:
       matrix: P, (m, r), in the dtype in which it is stored.
-      moves: whether products with it only move numbers.
     """
 
     matrix: PyTree
-    moves: ClassVar[bool] = False
 
     @classmethod
     def initial(cls, side: Side) -> Dense:
@@ -170,6 +167,10 @@ class Dense:
             old.choice(side),
             precision=jax.lax.Precision.HIGHEST,
         )
+
+    def moves(self) -> bool:
+        """Returns whether products with the basis only move numbers."""
+        return False
 
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:

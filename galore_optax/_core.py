@@ -233,7 +233,7 @@ def project_back(
     """
     for side, basis in zip(matrix.sides, bases, strict=True):
         if side is not None and basis is not None:
-            if rounded is not None and basis.moves:
+            if rounded is not None and basis.moves():
                 low_rank = low_rank.astype(rounded)
             low_rank = basis.up(low_rank, side, ranging_dtype(dtype))
     return low_rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,6 @@ class Rows(_Numbered):
       numbers: for each column the row in which its one stands, (r,), int32, all different.
     """
 
-    moves: ClassVar[bool] = True
-
     @classmethod
     def initial(cls, side: Side) -> Rows:
         """Returns the first rows."""
@@ -138,6 +136,10 @@ class Rows(_Numbered):
         low_rank = jax.lax.optimization_barrier(low_rank)
         return jnp.take_along_axis(low_rank, columns, side.axis, mode="fill", fill_value=0)
 
+    def moves(self) -> bool:
+        """Returns that products with the basis only move numbers."""
+        return True
+
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:
         """Returns a basis of specs; see :meth:`Dense.placed`."""
@@ -162,7 +164,6 @@ class WeightedRows:
     """
 
     sampled: Sampled
-    moves: ClassVar[bool] = False
 
     @classmethod
     def initial(cls, side: Side) -> WeightedRows:
@@ -222,6 +223,10 @@ class WeightedRows:
         before, now = old.choice(side), self.sampled
         alike = now.numbers[:, None] == before.numbers[None]
         return jnp.where(alike, now.weights[:, None] * before.weights[None], 0)
+
+    def moves(self) -> bool:
+        """Returns that products with the basis do more, since there are weights."""
+        return False
 
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:

@@ -12,7 +12,7 @@ READY := $(VENV)/.ready-$(VERSION)
 CUDA = $(shell nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null \
   | awk -F, 'NR == 1 && $$1 + 0 { print ($$1 + 0 >= 580 && $$2 + 0 >= 7.5) ? ",cuda13" : ",cuda12" }')
 
-.PHONY: help env demo gpu fuzz test test-all test-versions test-oldest lint typecheck format clean
+.PHONY: help env demo gpu fuzz docs docs-serve docs-links test test-all test-versions test-oldest lint typecheck format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -87,9 +87,22 @@ $(OLDEST)/.ready-$(VERSION): pyproject.toml constraints-oldest.txt
 	  -e . beartype chex cloudpickle flax orbax-checkpoint pytest pytest-timeout pytest-xdist
 	@touch $@
 
-lint: $(READY)  ## check format and style
+# Names of the library are looked up in the library itself. The theme would advertise its successor.
+MKDOCS = NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/python -m mkdocs
+
+docs: $(READY)  ## build the site into site/; a warning or a dead link is an error
+	$(MKDOCS) build --strict
+
+docs-serve: $(READY)  ## show the site while its pages are written
+	$(MKDOCS) serve
+
+docs-links:  ## list the links of all pages that lead elsewhere, and how many there are of each
+	@git ls-files '*.md' | xargs grep -ohE 'https?://[^] )<>"`]+' | sort | uniq -c | sort -k2
+
+lint: $(READY)  ## check format, style and spelling
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/codespell
 
 typecheck: $(READY)  ## check types
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
@@ -99,5 +112,5 @@ format: $(READY)  ## format, and repair what can be repaired
 	$(BIN)/ruff check --fix
 
 clean:  ## remove the environments, the caches and what was built
-	rm -rf .venv .venv-* .hypothesis .pytest_cache build dist
+	rm -rf .venv .venv-* .hypothesis .pytest_cache build dist site
 	find . \( -name __pycache__ -o -name .ruff_cache \) -prune -exec rm -rf {} +

@@ -63,8 +63,9 @@ def operations(shape: LlamaConfig) -> dict[str, int]:
     attention = 4 * shape.max_seq * shape.hidden
     layer, head = 2 * kernels + attention, 2 * shape.hidden * shape.vocab_size
     ordinary = shape.layers * 4 * layer + 3 * head
-    # Of its products, the layer-wise step's backward pass keeps those with kernels only.
-    return {"ordinary": ordinary, "layer-wise": ordinary + shape.layers * attention}
+    # Of its products, the layer-wise step's backward pass keeps those with kernels only, and it
+    # computes the logits twice.
+    return {"ordinary": ordinary, "layer-wise": ordinary + shape.layers * attention + head}
 
 
 def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:

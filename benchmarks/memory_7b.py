@@ -34,6 +34,10 @@ SHARED: dict[str, Any] = {"batch": 16, "seq": 256, "dtype": "bfloat16", "param_d
 SHARED |= {"update_proj_gap": 500, "attention": "xla", "clip": 0.0}
 GALORE = {"optimizer": "galore_adamw_8bit", "projector_dtype": "bfloat16", "layerwise": True}
 Q_GALORE = {"optimizer": "q_galore_adamw", "layerwise": True}
+APOLLO = {"optimizer": "apollo_adamw_8bit", "layerwise": True}
+APOLLO_MINI = {"optimizer": "apollo_mini_adamw_8bit", "layerwise": True}
+# Weights and layers' inputs in 8 bits, and no moments of the size of the embedding or the head.
+FEWEST = {"int8_weights": True, "tables": "factored", "inputs_dtype": "int8"}
 ADAMW = {"optimizer": "adamw", "remat": True}
 PROJECTORS = ("power_iteration", "svd")
 
@@ -86,6 +90,30 @@ def table() -> dict[str, dict[str, Any]]:
             "device": device,
             "method": f"{method}, projector `rows`, rank 256, 1 x 2,048 tokens",
             "settings": SHARED | settings | long | {"preset": preset},
+        }
+    return rows | fewest()
+
+
+def fewest() -> dict[str, dict[str, Any]]:
+    """The rows with the fewest bytes: see `FEWEST`."""
+    short, long = {"batch": 1, "seq": 256}, {"batch": 1, "seq": 2048}
+    rows = {}
+    for preset, method, settings, of_batch, device in (
+        ("7b", "GaLore rank 1024", GALORE, {}, "rtx4060ti_16gb"),
+        ("7b", "APOLLO rank 256", APOLLO | {"rank": 256}, {}, "rtx4060ti_16gb"),
+        ("7b", "GaLore rank 256", GALORE | {"rank": 256}, short, "rtx4070_12gb"),
+        ("llama-3.1-8b", "GaLore rank 256", GALORE | {"rank": 256}, long, "rtx4070_12gb"),
+        ("llama-3.1-8b", "GaLore rank 256", GALORE | {"rank": 256}, {}, "rtx4080_16gb"),
+        ("13b", "APOLLO-Mini", APOLLO_MINI, {}, "rtx4060ti_16gb"),
+    ):
+        projector = {} if "APOLLO" in method else {"projector": "rows"}
+        of_row = SHARED | settings | FEWEST | projector | of_batch | {"preset": preset}
+        named = method.replace(" rank", " `rows` rank") if projector else method
+        tokens = f"{of_row['batch']} x {of_row['seq']:,}"
+        rows[f"{preset} fewest {method} {of_row['batch']}x{of_row['seq']} {device}"] = {
+            "device": device,
+            "method": f"8-bit {named}, weights and inputs int8, tables factored, {tokens}",
+            "settings": of_row,
         }
     return rows
 

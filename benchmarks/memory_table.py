@@ -1,4 +1,4 @@
-"""Writes the memory table of the README, and its picture, from the committed figures.
+"""Writes the memory table of docs/will-it-fit.md, and its picture, from the committed figures.
 
 python -m benchmarks.memory_table
 
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FIGURES = ROOT / "benchmarks" / "results" / "memory_7b.json"
 MEASURED = ROOT / "benchmarks" / "results" / "gpu" / "memory.json"
 PICTURE = FIGURES.with_suffix(".png")
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "will-it-fit.md"
 START = "<!-- made by python -m benchmarks.memory_table -->\n"
 END = "<!-- end of the memory table -->\n"
 
@@ -60,8 +60,8 @@ def where_measured(found: dict[str, Any]) -> str:
     """A sentence on where the last column is from."""
     if not found:
         return (
-            "Nothing has been measured on a GPU yet: [`make gpu`](benchmarks/gpu/README.md) does, "
-            "where there is one."
+            "Nothing has been measured on a GPU yet: [`make gpu`](../benchmarks/gpu/README.md) "
+            "does, where there is one."
         )
     machines = {
         f"{m['device']}, driver {m['driver']}, jax {m['jax']}"
@@ -70,7 +70,7 @@ def where_measured(found: dict[str, Any]) -> str:
     caps = sorted({f"{entry['result']['usable'] / GIB:.2f}" for entry in found.values()})
     return (
         f"Measured by `make gpu` with no more than {' or '.join(caps)} GiB for JAX, on "
-        f"{' and '.join(sorted(machines))} ([report](benchmarks/results/gpu/report.md))."
+        f"{' and '.join(sorted(machines))} ([report](../benchmarks/results/gpu/report.md))."
     )
 
 
@@ -114,7 +114,7 @@ def bars(record: dict[str, Any]) -> list[Bar]:
 def main() -> None:
     record = json.loads(FIGURES.read_text())
     draw(bars(record), [DEVICES["rtx4060ti_16gb"], DEVICES["rtx4090_24gb"]], PICTURE)
-    README.write_text(replaced(README.read_text(), current()))
+    PAGE.write_text(replaced(PAGE.read_text(), current()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from galore_optax._chain import chain
 from galore_optax._errors import CombinationError
 from galore_optax._factored import FactoredAdamState, scale_by_factored_adam
 from galore_optax._galore import galore
-from galore_optax._layerwise import Layerwise, layerwise
+from galore_optax._layerwise import Layerwise, layerwise, layerwise_shardings
 from galore_optax._learning_rate import learning_rate_from_adamw
 from galore_optax._limiter import LimitNormGrowthState, limit_norm_growth
 from galore_optax._low_bit import LowBitState, low_bit
@@ -107,6 +107,7 @@ __all__ = [
     "grass_adamw",
     "grass_adamw_8bit",
     "layerwise",
+    "layerwise_shardings",
     "ldadamw",
     "ldadamw_8bit",
     "learning_rate_from_adamw",

@@ -301,8 +301,9 @@ def _preset(
     protocol: type, name: str, doc: str, defaults: GaloreOptions | None
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """Makes a preset with the signature of a protocol, and defaults of its own for options."""
-    _, *parameters = inspect.signature(protocol.__call__).parameters.values()
-    signature = inspect.Signature(parameters)
+    of_method = inspect.signature(protocol.__call__)
+    _, *parameters = of_method.parameters.values()
+    signature = of_method.replace(parameters=parameters)
     names = {field.name for field in dataclasses.fields(LowBit)} & signature.parameters.keys()
 
     def preset(*args: object, **kwargs: object) -> optax.GradientTransformationExtraArgs:

@@ -44,7 +44,8 @@ def learning_rate_from_adamw(
     has no size that is known beforehand, and counts for nothing. Other parameters than the
     projected ones get the same learning rate, as in all presets.
 
-    It is a heuristic, for a start without a sweep; README says how close it came, and where.
+    It is a heuristic, for a start without a sweep; docs/choosing.md says how close it came, and
+    where.
 
     Args:
       learning_rate: that of AdamW, for the matrices that will be projected; a number or a schedule.

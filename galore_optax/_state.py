@@ -23,14 +23,23 @@ VERSION = 2
 
 
 class GaloreState(NamedTuple):
-    """State of :func:`galore_optax.galore`."""
+    """State of :func:`galore_optax.galore`.
 
-    step: PyTree  # (), int32: the number of updates done.
-    subspace: Subspace  # the subspaces, trees with the structure of the parameters.
-    inner: PyTree  # the inner state; the moments of projected leaves have the shape of R.
-    accumulator: PyTree = ABSENT  # an Accumulator where several gradients make a step.
-    version: PyTree = ABSENT  # (), int32: the layout's version, so that checkpoints say what it is.
-    made_with: PyTree = ABSENT  # a dict whose keys say what the arrays alone do not; no arrays.
+    Attributes:
+      step: the number of updates done, (), int32.
+      subspace: the subspaces, trees with the structure of the parameters.
+      inner: the inner state; the moments of projected leaves have the shape of R.
+      accumulator: an Accumulator where several gradients make a step.
+      version: the layout's version, (), int32, so that checkpoints say what it is.
+      made_with: a dict whose keys say what the arrays alone do not; it has no arrays.
+    """
+
+    step: PyTree
+    subspace: Subspace
+    inner: PyTree
+    accumulator: PyTree = ABSENT
+    version: PyTree = ABSENT
+    made_with: PyTree = ABSENT
 
 
 def metrics(state: State) -> dict[str, Array]:

@@ -19,6 +19,7 @@ from flax_llama_runs import assert_same_end, without_checkpoints_after
 import galore_optax
 from examples.flax_glue import compare as compare_module
 from examples.flax_glue import finetune as finetune_module
+from examples.flax_glue import run_files
 from examples.flax_glue.compare import compare
 from examples.flax_glue.config import Config
 from examples.flax_glue.finetune import finetune, from_command_line, main
@@ -277,6 +278,16 @@ def test_what_cannot_work_is_a_line_before_anything_is_written(
     assert said in line
     assert "\n" not in line
     assert not out.exists()
+
+
+def test_a_digit_of_the_settings_that_was_changed_is_seen(tmp_path, model):
+    config = Config(model=model, data=model, lr=0.25).resolve()
+    run_files.write_settings(tmp_path, config, config.encoder(2), [])
+    assert run_files.read_settings(tmp_path)["finetune"]["lr"] == 0.25
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("0.25", "0.35"))
+    with pytest.raises(UsageError, match=r"config.json is damaged, .*Begin anew"):
+        run_files.read_settings(tmp_path)
 
 
 def pretend(config, how_to_go_on=None):

@@ -135,7 +135,7 @@ def test_help_has_every_text_whole_within_the_terminal(monkeypatch, columns):
         if name not in ("GROUPS", "HIDDEN", *Config.HIDDEN):
             default = getattr(Config, name)
             said = re.sub(r"`(\w+)`", lambda m: "--" + m[1].replace("_", "-"), comment)
-            hint = "" if default is None else f" (default: {default})"
+            hint = "" if default in (None, ()) else f" (default: {default})"
             assert f"{said}{hint}" in text, name
     assert all(preset in text for preset in PRESETS)
     assert "None|" not in text
@@ -143,7 +143,7 @@ def test_help_has_every_text_whole_within_the_terminal(monkeypatch, columns):
     # A line goes on as long as there is room for the next word.
     rows = [line[2:-2] for line in lines if line.startswith("│")]
     for one, other in itertools.pairwise(rows):
-        by_itself = re.fullmatch(r"--[\w-]+(, --[\w-]+| \S+)?", one.strip())
+        by_itself = re.fullmatch(r"--[\w-]+(, --[\w-]+| \S+| \[STR .*\])?", one.strip())
         if other.startswith("  ") and other.strip() and not by_itself:
             assert len(one.rstrip()) + 1 + len(other.split()[0]) > len(one), one
 

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -298,19 +299,47 @@ def test_heads_that_do_not_divide_are_refused():
         LlamaConfig(hidden=24, intermediate=40, layers=1, heads=5)
 
 
-@pytest.mark.parametrize("batch", [1, 6])
-def test_attention_of_some_sequences_after_the_others_is_that_of_all(monkeypatch, batch):
-    qkv = [jax.random.normal(jax.random.key(i), (batch, 8, 2, 4)) for i in range(3)]
+# Sequences, heads of keys, weights that may exist at a time, and the parts that come of it: one
+# sequence of 6 heads has 6 * 8 * 8 weights.
+@pytest.mark.parametrize(
+    ("batch", "keys", "most", "parts"),
+    [
+        (1, 6, 2**23, (1, 1)),
+        (6, 6, 2 * 384, (3, 1)),
+        (6, 6, 100, (6, 6)),
+        (2, 3, 200, (2, 3)),
+        (1, 2, 1, (1, 2)),
+        (1, 6, 128, (1, 3)),
+        (4, 1, 1, (4, 1)),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_parts_is_that_of_all(monkeypatch, batch, keys, most, parts, masked):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(batch, 8, n, 4)), jnp.float32) for n in (6, keys, keys))
+    others = {}
+    if masked:
+        segments = jnp.asarray(rng.integers(3, size=(batch, 8)).cumsum(1))
+        others = {"segments_BxS": segments, "window": jnp.asarray(5)}
 
     def value_and_gradients():
         def function(*qkv):
-            return jnp.sum(jnp.sin(attention.attend(*qkv, "xla")))
+            out = attention.attend(*qkv, "xla", **others)
+            # Of its place, too.
+            return jnp.sum(jnp.sin(out) * jnp.arange(out.size).reshape(out.shape) / out.size)
 
-        return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*qkv)
+        return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(q, k, v)
 
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", 2**23)
     expected = value_and_gradients()
-    monkeypatch.setattr(attention, "MAX_WEIGHTS", 2 * 2 * 8 * 8)
-    for found, right in zip(
-        jax.tree.leaves(value_and_gradients()), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", most)
+    assert attention.attention_parts(batch, 8, 6, keys, "xla") == parts
+    chex.assert_trees_all_close(value_and_gradients(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_device_has_heads_of_every_part(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", 1)
+    assert attention.attention_parts(1, 8, 8, 8, "xla", 2) == (1, 4)
+    assert attention.attention_parts(1, 8, 8, 8, "xla", 8) == (1, 1)
+    assert attention.attention_parts(1, 8, 8, 2, "xla", 4) == (1, 1)
+    assert attention.attention_parts(1, 8, 8, 8, "cudnn") == (1, 1)

@@ -55,7 +55,8 @@ def departure(asked, found):
     }
     traits = zip(TRAITS[asked.optimizer], TRAITS[found.optimizer], strict=True)
     training = sum(w * (a != b) for w, (a, b) in zip((4, 2, 2), traits, strict=True))
-    training += sum({"dtype": 1, "param_dtype": 2, "moment_dtype": 1}.get(n, 0) for n in differs)
+    weights = {"dtype": 1, "param_dtype": 2, "moment_dtype": 1, "inputs_dtype": 1, "tables": 2}
+    training += sum(weights.get(n, 0) for n in differs)
     training += 2 if "clip" in differs else 1 if "clip_by" in differs else 0
     if TRAITS[found.optimizer][0]:
         training += 3 * times_two(asked.resolve().rank / found.resolve().rank)
@@ -69,14 +70,16 @@ def departure(asked, found):
 def lattice(asked):
     """All that is tried, one by one."""
     config = asked.resolve()
-    how = [(config.layerwise, config.remat), (False, True), (True, config.remat)]
+    how = [(config.layerwise, config.remat, None), (False, True, None)]
+    how += [(True, config.remat, inputs) for inputs in (None, "int8")]
     clips = [(config.clip, config.clip_by), (1.0, "global"), (1.0, "layer"), (0.0, config.clip_by)]
     if config.clip == 0:
         clips = clips[:2]
     ranks = [config.rank >> n for n in range(config.rank.bit_length())]
     counts = {n: [k for k in range(1, n + 1) if n % k == 0] for n in range(1, config.batch + 1)}
     rows = [(n, k) for n, divisors in counts.items() for k in divisors]
-    names = [n for n in TRAITS if TRAITS[n][0] or not TRAITS[config.optimizer][0]]
+    names = [(n, "adam") for n in TRAITS if TRAITS[n][0] or not TRAITS[config.optimizer][0]]
+    names += [("q_galore_adamw", "factored")]
     axes = {
         "how": dict.fromkeys(how),
         "clips": dict.fromkeys(clips),
@@ -89,13 +92,14 @@ def lattice(asked):
     }
     for values in itertools.product(*axes.values()):
         settings = dict(zip(axes, values, strict=True))
-        if not TRAITS[settings["optimizer"]][0]:
+        if not TRAITS[settings["optimizer"][0]][0]:
             if settings["rank"] != config.rank:
                 continue
             # A rank that is given has an effect in GaLore only.
             settings["rank"] = asked.rank
         for names, pair in (
-            (("layerwise", "remat"), settings.pop("how")),
+            (("layerwise", "remat", "inputs_dtype"), settings.pop("how")),
+            (("optimizer", "tables"), settings.pop("optimizer")),
             (("clip", "clip_by"), settings.pop("clips")),
             (("batch", "accumulate"), settings.pop("rows")),
         ):
@@ -201,9 +205,10 @@ def test_a_published_recipe_is_made_to_fit_a_small_card(words):
 
 def test_what_conflicts_with_a_remedy_is_taken_back():
     asked = question(moment_dtype="bfloat16", projector_dtype="float32", int8_weights=False)
-    (found,) = [g for g, _ in remedies.alone(asked) if g.optimizer == "q_galore_adamw"]
-    wanted = Config(**SHAPE, optimizer="q_galore_adamw").resolve()
-    assert dataclasses.replace(found.resolve(), by_default=wanted.by_default) == wanted
+    found = [g for g, _ in remedies.alone(asked) if g.optimizer == "q_galore_adamw"]
+    for given, tables in zip(found, ("adam", "factored"), strict=True):
+        wanted = Config(**SHAPE, optimizer="q_galore_adamw", tables=tables).resolve()
+        assert dataclasses.replace(given.resolve(), by_default=wanted.by_default) == wanted
 
 
 def test_what_is_close_is_not_called_enough():

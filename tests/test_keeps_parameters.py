@@ -129,8 +129,8 @@ def test_the_documentation_lists_what_is_refused():
     assert {"adamw", "adafactor", "dadapt_adamw", "lamb"} <= found[False]
     # These take more than one argument, or keep parameters only after a decay: see above.
     by_hand = {"schedule_free", "apply_every"}
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    for text in (galore_optax.galore.__doc__, readme):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "inner.md").read_text()
+    for text in (galore_optax.galore.__doc__, page):
         [passage] = re.findall(
             r"(?:ahead of a momentum \()(.*?)(?:decay after|Put\s+decay)", text, re.DOTALL | re.I
         )

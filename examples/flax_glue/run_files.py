@@ -11,6 +11,7 @@ from examples.flax_glue.shapes import CONFIG, EncoderConfig
 from examples.flax_glue.tokens import FILE
 from examples.flax_llama.fingerprint import marks_of
 from examples.flax_llama.run_directory import SETTINGS
+from examples.flax_llama.sealed import checked, sealed
 from examples.flax_llama.usage import UsageError, read_object
 from examples.flax_llama.writing import write_whole
 from examples.hf.tensors import open_tensors
@@ -43,19 +44,20 @@ def write_settings(
 ) -> None:
     """Writes the resolved configuration, the model's, and digests, whole or not at all."""
     settings = {"finetune": settings_of(config), "model": dataclasses.asdict(encoder)}
-    write_whole(out / SETTINGS, json.dumps(settings | {"files": files}, indent=2) + "\n")
+    whole = sealed(settings | {"files": files})
+    write_whole(out / SETTINGS, json.dumps(whole, indent=2) + "\n")
 
 
 def read_settings(out: Path) -> dict[str, Any]:
     """What `write_settings` wrote.
 
     Raises:
-      UsageError: there is nothing of it.
+      UsageError: there is nothing of it, or it is damaged.
     """
     path = out / SETTINGS
     if not path.is_file():
         raise UsageError(f"out={out} holds no run to resume: leave out resume=True to start one.")
-    settings = read_object(path)
+    settings = checked(read_object(path), path, "Begin anew in another directory")
     if not all(name in settings for name in ("finetune", "model", "files")):
         raise UsageError(f"{path} is not what a fine-tuning run writes.")
     return settings

@@ -63,10 +63,36 @@ def attention_implementation(
 MAX_WEIGHTS = 2**23
 
 
-def attention_groups(B: int, S: int, H: int, implementation: str) -> int:
-    """In how many groups, one after the other, the attention of B sequences is computed."""
-    least = math.ceil(B * H * S * S / MAX_WEIGHTS) if implementation == "xla" else 1
-    return next(n for n in range(min(least, B), B + 1) if B % n == 0)
+class Parts(NamedTuple):
+    """In how many parts, one after the other, attention is computed.
+
+    Attributes:
+      sequences: the parts that the sequences of a batch are in.
+      heads: the parts that the heads of keys are in, each with all queries that attend to them.
+    """
+
+    sequences: int
+    heads: int
+
+
+def attention_parts(B: int, S: int, H: int, G: int, implementation: str, devices: int = 1) -> Parts:
+    """The fewest parts with at most `MAX_WEIGHTS` weights each, or as many as there can be.
+
+    Args:
+      B: the number of sequences.
+      S: the tokens of each.
+      H: the heads of queries.
+      G: the heads of keys.
+      implementation: what computes them.
+      devices: how many the heads are divided over; each has some of every part.
+    """
+    if implementation != "xla":
+        return Parts(1, 1)
+    least = math.ceil(B * H * S * S / MAX_WEIGHTS)
+    sequences = next(n for n in range(min(least, B), B + 1) if B % n == 0)
+    own = max(1, G // devices)
+    least = min(math.ceil(B // sequences * H * S * S / MAX_WEIGHTS), own)
+    return Parts(sequences, next(n for n in range(least, own + 1) if own % n == 0))
 
 
 def attend(
@@ -79,7 +105,7 @@ def attend(
     window: Window = None,
     segments_BxS: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention, (B, S, H, K), some sequences after the others if they are many.
+    """Causal attention, (B, S, H, K), some sequences and heads after the others if they are many.
 
     Args:
       q_BxSxHxK: queries.
@@ -90,7 +116,8 @@ def attend(
       window: how many tokens a token attends to, itself included; by default all before it.
       segments_BxS: numbers of the texts in a sequence, each of which attends to itself alone.
     """
-    B, S, H, _ = q_BxSxHxK.shape
+    B, S, H, K = q_BxSxHxK.shape
+    G = k_BxSxGxK.shape[2]
     masked = segments_BxS is not None or isinstance(window, jax.Array)
     span = None if masked or window is None else (window - 1, 0)
 
@@ -106,17 +133,29 @@ def attend(
             implementation=implementation,
         )
 
-    groups = attention_groups(B, S, H, implementation)
-    inputs = q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, segments_BxS
-    if groups == 1:
-        return some(inputs)
+    devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    parts = attention_parts(B, S, H, G, implementation, devices)
+    if parts == (1, 1):
+        return some((q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, segments_BxS))
 
-    def split(x_BxSx: jax.Array) -> jax.Array:
-        # Each group has sequences of every device that the batch is sharded over.
-        return jnp.moveaxis(x_BxSx.reshape(B // groups, groups, *x_BxSx.shape[1:]), 1, 0)
+    # Each part has some sequences and heads of every device that these are divided over.
+    def by_sequences(x_BxSx: jax.Array) -> jax.Array:
+        n = parts.sequences
+        return jnp.moveaxis(x_BxSx.reshape(B // n, n, *x_BxSx.shape[1:]), 1, 0)
 
-    out = jax.lax.map(jax.checkpoint(some), jax.tree.map(split, inputs))
-    return jnp.moveaxis(out, 0, 1).reshape(q_BxSxHxK.shape)
+    def by_heads(x_BxSxHxK: jax.Array) -> jax.Array:
+        n = parts.heads
+        x = by_sequences(x_BxSxHxK.reshape(B, S, G // n, n, -1, K))
+        return jnp.moveaxis(x, 4, 1).reshape(parts.sequences * n, B // parts.sequences, S, -1, K)
+
+    segments = (
+        None if segments_BxS is None else jnp.repeat(by_sequences(segments_BxS), parts.heads, 0)
+    )
+    inputs = *map(by_heads, (q_BxSxHxK, k_BxSxGxK, v_BxSxGxK)), segments
+    out = jax.lax.map(jax.checkpoint(some), inputs)
+    n, own = parts.heads, B // parts.sequences
+    out = out.reshape(parts.sequences, n, own, S, G // n, H // G, K)
+    return jnp.transpose(out, (2, 0, 3, 4, 1, 5, 6)).reshape(q_BxSxHxK.shape)
 
 
 def visible(

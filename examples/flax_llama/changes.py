@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
     **rules(Kind.NOW, "scale", "update_proj_gap", "stochastic_rounding", "dtype"),
     **rules(Kind.NOW, "accumulate", "layerwise", "remat", "attention", "mesh", note=ROUND_OFF),
     **rules(Kind.NOW, "inputs_dtype", "inputs_every"),
-    **rules(Kind.NOW, "inputs_memory", note=ROUND_OFF),
+    **rules(Kind.NOW, "inputs_memory", "offload", note=ROUND_OFF),
     **rules(Kind.NOW, "eval_tokens"),
     **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "moment_dtype"),
     **rules(Kind.ANEW, "transport", "residual", "refresh", "stagger", "tables"),
@@ -122,6 +122,7 @@ def config_of(settings: dict[str, Any]) -> Config:
     known: dict[str, Any] = {k: v for k, v in settings.items() if k not in RETIRED | {DIGESTS}}
     known |= {name: Path(known[name]) for name in ("out", "init_from") if known.get(name)}
     by_default = known.pop("by_default", None)
+    known["offload"] = tuple(known.get("offload", ()))
     if known.get("architecture"):
         known["architecture"] = Architecture.of(known["architecture"])
     try:

@@ -6,6 +6,7 @@ where the array is, by each device of its part, and does not depend on how the a
 """
 
 import json
+import math
 import zlib
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from examples.flax_llama.optimizer_state import arrays
+from examples.flax_llama.spaces import is_on_host, to_device
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # those of 8 bytes are two.
 
@@ -55,10 +57,24 @@ def checksum(array: Array) -> UInt32[Array, ""]:
     The hash is one-to-one in a number of up to 32 bits, so that a single one that is wrong always
     changes the sum. Numbers of 64 bits are two such.
     """
+    if is_on_host(array):
+        # An entry at a time, so that not all of it comes to the device.
+        size = math.prod(array.shape[1:])
+
+        def add(i: Array, total: UInt32[Array, ""]) -> UInt32[Array, ""]:
+            entry = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
+            return total + _checksum(to_device(entry), i.astype(jnp.uint32) * jnp.uint32(size))
+
+        return jax.lax.fori_loop(0, array.shape[0], add, jnp.uint32(0))
+    return _checksum(array, jnp.uint32(0))
+
+
+def _checksum(array: Array, first: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    """The checksum of an array of which the first number has that place."""
     narrow = array.dtype == jnp.bool or array.dtype in (jnp.int4, jnp.uint4)
     array = array.astype(jnp.uint8) if narrow else array
     bits = jax.lax.bitcast_convert_type(array, _BITS[array.dtype.itemsize]).astype(jnp.uint32)
-    place, stride = jnp.uint32(0), 1
+    place, stride = first, 1
     for axis in reversed(range(bits.ndim)):
         numbers = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         place, stride = place + numbers * jnp.uint32(stride), stride * bits.shape[axis] % 2**32

@@ -114,6 +114,8 @@ def as_flags(settings: Any, base: Any) -> list[str]:
             flag = f"--{field.name.replace('_', '-')}"
             if isinstance(field.default, bool):
                 words.append(flag if value else f"--no-{flag[2:]}")
+            elif isinstance(value, tuple):
+                words += [flag, *value]
             else:
                 whole = isinstance(value, float) and value.is_integer()
                 words += [flag, str(int(value) if whole else value)]

@@ -48,9 +48,10 @@ class Compiled:
       peak: the most that is in use at a time, arguments included. On a GPU XLA's own
         `peak_memory_in_bytes`; a TPU's counts the donated arguments twice, and a CPU's leaves out
         the temporaries, so that this is arguments, outputs without alias, temporaries and the
-        program.
+        program. What lies in the memory of the machine is in none of these figures.
       seconds: that tracing and compiling took.
       rematerializes: what XLA logged if it had to compute things again to fit, or could not.
+      host: what the step has in the memory of the machine.
     """
 
     arguments: int
@@ -60,6 +61,7 @@ class Compiled:
     peak: int
     seconds: float
     rematerializes: tuple[str, ...]
+    host: int = 0
 
 
 class TooLarge(Exception):
@@ -102,10 +104,16 @@ def compile_step(config: Config, vocab_size: int, device: Device) -> Compiled:
             *("generated_code_size", "peak_memory"),
         )
     )
-    if device.platform != "cuda":
+    held, made, shared, computed = (
+        getattr(found, f"host_{name}_size_in_bytes")
+        for name in ("argument", "output", "alias", "temp")
+    )
+    host = held + made - shared + computed
+    # XLA's own counts what lies in the memory of the machine, too.
+    if device.platform != "cuda" or host:
         peak = arguments + outputs - alias + temporaries + code
     rematerializes = tuple(match.group() for match in REMATERIALIZES.finditer(logged()))
-    return Compiled(arguments, outputs, alias, temporaries, peak, seconds, rematerializes)
+    return Compiled(arguments, outputs, alias, temporaries, peak, seconds, rematerializes, host)
 
 
 def lower(config: Config, vocab_size: int, mesh: Mesh) -> jax.stages.Lowered:
@@ -128,8 +136,11 @@ def lower(config: Config, vocab_size: int, mesh: Mesh) -> jax.stages.Lowered:
         return Batch(tokens, mask, tokens if has_segments(config) else None)
 
     batch = jax.eval_shape(example)
-    update = make_update(config, graphdef, make_optimizer(config), mesh)
+    optimizer, where = make_optimizer(config), None
     state = planned_state(config, vocab_size, mesh)
+    if config.offload:
+        where = jax.tree.map(lambda x: x.sharding, state)
+    update = make_update(config, graphdef, optimizer, mesh, where)
     return update.lower(state, on(by_rows(mesh, axis=1), batch))
 
 
@@ -139,7 +150,9 @@ def planned_state(config: Config, vocab_size: int, mesh: AnyMesh) -> Any:
     optimizer = make_optimizer(config)
     params = jax.eval_shape(lambda: initial_params(config, shape))
     state = State(params, jax.eval_shape(optimizer.init, params))
-    return on(state_shardings(optimizer, params, mesh), state)
+    # A mesh of devices that are not here drops the memories that arrays are said to lie in.
+    named = mesh.abstract_mesh if config.offload else mesh
+    return on(state_shardings(config, optimizer, params, named), state)
 
 
 @contextlib.contextmanager

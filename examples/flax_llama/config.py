@@ -219,6 +219,9 @@ class Config:
     inputs_every: int = 1
     # With `layerwise`, where they are kept: device, or pinned_host, the memory of the machine.
     inputs_memory: str = "device"
+    # With `layerwise`, what of the layers lies in the memory of the machine, out of which one layer
+    # at a time is copied: moments (and subspaces), weights, or both.
+    offload: tuple[str, ...] = ()
     # float32 or bfloat16, of activations.
     dtype: str = "float32"
     # float32 or bfloat16, of parameters.

@@ -100,7 +100,7 @@ NEEDS = (
         "all other schedules",
     ),
     Need(
-        ("clip_by", "inputs_dtype", "inputs_every", "inputs_memory"),
+        ("clip_by", "inputs_dtype", "inputs_every", "inputs_memory", "offload"),
         lambda config: config.layerwise,
         "layerwise",
         "layerwise=True",

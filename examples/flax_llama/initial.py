@@ -20,8 +20,9 @@ from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.pretrained import open_model, settings_of_source
 from examples.flax_llama.resume import restore
 from examples.flax_llama.run_directory import imported_from
-from examples.flax_llama.sharding import on, parameter_shardings, shardings_of
-from examples.flax_llama.step import State, state_shardings
+from examples.flax_llama.sharding import on, parameter_shardings
+from examples.flax_llama.spaces import to_device, to_host
+from examples.flax_llama.step import State, first_optimizer_state, state_shardings
 from examples.flax_llama.usage import UsageError
 from examples.hf.configuration import is_model
 from examples.hf.weights import load
@@ -43,7 +44,8 @@ def first_state(
     if config.init_from is not None:
         return from_other_run(config, initial_state, beginning, mesh)
     # Never whole on one device, which it need not fit.
-    where = state_shardings(make_optimizer(config), jax.eval_shape(initial_state).params, mesh)
+    params = jax.eval_shape(initial_state).params
+    where = state_shardings(config, make_optimizer(config), params, mesh)
     return jax.jit(initial_state, out_shardings=where)()
 
 
@@ -58,9 +60,9 @@ def from_other_run(
     source = config.init_from
     assert source is not None
     like, optimizer = jax.eval_shape(initial_state), make_optimizer(config)
-    own = functools.partial(parameter_shardings, mesh=mesh)
-    of_state = shardings_of(optimizer.init, like.params, mesh)
-    init = jax.jit(optimizer.init, out_shardings=of_state)
+    own = functools.partial(parameter_shardings, mesh=mesh, offload=config.offload)
+    own_state = state_shardings(config, optimizer, like.params, mesh)
+    init = functools.partial(first_optimizer_state, optimizer, where=own_state)
     if is_model(source) or imported_from(source):
         beginning.notes.append(f"begins with the weights of {source}")
         if is_model(source):
@@ -80,7 +82,7 @@ def from_other_run(
             return State(params, init(params))
         old = make_optimizer(stored)
         whole = State(like.params, jax.eval_shape(old.init, like.params))
-        where = state_shardings(old, like.params, mesh)
+        where = state_shardings(config, old, like.params, mesh)
         state, _ = checkpoints.restore(step, on(where, whole))
     kept = carry_over(init(state.params), state.optimizer)
     if kept is None:
@@ -114,7 +116,7 @@ def of_hugging_face(
     model = open_model(source)
     like = without_lora(jax.eval_shape(lambda: initial_state().params))
     params = load(model.tensors, model.found.entries, like)
-    whole = jax.device_put(params, parameter_shardings(like, mesh))
+    whole = jax.device_put(params, parameter_shardings(like, mesh, config.offload))
     return with_lora(whole, initial_lora(initial_state, mesh))
 
 
@@ -136,12 +138,24 @@ def in_the_form_of(like: Params, params: Params, config: Config, mesh: jax.shard
     def quantize(layer: Params) -> Params:
         return galore_optax.quantize_params({"blocks": layer}, rank=config.rank)["blocks"]
 
-    def convert(params: Params) -> Params:
-        dense, wanted = map(galore_optax.dequantize_params, (params, like))
-        dense = jax.tree.map(lambda x, as_in: x.astype(as_in.dtype), dense, wanted)
-        if config.int8_weights:
-            # One after the other, as when they are drawn.
-            dense["blocks"] = jax.lax.map(quantize, dense["blocks"])
-        return dense
+    on_host, blocks = "weights" in config.offload, like["blocks"]
 
-    return jax.jit(convert, out_shardings=parameter_shardings(like, mesh))(params)
+    def dense(params: Params, like: Params) -> Params:
+        found, wanted = map(galore_optax.dequantize_params, (to_device(params), like))
+        return jax.tree.map(lambda x, as_in: x.astype(as_in.dtype), found, wanted)
+
+    def layer(params: Params) -> Params:
+        found = dense(params, blocks)
+        found = quantize(found) if config.int8_weights else found
+        return to_host(found) if on_host else found
+
+    def convert(params: Params) -> Params:
+        if not (config.int8_weights or on_host):
+            return dense(params, like)
+        # One after the other, as when they are drawn.
+        rest = {name: x for name, x in params.items() if name != "blocks"}
+        whole = dense(rest, {name: x for name, x in like.items() if name != "blocks"})
+        return whole | {"blocks": jax.lax.map(layer, params["blocks"])}
+
+    where = parameter_shardings(like, mesh, config.offload)
+    return jax.jit(convert, out_shardings=where)(params)

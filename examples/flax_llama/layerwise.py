@@ -11,7 +11,8 @@ from flax import nnx
 
 import galore_optax
 from examples.flax_llama.config import Config
-from examples.flax_llama.loss import cross_entropy_sum, inputs_of, zeros_after
+from examples.flax_llama.loss import cross_entropy_sum, inputs_of
+from examples.flax_llama.loss_by_vocabulary import cross_entropy_by_vocabulary
 from examples.flax_llama.model import (
     Activations,
     Layout,
@@ -20,35 +21,22 @@ from examples.flax_llama.model import (
     head_of,
 )
 from examples.flax_llama.sharding import laid
+from examples.flax_llama.tables import look_up
 
 Step = Callable[[Params, Any, Any, jax.Array], tuple[Params, Any, dict[str, jax.Array]]]
 
 
-@jax.custom_vjp
-def look_up(embedding_VxD: jax.Array, tokens_BxS: jax.Array) -> jax.Array:
-    """The rows of some tokens, whose gradient takes no memory before it is there."""
-    return embedding_VxD[tokens_BxS]
-
-
-def _look_up(embedding_VxD: jax.Array, tokens_BxS: jax.Array) -> tuple[jax.Array, Any]:
-    return embedding_VxD[tokens_BxS], (tokens_BxS, embedding_VxD.shape)
-
-
-def _add_rows(saved: Any, dx_BxSxD: jax.Array) -> tuple[jax.Array, None]:
-    tokens_BxS, shape = saved
-    return zeros_after(dx_BxSxD, shape, dx_BxSxD.dtype).at[tokens_BxS].add(dx_BxSxD), None
-
-
-look_up.defvjp(_look_up, _add_rows)
-
-
 def make_layerwise(
-    config: Config, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation
+    config: Config,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
 ) -> Step:
     """Function of parameters, optimizer state, a batch and a key: the next ones, and metrics.
 
     Where devices share the batch, each layer's gradient is added up over them when it is there.
     """
+    alone = mesh.size == 1
 
     def step(params: Params, state: Any, batch: Any, key: jax.Array) -> Any:
         model = nnx.merge(graphdef, params)
@@ -59,7 +47,7 @@ def make_layerwise(
 
         def embed(params: Params, batch: Any) -> Activations:
             table = laid(params["embed"]["embedding"], "table")
-            x_BxSxD = look_up(table, batch["tokens"][:, :-1])
+            x_BxSxD = look_up(table, batch["tokens"][:, :-1], alone)
             return first_activations(shape, x_BxSxD, inputs_of(batch["segments"]))
 
         # Products with kernels are kept from a layer's forward to its backward pass; all else, with
@@ -74,8 +62,10 @@ def make_layerwise(
         def head_loss(params: Params, outputs: Activations, batch: Any) -> jax.Array:
             x_BxSxD = nnx.merge(norm_def, params["norm"])(outputs.x_BxSxD)
             labels_BxS = batch["tokens"][:, 1:]
-            loss = cross_entropy_sum(x_BxSxD, head_of(params), labels_BxS, batch["mask"])
-            return loss * batch["weight"]
+            weights_BxS = batch["mask"] * batch["weight"]
+            # On several devices the head may be divided by its vocabulary.
+            loss = cross_entropy_by_vocabulary if alone else cross_entropy_sum
+            return loss(x_BxSxD, head_of(params), labels_BxS, weights_BxS)
 
         # The mean over micro-batches of these is the mean over all targets, however they lie.
         weight = micro_batches / jnp.maximum(batch.mask_KxBxS.sum(), 1)
@@ -99,6 +89,7 @@ def make_layerwise(
             inputs_dtype=config.inputs_dtype,
             inputs_every=config.inputs_every,
             inputs_memory=config.inputs_memory,
+            offload=config.offload,
         )
         return training.step(params, state, micro, key)
 

@@ -10,12 +10,12 @@ Sizes: B batch, S sequence, N chunks, C positions of a chunk, D hidden, V vocabu
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from examples.flax_llama.model import Llama
+from examples.flax_llama.tables import zeros_after
 
 MAX_TOKENS = 1024
 MAX_CHUNKS = 16
@@ -48,15 +48,6 @@ def join(x_NxBxCx: jax.Array, seq: int) -> jax.Array:
     """Undoes `split`."""
     N, B, C, *rest = x_NxBxCx.shape
     return jnp.moveaxis(x_NxBxCx, 0, 1).reshape(B, N * C, *rest)[:, :seq]
-
-
-def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Zeros that are not made before there is x: of a vocabulary's size, they take memory.
-
-    Not a number where the first entry of x is not finite, which is all that keeps XLA from knowing
-    them for zeros.
-    """
-    return jnp.broadcast_to((0 * x.ravel()[0]).astype(dtype), shape)
 
 
 def chunk_losses(

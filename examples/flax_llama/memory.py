@@ -16,9 +16,11 @@ from typing import Any
 import jax
 
 import galore_optax
-from examples.flax_llama.attention import attention_groups
-from examples.flax_llama.config import Config, LlamaConfig
+from examples.flax_llama.attention import attention_parts
+from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.hosted import as_held, machine_memory, moved, offloaded
 from examples.flax_llama.loss import chunk_size
+from examples.flax_llama.loss_by_vocabulary import vocabulary_chunk
 from examples.flax_llama.methods import IN_GALORE, in_8_bits
 from examples.flax_llama.optimizers import (
     galore_arguments,
@@ -26,6 +28,7 @@ from examples.flax_llama.optimizers import (
     micro_batches_at_rank,
 )
 from examples.flax_llama.step import initial_params
+from examples.flax_llama.units import size
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # Arrays of (N, D) and of (N, F) that the backward pass of a block has at its fullest moment.
@@ -37,6 +40,9 @@ UPDATE = 2.5
 EMBEDDING, CODES = 4, 256
 # Residuals that compute, in float32, the part of the gradient that is outside of the subspace.
 OUTSIDE = ("sign", "error_feedback")
+# Copies of a layer's weights, and of its state, where they lie in the memory of the machine, set by
+# steps of 13B and 30B.
+FETCHED, STATES = 1, 1
 # Arrays of a chunk's logits, float32.
 LOGITS = 2
 # What steps needed beyond what stays, in parts of what is estimated, by the kind of device: the
@@ -58,6 +64,9 @@ class Estimate:
       gradients: those that exist at that moment.
       inputs: what the forward pass keeps of each block.
       working: the rest, of what is computed at that moment.
+      host: in the memory of the machine, where some of the weights, projectors, moments and inputs
+        may lie; they are not among those above.
+      moved: that an update copies between the memories.
       moment: which one that is: "block", the backward pass of a block; "head", that of the head;
         "embedding", the optimizer's update of it; "update", that of a stacked matrix; "choice", of
         how micro-batches are averaged.
@@ -70,11 +79,14 @@ class Estimate:
     inputs: int
     working: int
     moment: str
+    host: int = 0
+    moved: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
         """The bytes by name."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "moment"}
+        others = ("moment", "host", "moved")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
 
     @property
     def arguments(self) -> int:
@@ -95,19 +107,34 @@ def estimate(config: Config, vocab_size: int) -> Estimate:
     """The memory of a step of a resolved configuration on one device."""
     shape = config.shape(vocab_size)
     several = micro_batches_at_rank(config) > 1
-    # What the parameters and the state do not depend on is left out, since a search changes it. Not
-    # whether GaLore averages micro-batches: its accumulator stays between updates.
-    same: dict[str, Any] = {"dtype": "float32", "attention": "xla", "remat": False}
-    same |= {"batch": 1 + several, "accumulate": 1 + several, "layerwise": several}
-    same["clip_by"] = "global"
-    weights, projectors, moments = held(dataclasses.replace(config, **same), vocab_size)
+    weights, projectors, moments = held(as_held(config), vocab_size)
     moments_of_step = step_layerwise(config, shape) if config.layerwise else step(config, shape)
     if several:
         # Whether a subspace is due decides how micro-batches are averaged. XLA copies what stays
         # for the two ways.
         moments_of_step["choice"] = (0, 0, weights + projectors + moments)
     name, parts = max(moments_of_step.items(), key=lambda item: sum(item[1]))
-    return Estimate(weights, projectors, moments, *parts, name)
+    hosted, inputs = offloaded(config, vocab_size), inputs_on_host(config, shape)
+    stays = (weights - hosted.weights, projectors - hosted.projectors, moments - hosted.moments)
+    in_machine = hosted.weights + hosted.state + inputs
+    return Estimate(*stays, *parts, name, in_machine, moved(config, vocab_size, inputs))
+
+
+def check_machine(config: Config, vocab_size: int) -> None:
+    """Refuses a step that has more in the memory of this machine than that has.
+
+    Raises:
+      UsageError: it does.
+    """
+    if not config.offload and config.inputs_memory == "device":
+        return
+    needed, has = estimate(config, vocab_size).host, machine_memory()
+    if needed > has:
+        raise UsageError(
+            f"What is to lie in the memory of the machine takes {size(needed)}, and that has "
+            f"{size(has)}: leave a part of offload={' '.join(config.offload)!r} out, or choose "
+            "fewer bits (int8_weights=True, an optimizer that ends in _8bit) or a lower rank."
+        )
 
 
 @functools.cache
@@ -157,7 +184,14 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     groups, every = shape.layers // config.inputs_every, config.inputs_every
     # Of a group, all are there while its layers are gone through.
     again = every if every > 1 else 0
-    kept = groups * kept_in(config) if config.inputs_memory == "device" else 0
+    kept = (
+        groups * kept_in(config.inputs_dtype or config.dtype)
+        if config.inputs_memory == "device"
+        else 0
+    )
+    # Of a layer in the memory of the machine, beside what an update of one has in any case.
+    own = offloaded(config, shape.vocab_size)
+    fetched = (FETCHED * own.weights + STATES * own.state) // shape.layers
     inputs = round(K * N * shape.hidden * (kept + again * a))
     layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0
@@ -165,20 +199,34 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     # Codes whose blocks are of single rows are updated some rows at a time.
     whole = 0 if shape.hidden % CODES == 0 else update_of_embedding(config, shape)
     return {
-        "head": head(config, shape, inputs),
+        "head": head_by_vocabulary(config, shape, inputs),
         "embedding": (0, 0, whole),
         # Of the layer, and with clipping by the global norm of the embedding, since it has been
         # measured before any layer is updated.
-        "block": (layer + held_back * p * dense, inputs, block(config, shape)),
+        "block": (layer + held_back * p * dense, inputs, block(config, shape) + fetched),
     }
 
 
-def kept_in(config: Config) -> float:
+def inputs_on_host(config: Config, shape: LlamaConfig) -> int:
+    """Bytes of the layers' inputs that are kept in the memory of the machine."""
+    if not config.layerwise or config.inputs_memory == "device":
+        return 0
+    groups = shape.layers // config.inputs_every
+    return round(
+        groups
+        * config.batch
+        * config.seq
+        * shape.hidden
+        * kept_in(config.inputs_dtype or config.dtype)
+    )
+
+
+@functools.cache
+def kept_in(dtype: str) -> float:
     """Bytes of an entry of a layer's input as it is kept."""
-    dtype = config.inputs_dtype or config.dtype
     if dtype in BYTES:
         return BYTES[dtype]
-    entries = jax.ShapeDtypeStruct((CODES,), config.dtype)
+    entries = jax.ShapeDtypeStruct((CODES,), "float32")
     kept: galore_optax.QuantizedArray = jax.eval_shape(
         lambda x: galore_optax.quantize(x, dtype), entries
     )
@@ -195,6 +243,18 @@ def head(config: Config, shape: LlamaConfig, inputs: int) -> Moment:
     return entry * shape.vocab_size * shape.hidden, inputs, logits
 
 
+def head_by_vocabulary(config: Config, shape: LlamaConfig, inputs: int) -> Moment:
+    """The same with the update in the backward pass: the gradient is in the dtype of the head."""
+    a, p = BYTES[config.dtype], BYTES[config.param_dtype]
+    tokens, D, V = config.batch // config.accumulate * config.seq, shape.hidden, shape.vocab_size
+    chunk = vocabulary_chunk(tokens, V)
+    # The gradient of the tokens is float32; of the head and of its gradient there is a chunk.
+    working = LOGITS * 4 * chunk * tokens + 4 * tokens * D + 2 * a * chunk * D
+    # Of micro-batches, float32 sums.
+    entry = p if config.accumulate == 1 else p + 4
+    return entry * V * D, inputs, working
+
+
 def kept_of_layer(shape: LlamaConfig) -> int:
     """What a layer keeps of a token: its input, and what kernels return but for the last one."""
     D, F = shape.hidden, shape.intermediate
@@ -208,8 +268,10 @@ def block(config: Config, shape: LlamaConfig) -> int:
     activations = B * config.seq * (BLOCK_D * shape.hidden + BLOCK_F * shape.intermediate) * a
     # The softmax in float32 and in `dtype`, of some sequences at a time; cuDNN's kernel never has
     # it. XLA decodes quantized kernels where it multiplies with them.
-    some = B // attention_groups(B, config.seq, shape.heads, config.attention)
-    scores = 0 if config.attention == "cudnn" else some * shape.heads * config.seq**2 * (4 + a)
+    sizes = B, config.seq, shape.heads, shape.kv_heads
+    parts = attention_parts(*sizes, config.attention)
+    some = B * shape.heads * config.seq**2 // (parts.sequences * parts.heads)
+    scores = 0 if config.attention == "cudnn" else some * (4 + a)
     return activations + scores
 
 

@@ -32,7 +32,7 @@ FAR = 3
 # For the same reason a bar is cut at so many times the memory of the largest device.
 CUT = 2.5
 # Characters of a bar's name in a line.
-WIDTH = 44
+WIDTH = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +93,15 @@ def draw(bars: Sequence[Bar], devices: Sequence[Device], out: Path) -> None:
     right = 1.05 * max(most, min(longest, CUT * most))
     scale, unit = unit_of(right)
     with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        height = 1.6 + 0.5 * len(bars) + 0.16 * len(devices)
+        names = [
+            "\n".join(textwrap.fill(line, WIDTH) for line in bar.name.splitlines()) for bar in bars
+        ]
+        lines = max(len(name.splitlines()) for name in names)
+        height = 1.6 + max(0.5, 0.18 * lines) * len(bars) + 0.16 * len(devices)
         figure, axes = plt.subplots(figsize=(10, height), layout="constrained")
         axes.set(xlim=(0, right / scale), ylim=(len(bars) - 0.4, -0.6))
         draw_bars(axes, bars, (scale, unit))
         draw_devices(axes, near, far, (scale, unit), longest)
-        names = [
-            "\n".join(textwrap.fill(line, WIDTH) for line in bar.name.splitlines()) for bar in bars
-        ]
         axes.set(yticks=range(len(bars)), yticklabels=names)
         axes.set_xlabel(f"{unit} at the fullest moment of an update")
         axes.set_axisbelow(True)

@@ -24,6 +24,7 @@ from examples.flax_llama.attention import (
 from examples.flax_llama.config import LlamaConfig
 from examples.flax_llama.rotary import Rotation, rope, rotations
 from examples.flax_llama.sharding import is_quantized, laid
+from examples.flax_llama.spaces import to_device
 
 Params = dict[str, Any]
 
@@ -268,7 +269,7 @@ class Llama(nnx.Module):
 
         def layer(inputs: Activations, own: tuple[nnx.State, Cache | None]):
             params, layer_cache = own
-            params = galore_optax.dequantize_params(params)  # one layer at a time
+            params = galore_optax.dequantize_params(to_device(params))  # one layer at a time
             return nnx.merge(graphdef, params)(inputs, layout, layer_cache)
 
         # Products with kernels are kept for the backward pass, or with `remat` nothing is; all else

@@ -168,11 +168,13 @@ def micro_batches_at_rank(config: Config) -> int:
     Without `layerwise` the gradients are averaged before, and to clip their global norm they
     have to be. So they have where each update chooses a subspace, of the whole gradient, where
     something of the gradient is used that lies outside of the subspace, and where a part of the
-    optimizer is outside of GaLore, which would take each micro-batch for an update.
+    optimizer is outside of GaLore, which would take each micro-batch for an update. Layers that lie
+    in the memory of the machine would be copied for each micro-batch.
     """
     before = (
         not config.layerwise
         or config.clip
+        or config.offload
         or (config.update_proj_gap == 1 and config.refresh == "periodic")
         or (config.residual or own(config.optimizer).get("residual", "discard")) != "discard"
         or config.optimizer in ("flora", "galore_muon")

@@ -22,14 +22,21 @@ from examples.flax_llama.command import program
 from examples.flax_llama.compile_step import Compiled, TooLarge, compile_step
 from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.data import vocabulary_size
-from examples.flax_llama.devices import FRACTION, FRACTION_VARIABLE, Device, chosen_device
+from examples.flax_llama.devices import FRACTION, FRACTION_VARIABLE, Device, Here, chosen_device
 from examples.flax_llama.fit import Fit, Need, Question
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import as_words, base_of, fixed_settings, settings_given
-from examples.flax_llama.memory import estimate
+from examples.flax_llama.memory import check_machine, estimate
 from examples.flax_llama.memory_chart import Bar, draw, picture
 from examples.flax_llama.methods import IN_GALORE
-from examples.flax_llama.plan_text import kept_inputs, on_mesh, summary, table, verdict
+from examples.flax_llama.plan_text import (
+    in_the_machine,
+    kept_inputs,
+    on_mesh,
+    summary,
+    table,
+    verdict,
+)
 from examples.flax_llama.remedies import Change, advice, least_need, names_of_tried
 from examples.flax_llama.run_directory import check_contents
 from examples.flax_llama.topology import check_needs_driver
@@ -206,6 +213,8 @@ def answer(question: Question, settings: Plan) -> Fit:
     config = question.config()
     estimated = estimate(config, question.vocab_size)
     print(f"\n{table(estimated, compiled)}\n")
+    if estimated.host:
+        print(in_the_machine(estimated, compiled))
     if config.mesh is not None:
         print(on_mesh(config, question.vocab_size, config.mesh))
     if config.layerwise and config.accumulate > 1:
@@ -275,6 +284,8 @@ def question_of(given: Config, device: Device) -> Question:
     vocab_size = vocabulary_size(named.data, named.tokenizer)
     question = Question(given, vocab_size, device, fixed_settings(config), base=base_of(given))
     question.need()
+    if isinstance(device, Here):
+        check_machine(question.config(), vocab_size)
     return question
 
 

@@ -84,6 +84,15 @@ def table(estimated: Estimate, compiled: Compiled | None) -> str:
     return "\n".join(lines)
 
 
+def in_the_machine(estimated: Estimate, compiled: Compiled | None) -> str:
+    """What lies in the memory of the machine, and what an update copies from and to there."""
+    xla = f" (XLA: {size(compiled.host)})" if compiled else ""
+    return (
+        f"In the memory of the machine: {size(estimated.host)}{xla}, which is in no sum above; an "
+        f"update copies {size(estimated.moved)} between the memories."
+    )
+
+
 def on_mesh(config: Config, vocab_size: int, mesh: str) -> str:
     """What each device of a mesh has between updates of what one would have."""
     own, whole = map(size, share(planned_state(config, vocab_size, planned_mesh(mesh))))

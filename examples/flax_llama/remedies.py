@@ -21,9 +21,10 @@ from examples.flax_llama.methods import IN_GALORE, in_8_bits
 from examples.flax_llama.optimizers import OPTIMIZERS
 
 # How far a change departs from the training that was asked for: judgements, which add up.
-# Activations, moments or projectors in bfloat16; clipping by other norms.
+# Activations, moments or projectors in bfloat16, layers' inputs in 8 bits; clipping by other norms.
 MILD = 1
-# Parameters in bfloat16, anything in 8 bits or fewer, half the batch, clipping or not.
+# Parameters in bfloat16, anything else in 8 bits or fewer, second moments of the embedding and the
+# head from their rows and columns, half the batch, clipping or not.
 CLEAR = 2
 # Half the rank.
 HALF_THE_RANK = 3
@@ -93,8 +94,13 @@ def remedies(question: Question) -> list[list[Remedy]]:
     """
     given, config = question.given, question.config()
     same = Departure(computing=1)
+    kept = Departure(MILD, computing=int(not config.layerwise))
     axes = [
-        [Remedy({"layerwise": False, "remat": True}, same), Remedy({"layerwise": True}, same)],
+        [
+            Remedy({"layerwise": False, "remat": True}, same),
+            Remedy({"layerwise": True}, same),
+            Remedy({"layerwise": True, "inputs_dtype": "int8"}, kept),
+        ],
         [Remedy({"attention": "auto"}, same)] * (given.attention == config.attention == "xla"),
         [Remedy({"dtype": "bfloat16"}, Departure(MILD))],
         [Remedy({"param_dtype": "bfloat16"}, Departure(CLEAR))],
@@ -124,8 +130,13 @@ def optimizers(given: Config, config: Config) -> list[Remedy]:
             settings |= {k: v for k, v in asked.items() if getattr(given, k) is not None}
         training = OTHER_OPTIMIZER * (family(name) != family(config.optimizer))
         training += CLEAR * (in_8_bits(name) != in_8_bits(config.optimizer))
-        training += CLEAR * (Q_GALORE in (name, config.optimizer))
+        training += CLEAR * ((name == Q_GALORE) != (config.optimizer == Q_GALORE))
         found.append(Remedy(settings, Departure(training)))
+    # The last step: the embedding and the head, whose moments are the greater part of what is left.
+    if config.tables != "factored":
+        settings, departure = found[-1]
+        factored = departure.plus(Departure(CLEAR))
+        found.append(Remedy(settings | {"tables": "factored"}, factored))
     return found
 
 
@@ -135,10 +146,11 @@ def family(optimizer: str) -> str:
 
 
 def clippings(config: Config) -> list[Remedy]:
-    """By the norm of each layer, or none; with some, GaLore accumulates no micro-batches."""
+    """By the other norm, or none; with some, GaLore accumulates no micro-batches."""
     if not config.clip:
         return [Remedy({"clip": 1.0}, Departure(CLEAR))]
-    return [Remedy({"clip_by": "layer"}, Departure(MILD)), Remedy({"clip": 0.0}, Departure(CLEAR))]
+    norms = [Remedy({"clip_by": norm}, Departure(MILD)) for norm in ("layer", "global")]
+    return [*norms, Remedy({"clip": 0.0}, Departure(CLEAR))]
 
 
 class Tried(NamedTuple):
@@ -292,6 +304,12 @@ def single_changes(question: Question) -> Iterator[tuple[Config, Departure]]:
             yield dataclasses.replace(given, projector_dtype="bfloat16"), Departure(MILD)
         yield dataclasses.replace(given, projector="rows"), Departure(CLEAR)
         yield dataclasses.replace(given, int8_weights=True), Departure(CLEAR)
+    yield dataclasses.replace(given, tables="factored"), Departure(CLEAR)
+    if question.device.platform != "cpu":
+        for what in (("moments",), ("weights", "moments")):
+            more = Departure(computing=len(what) + (not config.layerwise))
+            offload = tuple(sorted({*what, *config.offload}))
+            yield dataclasses.replace(given, layerwise=True, offload=offload), more
     yield from ranks(question, given)[1:2]
     if config.accumulate > 1:
         fewer = Departure(computing=halvings(config.accumulate))

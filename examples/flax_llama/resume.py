@@ -12,8 +12,8 @@ from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data, position_in_batches
 from examples.flax_llama.optimizer_state import arrays, carry_over, start_anew
 from examples.flax_llama.optimizers import make_optimizer
-from examples.flax_llama.sharding import on, shardings_of
-from examples.flax_llama.step import State, state_shardings
+from examples.flax_llama.sharding import on
+from examples.flax_llama.step import State, first_optimizer_state, state_shardings
 
 Initial = Callable[[], State]
 
@@ -35,7 +35,7 @@ def restore(
     like, optimizer = jax.eval_shape(initial_state), make_optimizer(stored)
     if beginning.changes:
         like = State(like.params, jax.eval_shape(optimizer.init, like.params))
-    where = state_shardings(optimizer, like.params, mesh)
+    where = state_shardings(config, optimizer, like.params, mesh)
     state, position = checkpoints.restore(beginning.step, on(where, like))
     if not beginning.new_data:
         position, skipped = position_in_batches(position, stored.batch, config.batch)
@@ -59,8 +59,8 @@ def going_on(
     wanted = arrays(jax.eval_shape(optimizer.init, state.params))
     if not beginning.anew and arrays(state.optimizer) == wanted:
         return state.optimizer
-    where = shardings_of(optimizer.init, state.params, mesh)
-    new = jax.jit(optimizer.init, out_shardings=where)(state.params)
+    where = state_shardings(config, optimizer, state.params, mesh)
+    new = first_optimizer_state(optimizer, state.params, where)
     if not beginning.anew:
         if (kept := carry_over(new, state.optimizer)) is not None:
             return kept

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import galore_optax
+from examples.flax_llama.spaces import HOST
 from examples.flax_llama.usage import UsageError
 
 AnyMesh = Mesh | AbstractMesh
@@ -193,16 +194,20 @@ def shardings_of(init: optax.TransformInitFn, params: Any, mesh: AnyMesh) -> Any
     made = optax.GradientTransformation(init, optax.identity().update)
     specs = parameter_specs(params, mesh)
     found = galore_optax.state_partition_specs(made, params, specs, mesh=mesh)
-    return jax.tree.map(
-        functools.partial(NamedSharding, mesh),
-        found,
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
+    return jax.tree.map(functools.partial(NamedSharding, mesh), found, is_leaf=is_spec)
 
 
-def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """`shardings_of` the parameters themselves, of which those in codes are several arrays."""
-    return shardings_of(lambda params: params, params, mesh)
+def parameter_shardings(params: Any, mesh: Mesh, offload: Sequence[str] = ()) -> Any:
+    """`shardings_of` the parameters themselves, of which those in codes are several arrays.
+
+    The layers lie in the memory of the machine where `offload` says so.
+    """
+    found = shardings_of(lambda params: params, params, mesh)
+    if "weights" not in offload:
+        return found
+    tree = jax.tree.structure(params).unflatten(spread(found, params))
+    hosted = jax.tree.map(lambda x: x.with_memory_kind(HOST), tree["blocks"])
+    return tree | {"blocks": hosted}
 
 
 def spread(shardings: Any, tree: Any) -> list[jax.sharding.Sharding]:
@@ -292,6 +297,10 @@ def divided(
         # What is added up is of this device's sequences until then, which the check forbids.
         check_vma=False,
     )
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
 
 
 def is_quantized(x: Any) -> bool:

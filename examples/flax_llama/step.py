@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax
 from examples.flax_llama.adapters import LORA, lora_of, with_lora
@@ -28,12 +28,15 @@ from examples.flax_llama.sharding import (
     computing_on,
     divided,
     is_quantized,
+    is_spec,
     laid_as_parameters,
     make_mesh,
+    parameter_specs,
     replicated,
     row_parts,
     shardings_of,
 )
+from examples.flax_llama.spaces import to_device, to_host
 
 Metrics = dict[str, Any]
 
@@ -58,22 +61,66 @@ class Batch(NamedTuple):
 def initial_params(config: Config, shape: LlamaConfig) -> Params:
     """The parameters that a run of a resolved configuration starts from.
 
-    With 8-bit weights each layer is drawn and quantized before the next one: a model that is larger
-    than the device before it is quantized need not be there.
+    Each layer is drawn before the next one where it is then quantized, or put into the memory of
+    the machine: a model that is larger than the device need not be there.
     """
     params = nnx.to_pure_dict(nnx.state(Llama(shape, rngs=nnx.Rngs(config.seed)), nnx.Param))
-    if config.int8_weights:
+    on_host = "weights" in config.offload
 
-        def quantize(layer: Params) -> Params:
-            return galore_optax.quantize_params({"blocks": layer}, rank=config.rank)["blocks"]
+    def finish(layer: Params) -> Params:
+        if config.int8_weights:
+            layer = galore_optax.quantize_params({"blocks": layer}, rank=config.rank)["blocks"]
+        return to_host(layer) if on_host else layer
 
-        params["blocks"] = draw_layers(shape, nnx.Rngs(config.seed), quantize)
+    if config.int8_weights or on_host:
+        params["blocks"] = draw_layers(shape, nnx.Rngs(config.seed), finish)
     return params
 
 
-def state_shardings(optimizer: optax.GradientTransformation, params: Params, mesh: AnyMesh) -> Any:
-    """Where the state lies with these parameters, or their shapes; see `shardings_of`."""
-    return shardings_of(lambda params: State(params, optimizer.init(params)), params, mesh)
+def initial_state(
+    config: Config, shape: LlamaConfig, optimizer: optax.GradientTransformation
+) -> State:
+    """The parameters and the optimizer's state that a run starts from."""
+    params = initial_params(config, shape)
+    return State(params, optimizer.init(to_device(params)))
+
+
+def trained_model(config: Config, graphdef: nnx.GraphDef, params: Params) -> Llama:
+    """The model of parameters, with weights as they are computed with.
+
+    They stay in codes where the layers lie in the memory of the machine, since they need not fit
+    into the device's: the model decodes one at a time.
+    """
+    whole = params if "weights" in config.offload else galore_optax.dequantize_params(params)
+    return nnx.merge(graphdef, whole)
+
+
+def first_optimizer_state(
+    optimizer: optax.GradientTransformation, params: Params, where: Any
+) -> Any:
+    """The state that an optimizer starts from, where `state_shardings` says."""
+    of_state = where.optimizer if isinstance(where, State) else where
+    return jax.jit(lambda params: optimizer.init(to_device(params)), out_shardings=of_state)(params)
+
+
+def state_shardings(
+    config: Config, optimizer: optax.GradientTransformation, params: Params, mesh: AnyMesh
+) -> Any:
+    """Where the state lies with these parameters, or their shapes; see `shardings_of`.
+
+    Raises:
+      UsageError: what `offload` names is not there, or cannot lie in the memory of the machine.
+    """
+    if not config.offload:
+        return shardings_of(lambda params: State(params, optimizer.init(params)), params, mesh)
+    where = parameter_specs(params, mesh)
+    where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), where, is_leaf=is_spec)
+    try:
+        return State(
+            *galore_optax.layerwise_shardings(optimizer, params, where, offload=config.offload)
+        )
+    except ValueError as error:
+        raise UsageError(f"{error}.") from error
 
 
 def check_divides(config: Config) -> None:
@@ -185,7 +232,7 @@ def make_update(
         params = with_lora(params, trained) if lora else trained
         return params, new, {"loss": loss, **norms}
 
-    step = make_layerwise(config, graphdef, optimizer) if config.layerwise else ordinary
+    step = make_layerwise(config, graphdef, optimizer, mesh) if config.layerwise else ordinary
     step = computing_on(mesh, step)
 
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:

@@ -6,6 +6,7 @@ python -m examples.flax_llama.train --out runs/galore --resume
 
 import contextlib
 import dataclasses
+import functools
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-import galore_optax
 from examples.flax_llama import sinks
 from examples.flax_llama.beginning import (
     Beginning,
@@ -40,6 +40,7 @@ from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import settings_given
 from examples.flax_llama.initial import first_state
 from examples.flax_llama.interrupts import stopping
+from examples.flax_llama.memory import check_machine
 from examples.flax_llama.model import Llama, Params
 from examples.flax_llama.optimizers import make_optimizer
 from examples.flax_llama.progress import Progress, duration, header, print_text, scores
@@ -58,10 +59,11 @@ from examples.flax_llama.step import (
     State,
     check_divides,
     has_segments,
-    initial_params,
+    initial_state,
     make_update,
     put_batch,
     state_shardings,
+    trained_model,
 )
 from examples.flax_llama.tokenizer import Tokenizer, tokenizer_files
 from examples.flax_llama.units import size
@@ -149,17 +151,14 @@ def train(
         if not beginning.step:
             check_same_tokenizer(config, dataset.tokenizer)
         shape = config.shape(dataset.tokenizer.vocab_size)
+        check_machine(config, dataset.tokenizer.vocab_size)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0))))
-
-        def initial_state() -> State:
-            params = initial_params(config, shape)
-            return State(params, optimizer.init(params))
-
+        initial = functools.partial(initial_state, config, shape, optimizer)
         stop, checkpoints = never, None
         if out is not None:
             stop = stack.enter_context(stopping(go_on))
             checkpoints = stack.enter_context(open_checkpoints(out, config, shape, beginning))
-        state = first_state(checkpoints, beginning, config, initial_state, dataset, mesh)
+        state = first_state(checkpoints, beginning, config, initial, dataset, mesh)
         log = stack.enter_context(open_log(config, shape, dataset, beginning))
         run = Parts(
             *(config, beginning, shape, dataset, mesh, log, checkpoints, stop),
@@ -173,7 +172,7 @@ def train(
         if beginning.finished:
             conclude(run, state)
         else:
-            where = state_shardings(optimizer, state.params, mesh)
+            where = state_shardings(config, optimizer, state.params, mesh)
             update = make_update(config, graphdef, optimizer, mesh, where)
             compiled, needed = compile_update(update, state, config, mesh, log.progress)
             state, stopped = make_updates(run, compiled, state)
@@ -183,7 +182,7 @@ def train(
         if is_first():
             print(f"Stopped after update {stopped}, which is saved. {go_on}", flush=True)
         raise SystemExit(0)
-    model = nnx.merge(graphdef, galore_optax.dequantize_params(state.params))
+    model = trained_model(config, graphdef, state.params)
     return Result(model, dataset.tokenizer, log.train, log.valid, needed, dataset.valid)
 
 

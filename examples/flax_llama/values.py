@@ -7,6 +7,7 @@ from examples.flax_llama.adapters import LORA, TARGETS
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.reading import reading_of
 from examples.flax_llama.sharding import sizes_of
+from examples.flax_llama.spaces import OFFLOAD
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def check_values(config: "Config") -> None:
             f"inputs_every={config.inputs_every} does not divide the layers, {config.layers}."
         )
     one_of("inputs_memory", config.inputs_memory, INPUTS_MEMORIES)
+    for word in config.offload:
+        one_of("offload", word, OFFLOAD)
     if config.inputs_dtype is not None:
         one_of("inputs_dtype", config.inputs_dtype, INPUTS_DTYPES)
     for name in ("lr", "matrix_lr_ratio", "scale", "eps"):

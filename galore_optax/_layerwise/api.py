@@ -1,13 +1,21 @@
 """layerwise() updates the weights inside the backward pass, one layer at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import optax
 from jaxtyping import PRNGKeyArray
 
+from galore_optax._layerwise.places import first_state
 from galore_optax._layerwise.plan import Plan, divided
-from galore_optax._layerwise.settings import Batch, Block, Embed, HeadLoss, Settings
+from galore_optax._layerwise.settings import (
+    Batch,
+    Block,
+    Embed,
+    HeadLoss,
+    Settings,
+    checked_offload,
+)
 from galore_optax._layerwise.step import train_step
 from galore_optax._layerwise.sweep import Metrics
 from galore_optax._types import Params, State
@@ -35,6 +43,7 @@ def layerwise(
     inputs_dtype: str | None = None,
     inputs_every: int = 1,
     inputs_memory: str = "device",
+    offload: Sequence[str] = (),
 ) -> Layerwise:
     """Updates each layer inside the backward pass: no two layers have gradients at a time.
 
@@ -84,6 +93,11 @@ def layerwise(
         ``1 - 1 / inputs_every`` forward passes more. It must divide the number of layers.
       inputs_memory: where they are kept: ``"device"``, or ``"pinned_host"``, the memory of the
         machine that the device is in, out of which they are copied when they are needed.
+      offload: what of the layers lies in ``pinned_host``, the memory of the machine:
+        ``("moments",)``, all of their state that has more than a figure for each of them, bases
+        too; ``("weights",)``, their parameters; or both. A layer is copied to the device while
+        another one is computed, and is written back when it is updated. ``init`` puts the state
+        there; `galore_optax.layerwise_shardings` says where to put parameters, and restored state.
 
     Returns:
       A pair of functions. ``init(params) -> state``. ``step(params, state, batch, key) -> params,
@@ -96,8 +110,10 @@ def layerwise(
       TypeError: arguments of a wrong type.
       ValueError: layers that are not stacked alike; a block that changes the shape or dtype of x;
         a transformation that needs the gradients of several leaves at once; a wrapper around
-        galore or low_bit that drops the extra arguments of ``update``; arguments out of range. All
-        of these before anything is computed.
+        galore or low_bit that drops the extra arguments of ``update``; arguments out of range;
+        arrays in another memory than ``offload`` says, devices without that memory, no state to put
+        in it, or micro-batches averaged at rank r, whose layers would be copied for each. All of
+        these before anything is computed.
 
     Notes:
       What a transformation computes over a whole leaf, such as the root mean square that
@@ -138,11 +154,12 @@ def layerwise(
         inputs_dtype,
         inputs_every,
         inputs_memory,
+        checked_offload(offload),
     )
 
     def init(params: Params) -> State:
-        divided(settings, params)
-        return tx.init(params)
+        division = divided(settings, params)
+        return first_state(settings, division, params) if settings.offload else tx.init(params)
 
     def step(
         params: Params, state: State, batch: Batch, key: PRNGKeyArray | None

@@ -65,6 +65,7 @@ class Division:
       placed: the same with their places on a mesh of Explicit axes.
       in_blocks: for each leaf whether it is one of the blocks.
       state_treedef: the structure of the state.
+      state_shapes: the shapes of the leaves of the state.
       layered: for each leaf of the state whether it has an axis of layers.
       layer: the unit that is one layer.
 
@@ -110,7 +111,7 @@ class Division:
         found, self.state_treedef = jax.tree_util.tree_flatten_with_path(state)
         self._seen_by_galore = {view.path for views in inspection.trees for view in views}
         self._paths = {path: i for i, (path, _) in enumerate(found)}
-        self._state_shapes = [leaf.shape for _, leaf in found]
+        self.state_shapes = [leaf.shape for _, leaf in found]
         count = 1 if self.layers > 1 else 2
         self.layered = self._find_layered(state, self._init(self._with_layers(count)), count)
         self._check(self._with_layers(1), _of_one_layer(state, self.layered))
@@ -162,7 +163,7 @@ class Division:
             return None
         stacked = []
         for position, part in zip(unit.positions, leaves, strict=True):
-            whole = self._state_shapes[position]
+            whole = self.state_shapes[position]
             stacked.append(whole != part.shape)
             if stacked[-1] and whole != (rows * slices, *part.shape[1:]):
                 return None
@@ -233,7 +234,7 @@ class Division:
           ValueError: it is not one of this transformation for these parameters.
         """
         leaves, treedef = jax.tree.flatten(state)
-        if treedef != self.state_treedef or [x.shape for x in leaves] != self._state_shapes:
+        if treedef != self.state_treedef or [x.shape for x in leaves] != self.state_shapes:
             raise ValueError(
                 "the state is not one that tx.init makes for these parameters: make a new one with "
                 "init, or use the transformation it was made with"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from galore_optax._layerwise.row_major import row_major
+from galore_optax._layerwise.spaces import to_device
 from galore_optax._quantized import is_quantized
 from galore_optax._storage import Storage
 from galore_optax._types import Params
@@ -68,10 +69,14 @@ class Inputs:
         return jax.tree.map(lambda x: x.reshape(-1, self.every, *x.shape[1:]), stacked)
 
 
-def one_of(tree: PyTree, index: Int[Array, ""], axis: int = 0) -> PyTree:
-    """Returns one entry of each array of a tree along an axis, without that axis."""
+def one_of(tree: PyTree, index: Int[Array, ""] | int, axis: int = 0) -> PyTree:
+    """Returns one entry of each array of a tree along an axis, without that axis.
+
+    What lies in the memory of the machine is copied to the device, one entry of it.
+    """
 
     def cut(x: Array) -> Array:
-        return row_major(jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False))
+        own = jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
+        return row_major(to_device(own))
 
     return jax.tree.map(cut, tree)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,15 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from galore_optax._layerwise.division import Division, select
 from galore_optax._layerwise.inputs import one_of
-from galore_optax._layerwise.settings import Activations, Batch, Leaf, Settings
+from galore_optax._layerwise.settings import WEIGHTS, Activations, Batch, Leaf, Settings
 from galore_optax._quantized_params import attach, carrier
 from galore_optax._sharding import shaped, zeros_like
 from galore_optax._types import Params
 from galore_optax._view import moment_dtype
 
 Carry = TypeVar("Carry")
+_Both: TypeAlias = tuple[list[Leaf], PyTree]
+"""A layer's parameters, none where they are not fetched ahead, and what else is carried."""
 Gradients = list[Array | None]
 """A gradient for each leaf of the parameters, None for those that have no part in it."""
 
@@ -43,6 +45,22 @@ class Passes:
         """Returns what the last layer returns, and what is kept of the layers' inputs, stacked."""
         rest, stacked = self.division.divide(leaves)
         block, inputs = self.settings.block, self.settings.inputs
+        last = self.division.layers - 1
+
+        def layer_and_next(
+            both: tuple[Activations, Params], layer: Int[Array, ""]
+        ) -> tuple[tuple[Activations, Params], None]:
+            x, own = both
+            # The next layer comes out of the memory of the machine while this one is computed.
+            after = one_of(stacked, jnp.minimum(layer + 1, last))
+            return (block(own, x), after), None
+
+        def group_and_next(
+            both: tuple[Activations, Params], first: Int[Array, ""]
+        ) -> tuple[tuple[Activations, Params], PyTree]:
+            kept = inputs.keep(both[0])
+            both, _ = jax.lax.scan(layer_and_next, both, first + jnp.arange(inputs.every))
+            return both, kept
 
         def group(x: Activations, layers: Params) -> tuple[Activations, PyTree]:
             kept = inputs.keep(x)
@@ -53,7 +71,11 @@ class Passes:
 
         def one(batch: Batch) -> tuple[Activations, PyTree]:
             x = self.settings.embed(rest, batch)
-            return jax.lax.scan(group, x, inputs.in_groups(stacked))
+            if not self.settings.offloads(WEIGHTS):
+                return jax.lax.scan(group, x, inputs.in_groups(stacked))
+            firsts = jnp.arange(0, self.division.layers, inputs.every)
+            (x, _), kept = jax.lax.scan(group_and_next, (x, one_of(stacked, 0)), firsts)
+            return x, kept
 
         return one(batch) if self.count == 1 else jax.lax.map(one, batch)
 
@@ -126,9 +148,14 @@ class Passes:
         every, groups = inputs.every, self.division.layers // inputs.every
 
         def one_layer(
-            layer: Int[Array, ""], x: Activations, dx: Activations, carry: Carry
-        ) -> tuple[Activations, Carry]:
-            params = one_of(stacked(carry), layer)
+            layer: Int[Array, ""], x: Activations, dx: Activations, both: _Both
+        ) -> tuple[Activations, _Both]:
+            params, carry = both
+            before: list[Leaf] = []
+            if self.settings.offloads(WEIGHTS):
+                before = one_of(stacked(carry), jnp.maximum(layer - 1, 0))
+            else:
+                params = one_of(stacked(carry), layer)
 
             def one(pair: tuple[Activations, Activations]) -> tuple[Gradients, Activations]:
                 x, dx = pair
@@ -140,26 +167,34 @@ class Passes:
                 return jax.vjp(apply, _carriers(params), _floating(x))[1](dx)
 
             gradients, dx = self._mean(one, (x, dx))
-            return dx, visit(layer, params, gradients, carry)
+            if before:
+                # The layer before is there when this one is written, or XLA would copy all of them
+                # for the one that still reads.
+                before, gradients = jax.lax.optimization_barrier((before, gradients))
+            return dx, (before, visit(layer, params, gradients, carry))
 
         def one_group(
-            i: Int[Array, ""], both: tuple[Activations, Carry]
-        ) -> tuple[Activations, Carry]:
+            i: Int[Array, ""], all_of_it: tuple[Activations, _Both]
+        ) -> tuple[Activations, _Both]:
             first = (groups - 1 - i) * every
             x = inputs.load(one_of(kept, groups - 1 - i, axis), last)
             if every == 1:
-                return one_layer(first, x, *both)
-            xs = self._again(first, x, stacked(both[1]))
+                return one_layer(first, x, *all_of_it)
+            xs = self._again(first, x, stacked(all_of_it[1][1]))
 
             def back(
-                j: Int[Array, ""], both: tuple[Activations, Carry]
-            ) -> tuple[Activations, Carry]:
+                j: Int[Array, ""], all_of_it: tuple[Activations, _Both]
+            ) -> tuple[Activations, _Both]:
                 own = every - 1 - j
-                return one_layer(first + own, one_of(xs, own), *both)
+                return one_layer(first + own, one_of(xs, own), *all_of_it)
 
-            return jax.lax.fori_loop(0, every, back, both)
+            return jax.lax.fori_loop(0, every, back, all_of_it)
 
-        return jax.lax.fori_loop(0, groups, one_group, (dx, carry))
+        ahead: list[Leaf] = []
+        if self.settings.offloads(WEIGHTS):
+            ahead = one_of(stacked(carry), self.division.layers - 1)
+        dx, (_, carry) = jax.lax.fori_loop(0, groups, one_group, (dx, (ahead, carry)))
+        return dx, carry
 
     def _again(self, first: Int[Array, ""], x: Activations, stacked: list[Leaf]) -> Activations:
         """Returns the inputs of the layers of a group, stacked, from that of its first one."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -16,6 +16,9 @@ from galore_optax._types import Params, Transformation
 Batch: TypeAlias = PyTree
 Leaf: TypeAlias = PyTree
 """An array, a `QuantizedArray`, or None for a leaf that has no part in what is done."""
+
+MOMENTS, WEIGHTS = OFFLOAD = ("moments", "weights")
+"""What of the layers can lie in the memory of the machine."""
 
 Embed: TypeAlias = Callable[[Params, Batch], Activations]
 Block: TypeAlias = Callable[[Params, Activations], Activations]
@@ -39,6 +42,7 @@ class Settings:
     inputs_dtype: str | None = None
     inputs_every: int = 1
     inputs_memory: str = "device"
+    offload: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_transformation("tx", self.tx)
@@ -77,9 +81,31 @@ class Settings:
             self.inputs_memory,
         )
 
+    def offloads(self, what: str) -> bool:
+        """Whether what is named so lies in the memory of the machine."""
+        return what in self.offload
+
     def clips_by(self, what: str) -> bool:
         """Whether gradients are clipped, and by the norm of ``what``."""
         return self.clip_norm is not None and self.clip_by == what
+
+
+def checked_offload(offload: Sequence[str]) -> tuple[str, ...]:
+    """Returns what is to lie in the memory of the machine, in a fixed order.
+
+    Raises:
+      TypeError: it is no sequence of words.
+      ValueError: a word is none of ``OFFLOAD``, or jax has no memories.
+    """
+    expected = f"a tuple of {' and '.join(map(repr, OFFLOAD))}, or ()"
+    if isinstance(offload, str) or not isinstance(offload, Sequence):
+        raise TypeError(f"offload must be {expected}; got {offload!r}")
+    for word in offload:
+        if word not in OFFLOAD:
+            raise ValueError(f"offload must be {expected}; got {word!r} in it")
+    if offload and not hasattr(jax, "memory"):
+        raise ValueError(f"offload={offload!r} needs a later jax; this is {jax.__version__}")
+    return tuple(word for word in OFFLOAD if word in offload)
 
 
 def _check_positive_int(name: str, value: object, or_else: str = "") -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from galore_optax._layerwise.norms import norm_dtype
+from galore_optax._layerwise.offload import check_places
 from galore_optax._layerwise.plan import Plan
 from galore_optax._layerwise.settings import Batch, Leaf
 from galore_optax._layerwise.sweep import Metrics, Sweep
@@ -43,10 +44,16 @@ def train_step(
             "clip_norm needs the gradients of all micro-batches of a layer at once: leave out "
             "galore's accumulation_steps"
         )
+    if by_micro_batch and settings.offload:
+        raise ValueError(
+            f"offload={settings.offload!r} takes all micro-batches of a layer at once, or the "
+            "layers would be copied for each: leave out galore's accumulation_steps"
+        )
     if by_micro_batch:
         division.check_accumulates(state)
         state = at_a_step(state)
     state_leaves = division.state_leaves(state)
+    check_places(division, settings.offload, leaves, state_leaves)
 
     def at_once(leaves: list[Leaf], state: list[Array], batch: Batch) -> _Result:
         count = settings.micro_batches

@@ -11,7 +11,8 @@ from galore_optax._excerpt import Excerpt
 from galore_optax._layerwise.division import Division, Unit
 from galore_optax._layerwise.norms import squared_norm
 from galore_optax._layerwise.row_major import row_major
-from galore_optax._layerwise.settings import Leaf, Settings
+from galore_optax._layerwise.settings import MOMENTS, WEIGHTS, Leaf, Settings
+from galore_optax._layerwise.spaces import is_on_host, to_device, to_host
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import apply_updates
 from galore_optax._types import DType
@@ -80,16 +81,20 @@ class Updater:
         gradients = jax.tree.map(lambda x: x[None], gradients)
         # Codes are read again: if they were kept from the gradient on, they would take memory in
         # between.
-        layer, gradients = jax.lax.optimization_barrier((layer, gradients))
+        late, gradients = jax.lax.optimization_barrier((layer, gradients))
+        # What lies in the memory of the machine has been fetched, or is while the gradient is
+        # computed.
+        early = self.settings.offloads(MOMENTS)
         params = [
-            jax.tree.map(lambda x: _cut(x, layer, 1), stack)
-            if is_quantized(stack)
+            jax.tree.map(lambda x: _cut(x, late, 1), stack)
+            if is_quantized(stack) and not self.settings.offloads(WEIGHTS)
             else jax.tree.map(lambda x: x[None], own)
             for stack, own in zip(stacks.leaves, params, strict=True)
         ]
-        excerpt = self.division.excerpt(layer, layer, self.complete)
-        call = _Call(gradients, params, factor, excerpt, self._key(layer))
-        return self._in_place(self.division.layer, call, old, stacks, layer, 1)
+        excerpt = self.division.excerpt(late, late, self.complete)
+        call = _Call(gradients, params, factor, excerpt, self._key(late))
+        place = layer if early else late
+        return self._in_place(self.division.layer, call, old, stacks, place, 1)
 
     def outside(
         self,
@@ -164,10 +169,12 @@ class Updater:
 
 def _cut(stack: Array, i: Int[Array, ""], size: int) -> Array:
     """Returns the i-th slice of a stack, of ``size`` entries of its leading axis."""
-    return row_major(jax.lax.dynamic_slice_in_dim(stack, i * size, size))
+    return row_major(to_device(jax.lax.dynamic_slice_in_dim(stack, i * size, size)))
 
 
 def _paste(stack: Array, part: Array, i: Int[Array, ""]) -> Array:
     """Returns the stack with another i-th slice."""
-    start = i * part.shape[0]
-    return jax.lax.dynamic_update_slice_in_dim(stack, row_major(part), start, 0)
+    start, part = i * part.shape[0], row_major(part)
+    # What is written must lie in the memory of what it is written into.
+    part = to_host(part) if is_on_host(stack) else part
+    return jax.lax.dynamic_update_slice_in_dim(stack, part, start, 0)

@@ -143,20 +143,8 @@ class AdamW:
         """Returns AdamW."""
 
         def adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-            if self.tables == "factored" or self._never_decays:
-                return optax.chain(
-                    self._scaling(), self._decay(), optax.scale_by_learning_rate(learning_rate)
-                )
-            return optax.adamw(
-                learning_rate,
-                self.b1,
-                self.b2,
-                self.eps,
-                self.eps_root,
-                self.mu_dtype,
-                self.weight_decay,
-                mask_of("mask", self.mask),
-                nesterov=self.nesterov,
+            return optax.chain(
+                self._scaling(), self._decay(), optax.scale_by_learning_rate(learning_rate)
             )
 
         return self._held(self._at_the_rate(adamw))
@@ -205,15 +193,11 @@ class AdamW:
         )
         return self._checked(line, options)
 
-    @property
-    def _never_decays(self) -> bool:
-        """Whether there is no decay, which is more than a decay of zero to the compiler."""
-        rate = self.weight_decay
-        return self.mask is None and isinstance(rate, numbers.Real) and rate == 0
-
     def _decay(self) -> optax.GradientTransformation:
         """Returns weight decay before the learning rate; where there is none, with its state."""
-        if self._never_decays:
+        rate = self.weight_decay
+        if self.mask is None and isinstance(rate, numbers.Real) and rate == 0:
+            # A decay of zero would be a product of it with the weights.
             return optax.identity()
         return optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask))
 

@@ -71,8 +71,8 @@ def use_of_rows(
 def by_element(jaxpr: Jaxpr) -> list[bool]:
     """Returns for each output whether it is made of the inputs element by element.
 
-    Such an output takes no more than a few operations for each of its elements. What does not
-    depend on the inputs counts as being there already.
+    Such an output takes no more than a few operations for each of its elements. What the function
+    closes over is there already.
     """
     inputs = [True] * len(jaxpr.invars)
     return _interpreted(jaxpr, inputs, _by_element_in_equation, lambda _: True)

@@ -29,7 +29,7 @@ from galore_optax._quantized_params import check_gradients, dequantize_params
 from galore_optax._specs import decoded_specs, placed_state
 from galore_optax._storage import Storage, Stored
 from galore_optax._trees import bare, beside
-from galore_optax._twice import hidden, twice
+from galore_optax._twice import twice
 from galore_optax._types import Params, Shape, State, Updates
 from galore_optax._view import moment_dtype, wide
 
@@ -301,26 +301,23 @@ class _LowBit:
         places = decoded_specs(state.inner, updates)
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
 
-        def restored(leaves: list[PyTree]) -> list[PyTree]:
-            return [
-                leaf if kind is None else self.rules.restore(leaf, kind, where)
-                for leaf, kind, where in zip(leaves, kinds, places, strict=True)
-            ]
+        kept = {i: kind for i, kind in enumerate(kinds) if kind is not None}
+        codes = {i: leaves[i] for i in kept}
 
-        def again() -> list[PyTree]:
-            codes = hidden({i: leaves[i] for i, kind in enumerate(kinds) if kind})
-            return restored([codes.get(i, leaf) for i, leaf in enumerate(leaves)])
+        def read(codes: dict[int, Stored]) -> dict[int, Array]:
+            return {i: self.rules.restore(x, kept[i], places[i]) for i, x in codes.items()}
 
-        def step(moments: list[PyTree]) -> tuple[Updates, list[PyTree]]:
-            new_updates, new_inner = self.inner.update(
-                gradients, treedef.unflatten(moments), params, **extra_args
-            )
-            return new_updates, treedef.flatten_up_to(new_inner)
+        def step(moments: dict[int, Array]) -> tuple[tuple[Updates, list], dict[int, Array]]:
+            inner = treedef.unflatten([moments.get(i, leaf) for i, leaf in enumerate(leaves)])
+            new_updates, inner = self.inner.update(gradients, inner, params, **extra_args)
+            new_leaves = treedef.flatten_up_to(inner)
+            return (new_updates, new_leaves), {i: new_leaves[i] for i in codes}
 
-        if self.rules.bits == 8 and any(kinds):
-            new_updates, new_leaves, twins = twice(step, restored(leaves), again, kinds)
+        twins: dict[int, Array] | None = None
+        if self.rules.bits == 8:
+            (new_updates, new_leaves), _, twins = twice(step, read, codes)
         else:
-            (new_updates, new_leaves), twins = step(restored(leaves)), None
+            (new_updates, new_leaves), _ = step(read(codes))
         new_updates = jax.tree.map(_like, new_updates, like)
         key, rounds = self._next_round(state, excerpt)
         stored = []
@@ -331,8 +328,8 @@ class _LowBit:
             else:
                 leaf_key = None if key is None else jax.random.fold_in(key, i)
                 twin = None if twins is None else twins[i]
-                kept = self.rules.store(new, kind, owned[i].batch_axes, leaf_key, twin)
-                stored.append(lying_as(old, kept))
+                new = self.rules.store(new, kind, owned[i].batch_axes, leaf_key, twin)
+                stored.append(lying_as(old, new))
         new_state = LowBitState(treedef.unflatten(stored), rounds)
         return boxed_like(new_updates, boxes[0]), boxed_like(new_state, boxes[1])
 

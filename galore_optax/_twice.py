@@ -5,8 +5,7 @@ and the other XLA would keep the numbers in float32, which takes four times the 
 and the gradient that they are made of.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -15,46 +14,50 @@ from jaxtyping import PyTree
 
 from galore_optax._jaxpr import by_element
 
-Updates = TypeVar("Updates")
+Rest = TypeVar("Rest")
 
 
 def twice(
-    function: Callable[[PyTree], tuple[Updates, list[PyTree]]],
-    given: PyTree,
-    again: Callable[[], PyTree],
-    kinds: Sequence[str | None],
-) -> tuple[Updates, list[PyTree], list[PyTree] | None]:
-    """Returns what a function makes of its argument, and a part of that, computed another time.
+    step: Callable[[PyTree], tuple[Rest, PyTree]],
+    read: Callable[[PyTree], PyTree],
+    codes: PyTree,
+) -> tuple[Rest, PyTree, PyTree | None]:
+    """Returns what a step makes of moments in codes, and on a GPU the next moments once more.
+
+    Both times the operations are the same. But where a compiler makes them part of another kernel
+    it may round otherwise, so that a number and its twin must be allowed to differ in their last
+    bit. A CPU has less arithmetic to spare, and computes nothing twice.
 
     Args:
-      function: returns updates and moments; it is traced once.
-      given: its argument, a tree of arrays.
-      again: returns the same argument, made of what is :func:`hidden`.
-      kinds: for each moment whether it is wanted once more, which None says it is not.
+      step: returns anything, and the next moments, of moments; it is traced once.
+      read: returns the moments, out of codes.
+      codes: a tree of arrays.
 
     Returns:
-      The updates, the moments, and the moments once more; None in place of these where one that is
-      wanted is not made element by element, so that to compute it twice might take long.
+      What the step returns, and its moments once more, which on other platforms are those
+      themselves. They are None where a moment is not made element by element, so that to compute it
+      twice might take long, and where nothing is compiled.
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(given)
-    structure = jax.tree.structure(shapes)
+    moments = read(codes)
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(moments)):
+        return *step(moments), None
+    closed, shapes = jax.make_jaxpr(step, return_shape=True)(moments)
+    structure, run = jax.tree.structure(shapes), jaxpr_as_fun(closed)
     _, cheap = structure.unflatten(by_element(closed.jaxpr))
-    run = jaxpr_as_fun(closed)
 
-    def result(argument: PyTree) -> tuple[Updates, list[PyTree]]:
-        return structure.unflatten(run(*jax.tree.leaves(argument)))
+    def result(moments: PyTree) -> tuple[Rest, PyTree]:
+        return structure.unflatten(run(*jax.tree.leaves(moments)))
 
-    wanted = [parts for parts, kind in zip(cheap, kinds, strict=True) if kind is not None]
-    if closed.effects or not all(jax.tree.leaves(wanted)):
-        return *result(given), None
-    _, twins = result(given)
-    return *result(again()), twins
+    if closed.effects or not all(jax.tree.leaves(cheap)):
+        return *result(moments), None
 
+    def on_a_gpu(codes: PyTree) -> tuple[Rest, PyTree, PyTree]:
+        # The compiler must not see that these are the same, or else it would keep the moments.
+        others = read(jax.tree.map(jax.lax.optimization_barrier, codes))
+        return *result(others), result(moments)[1]
 
-def hidden(tree: PyTree) -> PyTree:
-    """Returns the same arrays, which the compiler takes for others on a GPU.
+    def elsewhere(_: PyTree) -> tuple[Rest, PyTree, PyTree]:
+        rest, new = result(moments)
+        return rest, new, new
 
-    Elsewhere it sees through it and computes nothing twice: a CPU has less arithmetic to spare.
-    """
-    hide = functools.partial(jax.tree.map, jax.lax.optimization_barrier)
-    return jax.lax.platform_dependent(tree, cuda=hide, rocm=hide, default=lambda same: same)
+    return jax.lax.platform_dependent(codes, cuda=on_a_gpu, rocm=on_a_gpu, default=elsewhere)

@@ -12,6 +12,8 @@ import pytest
 import galore_optax
 from benchmarks import bytes as benchmark
 from benchmarks.kernels import kernels
+from examples.flax_llama.devices import device_named
+from examples.flax_llama.topology import check_needs_driver, cuda_extra
 
 # Fusions as XLA writes them; what each reads and writes is in the table below.
 COMPUTATIONS = """
@@ -341,3 +343,24 @@ def test_the_figures_are_of_the_optimizers_and_not_below_what_must_be_moved():
         assert row["least"] == pytest.approx(step.least / count, abs=0.001)
     table = benchmark.table(record["rows"])
     assert table.row_count == len(benchmark.OPTIMIZERS)
+
+
+@pytest.mark.ci
+@pytest.mark.long("compiles four steps for a GPU")
+@pytest.mark.skipif(cuda_extra() is None, reason="JAX for CUDA is not installed")
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("adamw_8bit", 15),
+        ("galore_adamw_8bit, rows", 9),
+        ("galore_adamw_8bit, rows, without decay", 8),
+        ("galore_adamw, power_iteration, without decay", 17),
+    ],
+)
+def test_bytes_of_a_step_on_a_gpu_that_is_not_here(name, bound):
+    with check_needs_driver():
+        device = device_named(benchmark.DEVICE).mesh().devices.flat[0]
+        shapes = [{k: v for k, v in benchmark.blocks(1)[0].items() if k in ("q", "gate", "down")}]
+        text = benchmark.Step.of(benchmark.OPTIMIZERS[name], shapes).text(device)
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert sum(kernel.bytes for kernel in kernels(text)) <= bound * count

@@ -11,10 +11,6 @@ import optax
 import pytest
 
 import galore_optax
-from benchmarks import bytes as benchmark
-from benchmarks.kernels import kernels
-from examples.flax_llama.devices import device_named
-from examples.flax_llama.topology import check_needs_driver, cuda_extra
 from galore_optax import _coding as coding
 from galore_optax._blocks import spread
 from galore_optax._codecs import CODECS
@@ -76,6 +72,7 @@ def lowered(tx, platform):
     return count("main")
 
 
+@pytest.mark.since(jax="0.7")  # Of older versions the compiler leaves out other platforms.
 @pytest.mark.parametrize(
     ("inner", "barriers"),
     [
@@ -240,24 +237,3 @@ def test_one_program_for_several_platforms():
     chex.assert_trees_all_equal(
         exported.call(gradients, state, params), update(gradients, state, params)
     )
-
-
-@pytest.mark.ci
-@pytest.mark.long("compiles four steps for a GPU")
-@pytest.mark.skipif(cuda_extra() is None, reason="JAX for CUDA is not installed")
-@pytest.mark.parametrize(
-    ("name", "bound"),
-    [
-        ("adamw_8bit", 15),
-        ("galore_adamw_8bit, rows", 9),
-        ("galore_adamw_8bit, rows, without decay", 8),
-        ("galore_adamw, power_iteration, without decay", 17),
-    ],
-)
-def test_bytes_of_a_step_on_a_gpu_that_is_not_here(name, bound):
-    with check_needs_driver():
-        device = device_named(benchmark.DEVICE).mesh().devices.flat[0]
-        shapes = [{k: v for k, v in benchmark.blocks(1)[0].items() if k in ("q", "gate", "down")}]
-        text = benchmark.Step.of(benchmark.OPTIMIZERS[name], shapes).text(device)
-    count = sum(x.size for x in jax.tree.leaves(shapes))
-    assert sum(kernel.bytes for kernel in kernels(text)) <= bound * count

@@ -12,7 +12,7 @@ READY := $(VENV)/.ready-$(VERSION)
 CUDA = $(shell nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null \
   | awk -F, 'NR == 1 && $$1 + 0 { print ($$1 + 0 >= 580 && $$2 + 0 >= 7.5) ? ",cuda13" : ",cuda12" }')
 
-.PHONY: help env demo gpu fuzz docs docs-serve docs-links test test-all test-versions test-oldest lint typecheck format clean
+.PHONY: help env demo gpu fuzz docs docs-serve docs-links dist dist-check test test-all test-versions test-oldest lint typecheck format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -99,10 +99,25 @@ docs-serve: $(READY)  ## show the site while its pages are written
 docs-links:  ## list the links of all pages that lead elsewhere, and how many there are of each
 	@git ls-files '*.md' | xargs grep -ohE 'https?://[^] )<>"`]+' | sort | uniq -c | sort -k2
 
-lint: $(READY)  ## check format, style and spelling
+dist: $(READY)  ## build the wheel and the sdist into dist/, and check that README can be shown
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+dist-check: dist  ## and install the wheel where there is nothing else, with the oldest JAX and the newest
+	PYTHON=$(PYTHON) .ci/installed
+
+# Offline: nobody is asked whether an action that a workflow uses has become dangerous.
+SCHEMA = $(BIN)/check-jsonschema --builtin-schema vendor
+lint: $(READY)  ## check format, style, spelling, workflows and templates
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/codespell
+	$(BIN)/zizmor --offline --quiet .github
+	$(SCHEMA).github-workflows .github/workflows/*.yml
+	$(SCHEMA).github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA).github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA).citation-file-format CITATION.cff
 
 typecheck: $(READY)  ## check types
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python

@@ -50,6 +50,8 @@ def table() -> dict[str, dict[str, Any]]:
         "60m long": (VOCAB_SIZE, LONG),
         "60m long layer-wise": (VOCAB_SIZE, LONG | {"layerwise": True}),
         "60m recipe": (VOCAB_SIZE, HALF | {"remat": True}),
+        "60m ReLoRA": (VOCAB_SIZE, {"batch": 8, "optimizer": "relora"}),
+        "60m ReLoRA in bfloat16": (VOCAB_SIZE, ALL_HALF | {"batch": 8, "optimizer": "relora"}),
         "60m lion": (VOCAB_SIZE, {"batch": 8, "remat": True, "optimizer": "galore_lion"}),
         **{
             f"60m {name}": (VOCAB_SIZE, {"batch": 8, "optimizer": name})

@@ -50,6 +50,7 @@ from galore_optax._specs import state_partition_specs, state_shardings
 from galore_optax._state import GaloreState, metrics
 from galore_optax._subspace import Subspace
 from galore_optax._transports import Keep, Project, Reset, Rotate
+from galore_optax._version import __version__ as __version__
 from galore_optax._view import DimensionNumbers
 
 _serialization.register()

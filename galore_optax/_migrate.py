@@ -32,7 +32,7 @@ class _Subspace1(NamedTuple):
 
 
 class _GaloreState1(NamedTuple):
-    """`GaloreState` in version 1, that of galore_optax 0.1."""
+    """`GaloreState` in version 1, from before galore_optax 0.1.0."""
 
     step: PyTree
     subspace: _Subspace1
@@ -113,7 +113,7 @@ def as_version(like: State, version: int) -> State:
 
     Args:
       like: the state of this version, or its ``jax.ShapeDtypeStruct``, shardings included.
-      version: the version of the layout; 1 is that of galore_optax 0.1.
+      version: the version of the layout; 1 is from before galore_optax 0.1.0.
 
     Returns:
       What the saved state looks like; hand what is restored to :func:`migrate`.

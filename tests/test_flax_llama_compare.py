@@ -18,7 +18,7 @@ from flax import nnx
 from flax_llama_runs import metrics, pretend, tiny, write_text
 from matplotlib.figure import Figure
 
-from examples.flax_llama import command
+from examples.flax_llama import command, report
 from examples.flax_llama import compare as module
 from examples.flax_llama import train as training
 from examples.flax_llama.compare import compare, parse_sweep, search
@@ -331,6 +331,16 @@ def test_the_best_of_a_sweep_is_seen_beside_its_neighbours_and_marked_at_an_edge
         assert box[1] < y < box[3]
     above = [text.get_text().split("\n")[-1] for text in panel.texts]
     assert above == (["9.00", "diverged"] if edge else [])
+
+
+def test_a_setting_that_may_be_unset_is_asked_for_as_it_is_typed(text):
+    """Of such a flag there is no --no-..., and of one that takes several words each is a word."""
+    given = dataclasses.replace(tiny(text), lora_only=False, int8_weights=True, on_nan="skip")
+    asked = shlex.split(report.command(given, ["lora"], [], 1).split(" --", 1)[1])
+    found = dict(
+        command_line(compare, [f"--{asked[0]}", *asked[1:]], hidden=module.DECIDED).keywords
+    )
+    assert found["shared"] == given
 
 
 def test_the_command_in_the_report_asks_for_the_same_comparison(done, text):

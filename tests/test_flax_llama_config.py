@@ -123,7 +123,8 @@ def test_what_is_given_goes_before_the_preset():
         getattr(config, field.name)
         for field in dataclasses.fields(config)
         if field.name not in {"vocab_size", "valid_data", "tokenizer", "eos_token", "eval_tokens"}
-        and field.name not in {"architecture", "lora_alpha", "lora_targets"}
+        and field.name
+        not in {"architecture", "lora_alpha", "lora_targets", "lora_only", "merge_every"}
         and field.name not in {"out", "wandb", "transport", "residual", "init_from"}
         and field.name not in {"moment_dtype", "projector_dtype", "inputs_dtype", "b2"}
         and field.name not in {"prompt_field", "response_field", "messages_field"}

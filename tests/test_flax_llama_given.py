@@ -7,8 +7,9 @@ import pytest
 from examples.flax_llama.changes import config_of, settings_of
 from examples.flax_llama.config import Config
 from examples.flax_llama.effects import check_effects, has_effect
-from examples.flax_llama.optimizers import OPTIMIZERS, learning_rate
+from examples.flax_llama.optimizers import OPTIMIZERS
 from examples.flax_llama.run_directory import write_settings
+from examples.flax_llama.schedules import learning_rate
 from examples.flax_llama.train import from_command_line
 from examples.flax_llama.usage import UsageError
 

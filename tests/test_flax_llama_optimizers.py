@@ -9,11 +9,12 @@ import optax
 import pytest
 
 import galore_optax
-from examples.flax_llama import optimizers
-from examples.flax_llama.config import RESIDUALS, TRANSPORTS, Config, UsageError
+from examples.flax_llama import optimizers, schedules
+from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.model import dimension_numbers
 from examples.flax_llama.optimizer_state import schedule_count, skipped_updates, start_anew
+from examples.flax_llama.values import RESIDUALS, TRANSPORTS
 from galore_optax import _residuals, _transports
 
 STEPS, LR = 10, 0.02
@@ -236,10 +237,10 @@ def fraction(schedule, k, warmup):
     }[schedule]
 
 
-@pytest.mark.parametrize("schedule", optimizers.SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_schedules_rise_to_the_peak_and_end_at_the_last_update(schedule, warmup):
-    rate = optimizers.learning_rate(
+    rate = schedules.learning_rate(
         config(schedule=schedule, warmup=warmup / STEPS, cooldown=0.4, final_lr=0.1)
     )
     expected = [LR * fraction(schedule, k, warmup) for k in range(1, STEPS + 1)]

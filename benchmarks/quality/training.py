@@ -22,7 +22,7 @@ from benchmarks.quality.ranks import by_role
 from examples.flax_llama.config import Config
 from examples.flax_llama.evaluate import make_evaluate
 from examples.flax_llama.model import Llama, Params, dimension_numbers, stacked_matrices
-from examples.flax_llama.optimizers import learning_rate
+from examples.flax_llama.schedules import learning_rate
 from examples.flax_llama.sharding import make_mesh
 from examples.flax_llama.step import make_gradients, put_batch
 from examples.flax_llama.train import any_batch, open_dataset

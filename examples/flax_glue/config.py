@@ -9,10 +9,10 @@ import tyro
 
 from examples.flax_glue.shapes import LORA_TARGETS, POOLINGS, EncoderConfig, read_encoder
 from examples.flax_glue.tasks import TASKS
-from examples.flax_llama.config import whole_rank
 from examples.flax_llama.methods import ADAMW, ADAMW_8BIT, GALORE, own
 from examples.flax_llama.shapes import DTYPES
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
+from examples.flax_llama.values import whole_rank
 
 LORA = "lora"
 IN_GALORE = (*ADAMW, *ADAMW_8BIT)

@@ -1,8 +1,9 @@
 """LoRA beside the kernels of layers, and products of two matrices in their place.
 
 LoRA is that of Hu et al. (arXiv:2106.09685), with `flax.nnx.LoRALinear`: kernels stay as they are,
-and only what is added to them is trained. The other, W = B A, trains everything; it is the baseline
-"low-rank" of GaLore's paper.
+and what is added to them is trained, either alone or with all that is no such kernel, as in
+pre-training. With ReLoRA it is added up in the kernels from time to time: see relora.py. The other,
+W = B A, trains everything; it is the baseline "low-rank" of GaLore's paper.
 """
 
 import dataclasses
@@ -16,11 +17,19 @@ from flax import nnx
 import galore_optax
 from examples.flax_llama.usage import one_of
 
-LORA, LOW_RANK = "lora", "low_rank"
+LORA, RELORA, LOW_RANK = "lora", "relora", "low_rank"
 KINDS = (LORA, LOW_RANK)
+# The optimizers that train matrices beside kernels.
+WITH_LORA = (LORA, RELORA)
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 # The first are those that PEFT takes for a LLaMA.
 TARGETS = {"qv": ("q", "v"), "attention": ATTENTION, "all": (*ATTENTION, *MLP)}
+# What settings are by default. Of LoRA the first three as in PEFT, the learning rate as of those
+# who fine-tune with it; of ReLoRA as in its paper, and the rank is the preset's.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    LORA: {"rank": 8, "lora_alpha": 8.0, "lora_targets": "qv", "lr": 2e-4, "lora_only": True},
+    RELORA: {"lora_alpha": 32.0, "lora_targets": "all", "lr": 1e-3, "lora_only": False},
+}
 
 Params = dict[str, Any]
 
@@ -34,12 +43,15 @@ class Adapter:
       rank: of the products.
       alpha: lora's, of which a rank-th part multiplies them.
       targets: lora's: the name of a set of kernels.
+      only: lora's: whether nothing else is trained, or all but the kernels that it is beside. The
+        model is the same.
     """
 
     kind: str
     rank: int
     alpha: float = 8.0
     targets: str = "qv"
+    only: bool = dataclasses.field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         one_of("adapter", self.kind, KINDS)
@@ -51,6 +63,18 @@ class Adapter:
 
     def adds_to(self, name: str) -> bool:
         return self.kind == LORA and name in TARGETS[self.targets]
+
+    def left_as_they_are(self, kernels: dict[str, tuple[int, int]]) -> int:
+        """The entries of a layer's kernels that are not trained, where all else of the model is."""
+        return sum(m * n for name, (m, n) in kernels.items() if self.adds_to(name))
+
+    def kept(self, kernels: dict[str, tuple[int, int]]) -> int:
+        """What a layer keeps of a token beside its input and what kernels return."""
+        if self.kind == LOW_RANK:
+            return self.rank * len(kernels)
+        # The sum of two products is computed again, of both.
+        sizes = {name: n for name, (_, n) in kernels.items() if self.adds_to(name)}
+        return self.rank * len(sizes) + sum(n for name, n in sizes.items() if name != "down")
 
     def entries(self, kernels: dict[str, tuple[int, int]]) -> tuple[int, int]:
         """The entries of a layer's kernels, and of what is beside them."""
@@ -96,7 +120,7 @@ class LowRankLinear(nnx.Module):
 
 
 def lora_of(params: Params) -> Params:
-    """What LoRA trains: the tree without all that it does not."""
+    """The matrices of LoRA: the tree without all else."""
     found = {}
     for name, value in params.items():
         if name == "lora":
@@ -107,7 +131,7 @@ def lora_of(params: Params) -> Params:
 
 
 def without_lora(params: Params) -> Params:
-    """The tree without what LoRA trains."""
+    """The tree without the matrices of LoRA."""
     return {
         name: without_lora(value) if isinstance(value, dict) else value
         for name, value in params.items()
@@ -115,22 +139,42 @@ def without_lora(params: Params) -> Params:
     }
 
 
-def with_lora(params: Params, lora: Params) -> Params:
-    """A tree with other matrices of LoRA."""
-    return params | {
-        name: value if name == "lora" else with_lora(params.get(name, {}), value)
-        for name, value in lora.items()
+def trained_of(params: Params, adapter: Adapter | None) -> Params:
+    """What is trained: the tree without all that stays as it is."""
+    if adapter is None or adapter.kind != LORA:
+        return params
+    return lora_of(params) if adapter.only else without_frozen(params)
+
+
+def without_frozen(params: Params) -> Params:
+    """The tree without the kernels that LoRA is beside."""
+    return {
+        name: without_frozen(value) if isinstance(value, dict) else value
+        for name, value in params.items()
+        if not (name == "kernel" and "lora" in params)
     }
 
 
-def lora_alone(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer of what LoRA trains; it is given all parameters, and these gradients."""
+def with_parts(params: Params, parts: Params) -> Params:
+    """A tree with other arrays where `parts`, which has some of its branches, has any."""
+    return params | {
+        name: with_parts(params.get(name, {}), value) if isinstance(value, dict) else value
+        for name, value in parts.items()
+    }
+
+
+def of_trained(
+    optimizer: optax.GradientTransformation, adapter: Adapter | None
+) -> optax.GradientTransformation:
+    """An optimizer of what is trained; it is given all parameters, and gradients of these."""
+    if adapter is None or adapter.kind != LORA:
+        return optimizer
 
     def init(params: Any) -> Any:
-        return optimizer.init(lora_of(params))
+        return optimizer.init(trained_of(params, adapter))
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        return optimizer.update(updates, state, params and lora_of(params))
+        return optimizer.update(updates, state, params and trained_of(params, adapter))
 
     return optax.GradientTransformation(init, update)
 

@@ -42,13 +42,14 @@ from examples.flax_llama.history import (
     read_history,
     validated_since,
 )
-from examples.flax_llama.optimizers import learning_rate, size_of_updates
+from examples.flax_llama.optimizers import size_of_updates
 from examples.flax_llama.pretrained import settings_of_source
 from examples.flax_llama.run_directory import (
     imported_from,
     read_settings,
     write_settings,
 )
+from examples.flax_llama.schedules import learning_rate
 from examples.flax_llama.shapes import LlamaConfig
 from examples.flax_llama.tokenizer import (
     Tokenizer,

@@ -61,7 +61,8 @@ RULES: dict[str, Rule] = {
     **rules(Kind.NOW, "eval_tokens"),
     **rules(Kind.ANEW, "optimizer", "rank", "projector", "projector_dtype", "moment_dtype"),
     **rules(Kind.ANEW, "transport", "residual", "refresh", "stagger", "tables"),
-    **rules(Kind.ANEW, "lora_alpha", "lora_targets"),
+    **rules(Kind.NOW, "merge_every"),
+    **rules(Kind.ANEW, "lora_alpha", "lora_targets", "lora_only"),
     **rules(Kind.DATA, "data", "valid_data", "text_field", "tokenizer"),
     **rules(Kind.DATA, "prompt_field", "response_field", "messages_field"),
     **rules(

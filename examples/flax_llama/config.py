@@ -6,29 +6,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import tyro
 
-from examples.flax_llama.adapters import LORA, LOW_RANK, Adapter
+from examples.flax_llama.adapters import DEFAULTS, LORA, LOW_RANK, RELORA, WITH_LORA, Adapter
 from examples.flax_llama.architecture import LLAMA, Architecture
 from examples.flax_llama.methods import GALORE, own
 from examples.flax_llama.shapes import (
-    ATTENTIONS,
     DIMENSIONS,
-    DTYPES,
     PRESETS,
     LlamaConfig,
     recipe_of,
 )
-from examples.flax_llama.usage import UsageError, one_of
-from examples.flax_llama.values import check_values
+from examples.flax_llama.usage import UsageError
+from examples.flax_llama.values import check_choices, check_values, whole_rank
 from examples.hf.configuration import named_shape
 
-ON_NAN = ("stop", "skip")
-CLIP_BY = ("global", "layer")
-REFRESHES = ("periodic", "lazy")
-TRANSPORTS = ("keep", "reset", "project", "rotate")
-RESIDUALS = ("discard", "norm_scaled", "scale_gradient", "sign", "error_feedback")
-
-# Of LoRA: the first three as in PEFT, the learning rate as of those who fine-tune with it.
-OF_LORA = {"rank": 8, "lora_alpha": 8.0, "lora_targets": "qv", "lr": 2e-4}
 # None in a `Config` as it is given, a value in a resolved one, which a type cannot tell apart.
 T = TypeVar("T")
 # A rank may be given as a fraction.
@@ -117,7 +107,8 @@ class Config:
 
     # adamw, adafactor, lion, sgd, adamw_8bit, or any of them in GaLore: galore_adamw, ...;
     # lora, which is AdamW for matrices of low rank beside kernels that stay as they are; low_rank,
-    # which is AdamW for products of two in the place of kernels;
+    # which is AdamW for products of two in the place of kernels; relora, which adds to the kernels
+    # what lora has trained, time and again;
     # galore_muon; q_galore_adamw, which is galore_adamw_8bit with 4-bit projectors, lazy refresh,
     # int8 weights; fira_adamw, apollo_adamw, apollo_mini_adamw, ldadamw, tracked_adamw,
     # frugal_adamw, grass_adamw or dct_adamw, each also as ..._8bit; or flora. README.md says what
@@ -158,10 +149,18 @@ class Config:
     # of the hidden size; by default the preset's, which is a quarter to a third, or the optimizer's
     # (apollo and frugal a quarter, apollo_mini 1, lora 8).
     rank: Rank = None
-    # Of lora: what is beside a kernel is multiplied by alpha / rank; 8 by default.
+    # Of lora and relora: what is beside a kernel is multiplied by alpha / rank; 8 by default, of
+    # relora 32.
     lora_alpha: FromPreset[float] = None
-    # Of lora: the kernels that it is beside: qv (as in PEFT; the default), attention, or all.
+    # Of lora and relora: the kernels that it is beside: qv (lora's default, as in PEFT), attention,
+    # or all (relora's).
     lora_targets: FromPreset[str] = None
+    # Of lora and relora: train nothing else (lora's default); or all but the kernels that it is
+    # beside, so embeddings, head and norms (relora's), as in pre-training.
+    lora_only: FromPreset[bool] = None
+    # Of relora: updates after which what is beside the kernels is added to them, and begins again;
+    # a fifth of all by default.
+    merge_every: FromPreset[int] = None
     # Updates from one choice of GaLore's subspaces to the next; by default the preset's, or the
     # optimizer's (ldadamw, tracked and dct 1, flora 1000).
     update_proj_gap: FromPreset[int] = None
@@ -290,20 +289,6 @@ class Config:
     # Of a resolved configuration: the settings above that nobody gave. It is no flag.
     by_default: tyro.conf.Suppress[tuple[str, ...]] = ()
 
-    def _check_choices(self) -> None:
-        for name, choices in {
-            "dtype": DTYPES,
-            "param_dtype": DTYPES,
-            "attention": ATTENTIONS,
-            "on_nan": ON_NAN,
-            "clip_by": CLIP_BY,
-        }.items():
-            one_of(name, getattr(self, name), choices)
-        optional = {"refresh": REFRESHES, "transport": TRANSPORTS, "residual": RESIDUALS}
-        for name, choices in optional.items():
-            if getattr(self, name) is not None:
-                one_of(name, getattr(self, name), choices)
-
     def resolve(self) -> "Config":
         """The same with values in place of None, and every setting checked.
 
@@ -340,7 +325,7 @@ class Config:
         Raises:
           UsageError: a setting is none of the choices that it has.
         """
-        self._check_choices()
+        check_choices(self)
         preset = self._published()
         recipe = recipe_of(self.preset, preset)
         filled: dict[str, Any] = {name: getattr(preset, name) for name in DIMENSIONS}
@@ -354,7 +339,9 @@ class Config:
             filled |= {"lr": q_galore_lr, "int8_weights": True}
         if self.hidden not in (None, preset.hidden):
             filled["rank"] = max(1, self.hidden // 4)
-        filled |= {name: value for name, value in OF_LORA.items() if self.optimizer == LORA}
+        filled |= DEFAULTS.get(self.optimizer, {})
+        if self.optimizer == RELORA:
+            filled["merge_every"] = max(1, (self.steps or recipe.steps) // 5)
         # Not transport and residual, which may be objects that no name says all of.
         names = ("rank", "update_proj_gap", "scale", "projector", "projector_dtype", "refresh")
         filled |= {k: v for k, v in own(self.optimizer).items() if k in names}
@@ -366,9 +353,12 @@ class Config:
     @property
     def adapter(self) -> Adapter | None:
         """What the optimizer trains beside the kernels, or in their place, if it does."""
-        if self.optimizer == LORA:
-            alpha, targets = (self.lora_alpha or 8.0), (self.lora_targets or "qv")
-            return Adapter(LORA, self.rank, alpha, targets)
+        if self.optimizer in WITH_LORA:
+            # Runs of earlier versions do not name all of them.
+            names = ("lora_alpha", "lora_targets", "lora_only")
+            given = {name: getattr(self, name) for name in names}
+            settings = DEFAULTS[self.optimizer] | {k: v for k, v in given.items() if v is not None}
+            return Adapter(LORA, self.rank, *(settings[name] for name in names))
         return Adapter(LOW_RANK, self.rank) if self.optimizer == LOW_RANK else None
 
     @property
@@ -404,8 +394,3 @@ class Config:
             architecture=self.architecture or LLAMA,
             adapter=self.adapter,
         )
-
-
-def whole_rank(rank: Rank, hidden: int) -> Rank:
-    """A rank, of which a fraction is one of the hidden size."""
-    return max(1, round(rank * hidden)) if 0 < rank < 1 else rank

@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from examples.flax_llama.attention import capability_here
-from examples.flax_llama.config import UsageError, one_of
+from examples.flax_llama.config import UsageError
 from examples.flax_llama.sharding import AXES
 from examples.flax_llama.topology import cuda_devices, tpu_devices
 from examples.flax_llama.units import GIB
+from examples.flax_llama.usage import one_of
 
 # What a GPU's memory holds besides JAX's arrays: the driver's context, loaded kernels, the handles
 # and workspaces of cuBLAS and cuSOLVER. A round number for one process, not a measurement.

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Sequence
 
-from examples.flax_llama.adapters import LORA
+from examples.flax_llama.adapters import RELORA, WITH_LORA
 from examples.flax_llama.config import DISTRIBUTED, Config
 from examples.flax_llama.documents import BUILT_IN, is_tokenized
 from examples.flax_llama.methods import ADAMW, ADAMW_8BIT, IN_GALORE
@@ -58,9 +58,12 @@ NEEDS = (
         IN_GALORE,
         OF_GALORE,
     ),
-    for_optimizers(("lora_alpha", "lora_targets"), (LORA,), "lora"),
+    for_optimizers(("lora_alpha", "lora_targets", "lora_only"), WITH_LORA, "lora or relora"),
+    for_optimizers(("merge_every",), (RELORA,), "relora"),
     for_optimizers(
-        ("matrix_lr_ratio",), OPTIMIZERS.keys() - {LORA}, "those that train the layers' matrices"
+        ("matrix_lr_ratio",),
+        OPTIMIZERS.keys() - set(WITH_LORA),
+        "those that train the layers' matrices",
     ),
     for_optimizers(
         ("moment_dtype",),
@@ -75,17 +78,17 @@ NEEDS = (
     for_optimizers(
         ("b1",),
         WITH_ADAM | LION | {"flora", "galore_muon"},
-        "those with adamw or lion in the name, lora, low_rank, flora and galore_muon",
+        "those with adamw or lion in the name, lora, relora, low_rank, flora and galore_muon",
     ),
     for_optimizers(
         ("b2",),
         WITH_ADAM | LION | {"galore_muon"},
-        "those with adamw or lion in the name, lora, low_rank, and galore_muon",
+        "those with adamw or lion in the name, lora, relora, low_rank, and galore_muon",
     ),
     for_optimizers(
         ("eps",),
         WITH_ADAM | {"galore_muon"},
-        "those with adamw in the name, lora, low_rank, and galore_muon",
+        "those with adamw in the name, lora, relora, low_rank, and galore_muon",
     ),
     for_optimizers(
         ("momentum",),

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 import galore_optax
-from examples.flax_llama.adapters import lora_of, merged, with_lora, without_lora
+from examples.flax_llama.adapters import lora_of, merged, with_parts, without_lora
 from examples.flax_llama.beginning import Beginning
 from examples.flax_llama.changes import config_of
 from examples.flax_llama.checkpoint import Checkpoints, open_run
@@ -102,7 +102,7 @@ def in_the_model_of(
         return in_the_form_of(like, params, config, mesh)
     whole = jax.jit(merged, static_argnums=1)(params, stored.adapter)
     whole = in_the_form_of(without_lora(like), whole, config, mesh)
-    return with_lora(whole, initial_lora(initial_state, mesh))
+    return with_parts(whole, initial_lora(initial_state, mesh))
 
 
 def of_hugging_face(
@@ -117,7 +117,7 @@ def of_hugging_face(
     like = without_lora(jax.eval_shape(lambda: initial_state().params))
     params = load(model.tensors, model.found.entries, like)
     whole = jax.device_put(params, parameter_shardings(like, mesh, config.offload))
-    return with_lora(whole, initial_lora(initial_state, mesh))
+    return with_parts(whole, initial_lora(initial_state, mesh))
 
 
 def initial_lora(initial_state: Initial, mesh: jax.sharding.Mesh) -> Params:

@@ -164,15 +164,16 @@ def step(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     N = config.batch // config.accumulate * config.seq
     D = shape.hidden
     # Of a micro-batch, and with several of them their float32 sums. LoRA's matrices are float32.
-    entry = 4 if shape.lora_entries else p
-    gradients = shape.trained_params * (entry if config.accumulate == 1 else entry + 4)
+    of_lora = shape.layers * shape.lora_entries
+    first = 4 * of_lora + p * (shape.trained_params - of_lora)
+    gradients = first if config.accumulate == 1 else first + 4 * shape.trained_params
     inputs = shape.layers * N * a * (D if config.remat else kept_of_layer(shape))
     matrix = shape.layers * shape.hidden * shape.intermediate
     return {
         "head": head(config, shape, inputs),
         "embedding": (0, 0, update_of_embedding(config, shape)),
         "block": (gradients, inputs, block(config, shape)),
-        "update": (shape.trained_params * entry, 0, update(config, matrix)),
+        "update": (first, 0, update(config, matrix)),
     }
 
 
@@ -235,8 +236,8 @@ def kept_in(dtype: str) -> float:
 
 def head(config: Config, shape: LlamaConfig, inputs: int) -> Moment:
     """Of the backward pass of the head, where the layers have no gradients yet."""
-    # Its gradient is float32; LoRA needs none.
-    entry = 0 if shape.lora_entries else 4
+    # Its gradient is float32, if it has one.
+    entry = 4 if shape.tables_are_trained else 0
     rows = config.batch // config.accumulate
     chunk = chunk_size(rows, config.seq, shape.hidden) * rows
     logits = LOGITS * 4 * chunk * shape.vocab_size
@@ -257,8 +258,9 @@ def head_by_vocabulary(config: Config, shape: LlamaConfig, inputs: int) -> Momen
 
 def kept_of_layer(shape: LlamaConfig) -> int:
     """What a layer keeps of a token: its input, and what kernels return but for the last one."""
-    D, F = shape.hidden, shape.intermediate
-    return 2 * D + shape.q_width + 2 * shape.kv_width + 2 * F
+    D, F, adapter = shape.hidden, shape.intermediate, shape.adapter
+    own = 2 * D + shape.q_width + 2 * shape.kv_width + 2 * F
+    return own if adapter is None else own + adapter.kept(shape.kernels)
 
 
 def block(config: Config, shape: LlamaConfig) -> int:

@@ -1,4 +1,4 @@
-"""The optimizers and learning-rate schedules that a training run can name."""
+"""The optimizers that a training run can name."""
 
 import dataclasses
 import re
@@ -11,50 +11,16 @@ import jax.numpy as jnp
 import optax
 
 import galore_optax
-from examples.flax_llama.adapters import LORA, LOW_RANK, lora_alone
-from examples.flax_llama.config import RESIDUALS, TRANSPORTS, Config, UsageError, one_of
+from examples.flax_llama.adapters import LORA, LOW_RANK, RELORA, of_trained
+from examples.flax_llama.config import Config, UsageError
 from examples.flax_llama.methods import ADAMW, ADAMW_8BIT, GALORE, IN_GALORE, own
 from examples.flax_llama.model import Params, dimension_numbers, stacked_matrices
+from examples.flax_llama.schedules import learning_rate
+from examples.flax_llama.usage import one_of
+from examples.flax_llama.values import RESIDUALS, TRANSPORTS
 from galore_optax import CombinationError
 
 Optimizer = Callable[[Config, optax.Schedule], optax.GradientTransformation]
-
-
-def cosine(config: Config, updates: int) -> optax.Schedule:
-    return optax.cosine_decay_schedule(config.lr, updates, alpha=config.final_lr)
-
-
-def linear(config: Config, updates: int) -> optax.Schedule:
-    return optax.linear_schedule(config.lr, config.final_lr * config.lr, updates)
-
-
-def constant(config: Config, updates: int) -> optax.Schedule:
-    return optax.constant_schedule(config.lr)
-
-
-def wsd(config: Config, updates: int) -> optax.Schedule:
-    decay = round(config.cooldown * config.steps)
-    parts = [constant(config, updates - decay), linear(config, decay)]
-    return optax.join_schedules(parts, [updates - decay])
-
-
-# What follows the warm-up, over the number of updates that are left.
-SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd}
-
-
-def learning_rate(config: Config) -> optax.Schedule:
-    """Linear warm-up, then the schedule of that name.
-
-    Raises:
-      UsageError: there is none called `config.schedule`.
-    """
-    one_of("schedule", config.schedule, SCHEDULES)
-    warmup = int(config.warmup * config.steps)
-    rise = optax.linear_schedule(0.0, config.lr, max(warmup, 1))
-    rest = SCHEDULES[config.schedule](config, config.steps - warmup)
-    schedule = optax.join_schedules([rise, rest], [warmup])
-    # Optax counts from 0; from 1, the first update is not void and the last one ends the schedule.
-    return lambda count: schedule(count + 1)
 
 
 def decays(params: Params) -> Params:
@@ -258,7 +224,7 @@ PLAIN: dict[str, Optimizer] = {
     "adamw_8bit": adamw_8bit,
 }
 # Of what is beside kernels, or in their place.
-WITH_ADAPTER = {LORA: adamw, LOW_RANK: adamw}
+WITH_ADAPTER = {LORA: adamw, RELORA: adamw, LOW_RANK: adamw}
 OPTIMIZERS = (
     PLAIN
     | WITH_ADAPTER
@@ -305,7 +271,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
     if config.on_nan == "skip":
         optimizer = optax.apply_if_finite(optimizer, ALWAYS_SKIP)
-    return lora_alone(optimizer) if config.optimizer == LORA else optimizer
+    return of_trained(optimizer, config.adapter)
 
 
 def check_together(config: Config) -> None:

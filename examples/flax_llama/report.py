@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from examples.flax_llama.changes import settings_of
+from examples.flax_llama.command import as_flags
 from examples.flax_llama.config import Config
 from examples.flax_llama.validation import perplexity
 
@@ -95,15 +96,7 @@ def command(given: Config, optimizers: Sequence[str], sweep: Sequence[str], seed
     words = ["python -m examples.flax_llama.compare --optimizers", *optimizers]
     words += ["--sweep", *sweep] if sweep else []
     words += ["--seeds", str(seeds)] if seeds > 1 else []
-    for field in dataclasses.fields(given):
-        value = getattr(given, field.name)
-        if value != field.default:
-            option = field.name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{option}" if value else f"--no-{option}")
-            else:
-                words += [f"--{option}", shlex.quote(str(value))]
-    return " ".join(words)
+    return " ".join([*words, *map(shlex.quote, as_flags(given, type(given)()))])
 
 
 def mean_loss(runs: Sequence[Run]) -> tuple[float, float]:

@@ -136,8 +136,16 @@ class LlamaConfig:
 
     @property
     def trained_params(self) -> int:
-        """Number of parameters that are trained: with LoRA, what is beside the kernels alone."""
-        return self.layers * self.lora_entries or self.num_params
+        """Number of parameters that are trained: not, with LoRA, the kernels that it is beside."""
+        if not self.tables_are_trained:
+            return self.layers * self.lora_entries
+        frozen = 0 if self.adapter is None else self.adapter.left_as_they_are(self.kernels)
+        return self.num_params - self.layers * frozen
+
+    @property
+    def tables_are_trained(self) -> bool:
+        """Whether embedding, head and norms are trained: not with LoRA alone."""
+        return self.lora_entries == 0 or self.adapter is None or not self.adapter.only
 
     @property
     def flops_per_token(self) -> int:

@@ -14,13 +14,14 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax
-from examples.flax_llama.adapters import LORA, lora_of, with_lora
+from examples.flax_llama.adapters import RELORA, Adapter, trained_of, with_parts
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
 from examples.flax_llama.layerwise import make_layerwise
 from examples.flax_llama.loss import loss_sum
 from examples.flax_llama.model import Llama, Params, draw_layers
 from examples.flax_llama.optimizer_state import schedule_count, skipped_updates
-from examples.flax_llama.optimizers import learning_rate
+from examples.flax_llama.relora import begin_again
+from examples.flax_llama.schedules import learning_rate
 from examples.flax_llama.sharding import (
     ROWS,
     AnyMesh,
@@ -160,11 +161,11 @@ def put_batch(batch: dict[str, np.ndarray], accumulate: int, mesh: jax.sharding.
 
 
 def make_gradients(
-    graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, *, lora: bool = False
+    graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, adapter: Adapter | None = None
 ) -> Callable[[Params, Batch], tuple[jax.Array, Params]]:
     """Function of parameters and a batch: the mean loss of the targets, and its gradients.
 
-    With LoRA these are of its matrices alone.
+    These are of what is trained beside the adapter, as it is itself.
 
     Every device goes through its rows of one micro-batch after the other, and where it has all
     parameters these are added up over the devices once. Sums over all targets, divided by their
@@ -174,10 +175,10 @@ def make_gradients(
 
     def sums(params: Params, batch: Batch, targets: jax.Array) -> tuple[jax.Array, Params]:
         def loss(trained: Params, *micro: Any) -> jax.Array:
-            whole = with_lora(params, trained) if lora else trained
+            whole = with_parts(params, trained)
             return loss_sum(nnx.merge(graphdef, whole), *micro) / targets
 
-        trained = lora_of(params) if lora else params
+        trained = trained_of(params, adapter)
         value_and_grad = galore_optax.value_and_grad(loss)
         if len(batch.tokens_KxBxS1) == 1:
             micro = jax.tree.map(lambda x: x[0], batch)
@@ -197,7 +198,7 @@ def make_gradients(
 
     def gradients(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         total, found = of_mesh(params, batch, jnp.maximum(batch.mask_KxBxS.sum(), 1))
-        trained = lora_of(params) if lora else params
+        trained = trained_of(params, adapter)
         found = jax.tree.map(lambda p, g: g.astype(p.dtype), trained, found, is_leaf=is_quantized)
         return total, laid_as_parameters(found, mesh)
 
@@ -216,8 +217,8 @@ def make_update(
     The next state takes the memory of the one that is given, and lies `where` that does, by default
     on every device.
     """
-    lora = config.optimizer == LORA
-    gradients_of = make_gradients(graphdef, mesh, lora=lora)
+    adapter = config.adapter
+    gradients_of = make_gradients(graphdef, mesh, adapter)
     schedule = learning_rate(config)
 
     def ordinary(params: Params, old: Any, batch: Batch, key: jax.Array) -> Any:
@@ -225,11 +226,13 @@ def make_update(
         updates, new = optimizer.update(gradients, old, params)
         norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
         trained = galore_optax.apply_updates(
-            lora_of(params) if lora else params,
+            trained_of(params, adapter),
             *(updates, key),
             round_bfloat16=config.stochastic_rounding,
         )
-        params = with_lora(params, trained) if lora else trained
+        params = with_parts(params, trained)
+        if config.optimizer == RELORA:
+            params, new = begin_again(config, params, old, new, key)
         return params, new, {"loss": loss, **norms}
 
     step = make_layerwise(config, graphdef, optimizer, mesh) if config.layerwise else ordinary

@@ -32,7 +32,7 @@ def what_is_wrong(error: Exception) -> str:
 
 
 def has_version(path: Path) -> bool:
-    """Whether a saved optimizer state says of which version it is, which those of 0.1 do not."""
+    """Whether a saved optimizer state says its version, as those from before 0.1.0 do not."""
     try:
         return any(name.split("/")[-1] == "version" for name in stored_arrays(path))
     except Exception:  # whatever is wrong with it, reading it says so

@@ -1,11 +1,12 @@
 """What the values of settings may be, alone and together."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from examples.flax_llama.adapters import LORA, TARGETS
+from examples.flax_llama.adapters import RELORA, TARGETS, WITH_LORA
 from examples.flax_llama.methods import IN_GALORE
 from examples.flax_llama.reading import reading_of
+from examples.flax_llama.shapes import ATTENTIONS, DTYPES
 from examples.flax_llama.sharding import sizes_of
 from examples.flax_llama.spaces import OFFLOAD
 from examples.flax_llama.usage import UsageError, at_least_one, one_of
@@ -13,10 +14,40 @@ from examples.flax_llama.usage import UsageError, at_least_one, one_of
 if TYPE_CHECKING:
     from examples.flax_llama.config import Config
 
+ON_NAN = ("stop", "skip")
+CLIP_BY = ("global", "layer")
+REFRESHES = ("periodic", "lazy")
+TRANSPORTS = ("keep", "reset", "project", "rotate")
+RESIDUALS = ("discard", "norm_scaled", "scale_gradient", "sign", "error_feedback")
 MOMENT_DTYPES = ("bfloat16",)
 INPUTS_DTYPES = ("bfloat16", "int8", "float8_e4m3", "float8_e5m2")
 INPUTS_MEMORIES = ("device", "pinned_host")
 TABLES = ("adam", "factored")
+
+
+def whole_rank(rank: Any, hidden: int) -> Any:
+    """A rank, of which a fraction is one of the hidden size."""
+    return max(1, round(rank * hidden)) if 0 < rank < 1 else rank
+
+
+def check_choices(config: "Config") -> None:
+    """Refuses what is none of a few names.
+
+    Raises:
+      UsageError: says which, and the names.
+    """
+    for name, choices in {
+        "dtype": DTYPES,
+        "param_dtype": DTYPES,
+        "attention": ATTENTIONS,
+        "on_nan": ON_NAN,
+        "clip_by": CLIP_BY,
+    }.items():
+        one_of(name, getattr(config, name), choices)
+    optional = {"refresh": REFRESHES, "transport": TRANSPORTS, "residual": RESIDUALS}
+    for name, choices in optional.items():
+        if getattr(config, name) is not None:
+            one_of(name, getattr(config, name), choices)
 
 
 def check_values(config: "Config") -> None:
@@ -77,20 +108,23 @@ def check_values(config: "Config") -> None:
     for name in ("cooldown", "final_lr"):
         if not 0 <= getattr(config, name) <= 1:
             raise UsageError(f"{name}={getattr(config, name)}: expected 0 to 1.")
-    if config.int8_weights and config.optimizer not in (*IN_GALORE, LORA):
+    if config.int8_weights and config.optimizer not in (*IN_GALORE, *WITH_LORA):
         raise UsageError(
-            "int8_weights=True needs an optimizer in GaLore, such as galore_adamw, or lora; "
-            f"optimizer={config.optimizer!r} is none."
+            "int8_weights=True needs an optimizer in GaLore, such as galore_adamw, lora or "
+            f"relora; optimizer={config.optimizer!r} is none."
         )
     sizes_of(config.mesh)
-    if config.optimizer == LORA:
+    if config.optimizer in WITH_LORA:
         one_of("lora_targets", config.lora_targets, TARGETS)
         if not 0 < config.lora_alpha < math.inf:
             raise UsageError(f"lora_alpha={config.lora_alpha}: expected a positive number.")
+        if config.optimizer == RELORA:
+            at_least_one("merge_every", config.merge_every)
         if config.layerwise:
             raise UsageError(
-                "layerwise=True updates the layers' kernels, which optimizer='lora' leaves as they "
-                "are: leave it out. Its gradients are small, and remat=True keeps activations so."
+                f"layerwise=True updates the layers' kernels, which optimizer={config.optimizer!r} "
+                "leaves as they are: leave it out. Its gradients are small, and remat=True keeps "
+                "activations so."
             )
     if config.moment_dtype is not None:
         one_of("moment_dtype", config.moment_dtype, MOMENT_DTYPES)

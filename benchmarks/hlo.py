@@ -1,5 +1,7 @@
 """Reads the text of a compiled program: what devices send each other, and which libraries it calls.
 
+What the kernels of one device read and write is in `kernels.py`.
+
 `compiled.as_text()` is a list of computations of one device, each a list of instructions: a name,
 the type of the result, what is done, its operands, and attributes, among them the computations that
 it calls. A loop is a `while` that calls a body, and says how often where the compiler knows:
@@ -22,13 +24,14 @@ COLLECTIVES = (
     *("collective-permute", "collective-broadcast"),
 )
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 OPERAND = re.compile(r"%([\w.\-]+)")
 OPERATION = re.compile(r"\s*([\w\-]+)\(")
 ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,<=]*)\]")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 TARGET = re.compile(r'custom_call_target="([^"]+)"')
+NUMBER = re.compile(r"\bparameter\((\d+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +40,30 @@ class Instruction:
 
     Attributes:
       operation: such as "all-reduce-start".
-      size: bytes of the result, on one device.
+      sizes: bytes of each array of the result, on one device.
+      elements: numbers in each array of the result.
       operands: names of the instructions whose results it takes.
       called: names of the computations that it runs.
       trips: how often, where the compiler says so.
+      number: which parameter of its computation it is, None for what is none.
+      target: the function of a library that a custom call calls, None elsewhere.
+      is_root: whether its result is that of its computation.
     """
 
     operation: str
-    size: int
+    sizes: tuple[int, ...]
+    elements: tuple[int, ...]
     operands: tuple[str, ...]
     called: tuple[str, ...]
     trips: int | None
+    number: int | None = None
+    target: str | None = None
+    is_root: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of the result, on one device."""
+        return sum(self.sizes)
 
     @property
     def collective(self) -> str | None:
@@ -144,13 +160,13 @@ def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             into = found.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif into is not None and (name := NAME.match(line)):
-            into[name[1]] = instruction(line[name.end() :])
+            into[name[2]] = instruction(line[name.end() :], is_root=bool(name[1]))
     if entry is None:
         raise ValueError(f"no ENTRY computation in {text[:80]!r}")
     return found, entry
 
 
-def instruction(line: str) -> Instruction:
+def instruction(line: str, is_root: bool = False) -> Instruction:
     """An instruction, from what is right of its name and the equals sign."""
     end = type_end(line)
     operation = OPERATION.match(line, end)
@@ -161,12 +177,18 @@ def instruction(line: str) -> Instruction:
     is_end = operation[1] in ("async-update", "async-done")
     trips = TRIPS.search(line)
     operands = line[operation.end() :].split(")")[0]
+    found = tuple(arrays(line[:end]))
+    number, target = NUMBER.search(line), TARGET.search(line)
     return Instruction(
         operation=operation[1],
-        size=sum(sizes(line[:end])),
+        sizes=tuple(size for size, _ in found),
+        elements=tuple(elements for _, elements in found),
         operands=tuple(OPERAND.findall(operands)),
         called=() if is_end else tuple(filter(None, names.split(","))),
         trips=int(trips[1]) if trips else None,
+        number=int(number[1]) if number else None,
+        target=target[1] if target else None,
+        is_root=is_root,
     )
 
 
@@ -180,9 +202,9 @@ def type_end(line: str) -> int:
     raise ValueError(f"no type in {line[:80]!r}")
 
 
-def sizes(kind: str) -> Iterator[int]:
-    """Bytes of each array of a type."""
+def arrays(kind: str) -> Iterator[tuple[int, int]]:
+    """Bytes and elements of each array of a type."""
     for name, bits, shape in ARRAY.findall(kind):
-        entries = math.prod(int(n.removeprefix("<=")) for n in shape.split(",") if n)
+        elements = math.prod(int(n.removeprefix("<=")) for n in shape.split(",") if n)
         width = 8 if name == "pred" else int(bits or 0)  # a token has none
-        yield -(-entries * width // 8)
+        yield -(-elements * width // 8), elements

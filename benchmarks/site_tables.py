@@ -160,6 +160,26 @@ def measured() -> str:
     return markdown([*head, "step, 1b, ms", "state, GB"], rows)
 
 
+def bytes_of_steps() -> str:
+    """Bytes per parameter that a step moves, and those before it was written to move few."""
+    before = read("bytes_before")["rows"]
+    rows = []
+    for name, row in read("bytes")["rows"].items():
+        first, *rest = name.split(", ")
+        sizes = [f"{row[key]:.2f}" for key in ("bytes_per_parameter", "read", "written", "least")]
+        old = before.get(name)
+        rows.append(
+            [
+                ", ".join([f"`{first}`", *rest]),
+                *sizes,
+                f"{row['kernels']}",
+                "" if old is None else f"{old['bytes_per_parameter']:.2f} in {old['kernels']}",
+            ]
+        )
+    head = ["optimizer", "moved", "read", "written", "least", "kernels", "before"]
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "projectors": projectors,
     "optimizers": optimizers,
@@ -168,6 +188,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps_60m": steps("60m"),
     "presets": presets,
     "measured": measured,
+    "bytes": bytes_of_steps,
 }
 
 

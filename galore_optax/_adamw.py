@@ -143,22 +143,8 @@ class AdamW:
         """Returns AdamW."""
 
         def adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-            if self.tables == "factored":
-                return optax.chain(
-                    self._scaling(),
-                    optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask)),
-                    optax.scale_by_learning_rate(learning_rate),
-                )
-            return optax.adamw(
-                learning_rate,
-                self.b1,
-                self.b2,
-                self.eps,
-                self.eps_root,
-                self.mu_dtype,
-                self.weight_decay,
-                mask_of("mask", self.mask),
-                nesterov=self.nesterov,
+            return optax.chain(
+                self._scaling(), self._decay(), optax.scale_by_learning_rate(learning_rate)
             )
 
         return self._held(self._at_the_rate(adamw))
@@ -197,7 +183,7 @@ class AdamW:
         line = rounded_once(
             optax.chain(
                 galore(self._held(self._scaling()), **options),
-                decoded(optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask))),
+                decoded(self._decay()),
                 sees_dtypes(
                     self._at_the_rate(
                         lambda learning_rate: optax.scale_by_learning_rate(learning_rate)
@@ -206,6 +192,14 @@ class AdamW:
             )
         )
         return self._checked(line, options)
+
+    def _decay(self) -> optax.GradientTransformation:
+        """Returns weight decay before the learning rate; where there is none, with its state."""
+        rate = self.weight_decay
+        if self.mask is None and isinstance(rate, numbers.Real) and rate == 0:
+            # A decay of zero would be a product of it with the weights.
+            return optax.identity()
+        return optax.add_decayed_weights(self.weight_decay, mask_of("mask", self.mask))
 
     def _scaling(self) -> optax.GradientTransformation:
         """Returns Adam without a learning rate; of tables, with what they have in its place."""

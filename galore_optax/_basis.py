@@ -60,6 +60,7 @@ class Basis(Protocol):
     def up(self, low_rank: Array, side: Side, dtype: DType) -> Array: ...
     def squares(self, low_rank: Array, side: Side) -> Array: ...
     def turned(self, old: Basis, side: Side) -> Array: ...
+    def moves(self) -> bool: ...
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree: ...
 
@@ -166,6 +167,10 @@ class Dense:
             old.choice(side),
             precision=jax.lax.Precision.HIGHEST,
         )
+
+    def moves(self) -> bool:
+        """Returns whether products with the basis only move numbers."""
+        return False
 
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:

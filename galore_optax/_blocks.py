@@ -8,7 +8,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Float, Float32, PyTree, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 from galore_optax._layout import with_layout
 from galore_optax._mesh_axes import fitting, names_of
@@ -20,13 +20,16 @@ def to_blocks(
     item_shape: Shape,
     block_size: int,
     where: PartitionSpec | None = None,
-) -> Float32[Array, "*blocks size"]:
-    """Cuts (*batch, *item) in (..., blocks, block size), float32, padded with zeros.
+    *,
+    fill: int = 0,
+) -> Shaped[Array, "*blocks size"]:
+    """Cuts (*batch, *item) in (..., blocks, block size), the last one filled up.
 
     Args:
       array: the array.
       item_shape: its shape without batch axes.
       block_size: the number of elements of a block.
+      fill: what the last block of a flattened item is filled up with.
       where: where the codes lie that are made of it, if it lies on a mesh of Explicit axes; None
         for where :func:`stored_spec` says.
     """
@@ -36,23 +39,24 @@ def to_blocks(
         typed = jax.typeof(array).sharding
         where = stored_spec(item_shape, block_size, typed.spec, typed.mesh)
 
-    def cut(array: Shaped[Array, "..."]) -> Float32[Array, "*blocks size"]:
+    def cut(array: Shaped[Array, "..."]) -> Shaped[Array, "*blocks size"]:
         if stored != item_shape:
             batch = array.shape[: array.ndim - len(item_shape)]
             size = math.prod(item_shape)
             array = array.reshape(*batch, size)
-            array = jnp.pad(array, [(0, 0)] * len(batch) + [(0, stored[0] - size)])
-        return split(array, block_size).astype(jnp.float32)
+            padding = [(0, 0)] * len(batch) + [(0, stored[0] - size)]
+            array = jnp.pad(array, padding, constant_values=fill)
+        return split(array, block_size)
 
     return _lying(cut, array, PartitionSpec(*where, None))
 
 
 def from_blocks(
-    blocks: Float[Array, "*blocks size"],
+    blocks: Shaped[Array, "*blocks size"],
     item_shape: Shape,
     block_size: int,
     where: PartitionSpec | None = None,
-) -> Float[Array, "..."]:
+) -> Shaped[Array, "..."]:
     """Undoes :func:`to_blocks`.
 
     Args:
@@ -73,13 +77,23 @@ def from_blocks(
             of_item = [last if divides else None, *[None] * (len(item_shape) - 1)]
         where = PartitionSpec(*others, *of_item[: len(item_shape)])
 
-    def put_together(blocks: Float[Array, "*blocks size"]) -> Float[Array, "..."]:
+    def put_together(blocks: Shaped[Array, "*blocks size"]) -> Shaped[Array, "..."]:
         array = merge(blocks)
         if stored == item_shape:
             return array
         return array[..., : math.prod(item_shape)].reshape(*array.shape[:-1], *item_shape)
 
     return _lying(put_together, blocks, where)
+
+
+def spread(scales: Shaped[Array, "*blocks"], block_size: int) -> Shaped[Array, "*blocks size"]:
+    """Returns the scale of its block for each element."""
+    return jnp.broadcast_to(scales[..., None], (*scales.shape, block_size))
+
+
+def is_divided(array: Shaped[Array, "..."]) -> bool:
+    """Whether an array lies on several devices by its type."""
+    return any(_spec(array))
 
 
 def stored_shape(item_shape: Shape, block_size: int) -> Shape:

@@ -115,3 +115,45 @@ class Codec(abc.ABC):
         bits = 8 // self.codes_per_byte
         parts = [(packed >> (bits * i)) & (2**bits - 1) for i in range(self.codes_per_byte)]
         return jnp.concatenate(parts, axis=-1)
+
+
+class ByElement(Codec):
+    """A codec that codes each number by itself, once the scale of its block is known.
+
+    So its arithmetic need not be done in blocks: numbers and codes may lie as they do elsewhere,
+    with the scale of its block beside each.
+
+    Attributes:
+      zero: the code of 0.
+    """
+
+    @property
+    @abc.abstractmethod
+    def zero(self) -> int: ...
+
+    @abc.abstractmethod
+    def peaks(self, numbers: Float32[Array, "..."]) -> Float32[Array, "..."]:
+        """Returns for each number what the scale of its block must be at least."""
+
+    @abc.abstractmethod
+    def write(
+        self, numbers: Float32[Array, "..."], scales: Float32[Array, "..."]
+    ) -> UInt8[Array, "..."]:
+        """Returns the code of each number, whose block has the scale beside it."""
+
+    @abc.abstractmethod
+    def read(
+        self, codes: UInt8[Array, "..."], scales: Float32[Array, "..."]
+    ) -> Float32[Array, "..."]:
+        """Returns the numbers that :meth:`write` wrote."""
+
+    def encode(
+        self, blocks: Float32[Array, "*blocks size"], key: PRNGKeyArray | None = None
+    ) -> Coded:
+        """Finds the scale of each block, and codes its numbers; there must be no key."""
+        scales = jnp.max(self.peaks(blocks), axis=-1)
+        return Coded(self.write(blocks, scales[..., None]), scales)
+
+    def decode(self, coded: Coded) -> Float32[Array, "*blocks size"]:
+        """Reads each code with the scale of its block."""
+        return self.read(coded.codes, coded.scales[..., None])

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, UInt
 
 from galore_optax._blocks import lying_as
-from galore_optax._codec import Codec, Coded
+from galore_optax._codec import ByElement, Codec, Coded
 from galore_optax._types import DType
 
 
@@ -119,7 +119,7 @@ DECADES = 7
 
 
 @dataclasses.dataclass(frozen=True)
-class Dynamic(Codec):
+class Dynamic(ByElement):
     """Dynamic 8-bit codes, which are dense near 0; relative to the absolute maximum of a block.
 
     They are the value 0, the value 1, and seven decades of magnitude, 1e-7..1e-6 up to 0.1..1. The
@@ -161,12 +161,20 @@ class Dynamic(Codec):
         negative = -positive[::-1] if self.signed else positive[:0]
         return np.concatenate([negative, [0.0], positive, [1.0]]).astype(np.float32)
 
-    def encode(
-        self, blocks: Float32[Array, "*blocks size"], key: PRNGKeyArray | None = None
-    ) -> Coded:
+    @property
+    def zero(self) -> int:
+        """The code of 0."""
+        return 127 if self.signed else 0
+
+    def peaks(self, numbers: Float32[Array, "..."]) -> Float32[Array, "..."]:
+        """Returns magnitudes, infinite where a number is not finite."""
+        return _magnitudes(numbers)
+
+    def write(
+        self, numbers: Float32[Array, "..."], scales: Float32[Array, "..."]
+    ) -> UInt[Array, "..."]:
         """Finds the nearest code of each number, divided by the absolute maximum of its block."""
-        scales = _absolute_maximum(blocks)
-        numbers = blocks / jnp.where(scales > 0, scales, 1)[..., None]
+        numbers = numbers / jnp.where(scales > 0, scales, 1)
         magnitude = jnp.abs(numbers) if self.signed else numbers
 
         # These are n of the decade that a number belongs to, and the reciprocal of its intervals.
@@ -188,27 +196,43 @@ class Dynamic(Codec):
         if self.signed:
             # As there is no -1, the code next to it takes its place.
             index = jnp.where(numbers < 0, -jnp.minimum(index, 127), index) + 127
-        return Coded(index.astype(jnp.uint8), scales)
+        return index.astype(jnp.uint8)
 
-    def decode(self, coded: Coded) -> Float32[Array, "*blocks size"]:
-        """Computes the values from the bits of their codes."""
+    def read(
+        self, codes: UInt[Array, "..."], scales: Float32[Array, "..."]
+    ) -> Float32[Array, "..."]:
+        """Computes the values from their codes, all of it element by element.
+
+        On the way there is no bit cast: XLA would take what comes before it for so expensive that
+        it must be kept in memory rather than computed in each place of use.
+        """
         less = 0 if self.signed else 1
-        index = coded.codes.astype(jnp.int32) - (0 if less else 127)
+        index = codes.astype(jnp.float32) - self.zero
         magnitude = jnp.abs(index)
-        # n is the power of 2 in the number of the value's decade, so the exponent of a float.
-        number = (magnitude + less).astype(jnp.float32)
-        exponent = jax.lax.bitcast_convert_type(number, jnp.int32) >> 23
-        cuts = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
-        above = DECADES - 1 + 127 + less - exponent  # decades above this one, 0 to 6
+        number = magnitude + less
+        # n is the power of 2 in the number of the value's decade: what that is rounded to without
+        # a mantissa, as a little less than 3/4 n to 3/2 n.
+        cuts = jax.lax.reduce_precision(0.75 * number + 0.375, 8, 0)
         # The j-th value of a decade, from 0 on, is its unit times 0.1 + 0.9 (j + 1/2) / n, which is
-        # an integer, 18 j + 9 + 2 n, times unit / (20 n). A product, since XLA would rather keep
-        # the result of a division in memory than do it in each place of use.
-        step = jnp.where((above & 1) > 0, 1 / 5, 1.0) * jnp.where((above & 2) > 0, 1 / 25, 1.0)
-        step *= jnp.where((above & 4) > 0, 1 / 625, 1.0) * (1 / (20 * 2 ** (DECADES - 1 + less)))
+        # an integer, 18 j + 9 + 2 n, times unit / (20 n).
+        (_, step), *steps = self._steps
+        for n, of_decade in steps:
+            step = jnp.where(number >= n, of_decade, step)
         values = (18 * number + (9 - 16 * cuts)) * step
         values = jnp.where(magnitude == (255 if less else 128), 1, values)
         values = jnp.where(magnitude == 0, 0, values)
-        return jnp.where(index < 0, -values, values) * coded.scales[..., None]
+        return jnp.where(index < 0, -values, values) * scales
+
+    @property
+    def _steps(self) -> list[tuple[int, np.float32]]:
+        """The number of values of each decade, n, and its unit over 20 n."""
+        found = []
+        for above, (_, n) in zip(reversed(range(DECADES)), self._decades, strict=True):
+            # Rounded to float32 in this order, so that codes mean the same to the last bit as ever.
+            fifths = [np.float32(5.0**-k if above & k else 1) for k in (1, 2, 4)]
+            unit = np.float32(1 / (20 * self._decades[-1][1]))
+            found.append((n, (fifths[0] * fifths[1]) * (fifths[2] * unit)))
+        return found
 
     @property
     def _decades(self) -> list[tuple[float, int]]:
@@ -317,8 +341,13 @@ def _draw(key: PRNGKeyArray, like: Float[Array, "*shape"], dtype: DType) -> UInt
 
 def _absolute_maximum(blocks: Float32[Array, "*blocks size"]) -> Float32[Array, "*blocks"]:
     """Returns the largest magnitude in each block; it is infinite where the block is not finite."""
+    return jnp.max(_magnitudes(blocks), axis=-1)
+
+
+def _magnitudes(numbers: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """Returns absolute values, infinite instead of NaN."""
     # A maximum over a nan need not be nan: XLA's on the CPU is not.
-    return jnp.max(jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks)), axis=-1)
+    return jnp.where(jnp.isnan(numbers), jnp.inf, jnp.abs(numbers))
 
 
 def _range(

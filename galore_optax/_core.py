@@ -21,7 +21,7 @@ from galore_optax._errors import CombinationError
 from galore_optax._projector import Projector
 from galore_optax._random import fold_in
 from galore_optax._refresh import Refresh
-from galore_optax._residual import Projected, Residual, Way
+from galore_optax._residual import Discard, Projected, Residual, Way
 from galore_optax._storage import Storage, Stored
 from galore_optax._subspace import ABSENT, Subspace
 from galore_optax._transport import Transport
@@ -187,6 +187,7 @@ def up(
     matrix: Matrix,
     method: Method,
     dtype: DType,
+    rounded: DType | None = None,
 ) -> tuple[Float[Array, "m n"], PyTree]:
     """Returns the update of a matrix, without weight decay, and the next state of the residual.
 
@@ -199,9 +200,13 @@ def up(
       matrix: what is static about the matrix.
       method: the answers to the five questions.
       dtype: the dtype of the operands of products; float16 is replaced by float32.
+      rounded: the dtype to which the caller rounds the update as it is; None where it adds
+        something first.
     """
     psi = method.transport.correct(projected.psi, kept.transport, step)
-    back = functools.partial(project_back, bases=bases, matrix=matrix, dtype=dtype)
+    if type(method.residual) is not Discard:  # which adds something to what comes back.
+        rounded = None
+    back = functools.partial(project_back, bases=bases, matrix=matrix, dtype=dtype, rounded=rounded)
 
     def squares(low_rank: Float[Array, "a b"]) -> Float[Array, " k"]:
         [(side, basis)] = [(s, b) for s, b in zip(matrix.sides, bases, strict=True) if s and b]
@@ -215,11 +220,21 @@ def up(
 
 
 def project_back(
-    low_rank: Float[Array, "a b"], bases: Bases, matrix: Matrix, dtype: DType
+    low_rank: Float[Array, "a b"],
+    bases: Bases,
+    matrix: Matrix,
+    dtype: DType,
+    rounded: DType | None = None,
 ) -> Float[Array, "m n"]:
-    """Returns P u Q^T, the adjoint of :func:`down`, in at least float32."""
+    """Returns P u Q^T, the adjoint of :func:`down`, in at least float32.
+
+    With bases that only move numbers it is in the dtype ``rounded``, if that is given: the numbers
+    are rounded before they are moved, when there are fewer of them.
+    """
     for side, basis in zip(matrix.sides, bases, strict=True):
         if side is not None and basis is not None:
+            if rounded is not None and basis.moves():
+                low_rank = low_rank.astype(rounded)
             low_rank = basis.up(low_rank, side, ranging_dtype(dtype))
     return low_rank
 

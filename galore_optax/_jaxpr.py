@@ -68,6 +68,26 @@ def use_of_rows(
     return jax.tree.unflatten(jax.tree.structure(shapes), _uses_of_outputs(closed.jaxpr, uses))
 
 
+def by_element(jaxpr: Jaxpr) -> list[bool]:
+    """Returns for each output whether it is made of the inputs element by element.
+
+    Such an output takes no more than a few operations for each of its elements. What the function
+    closes over is there already.
+    """
+    inputs = [True] * len(jaxpr.invars)
+    return _interpreted(jaxpr, inputs, _by_element_in_equation, lambda _: True)
+
+
+def _by_element_in_equation(equation: JaxprEqn, inputs: list[bool]) -> list[bool]:
+    jaxpr = _called_once(equation)
+    if jaxpr is not None and all(inputs):
+        return by_element(jaxpr)
+    numbers = {(), *_shapes(equation.invars), *_shapes(equation.outvars)} == {()}
+    moves = equation.primitive.name in ("broadcast_in_dim", "reshape", "squeeze")
+    cheap = numbers or moves or equation.primitive.name in _ELEMENTWISE
+    return [all(inputs) and cheap] * len(equation.outvars)
+
+
 def _interpreted(
     jaxpr: Jaxpr,
     inputs: Sequence[Fact],
@@ -138,10 +158,10 @@ _ELEMENTWISE = frozenset(
         *("abs", "add", "add_any", "and", "bitcast_convert_type", "cbrt", "ceil", "clamp"),
         *("convert_element_type", "copy", "cos", "div", "eq", "erf", "exp", "exp2", "expm1"),
         *("floor", "ge", "gt", "integer_pow", "is_finite", "layout_constraint", "le", "log"),
-        *("log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or"),
-        *("pow", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic"),
-        *("shift_right_logical", "sign", "sin", "sqrt", "square", "stop_gradient", "sub"),
-        *("tanh", "xor"),
+        *("log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not"),
+        *("optimization_barrier", "or", "pow", "reduce_precision", "rem", "round", "rsqrt"),
+        *("select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign"),
+        *("sin", "sqrt", "square", "stop_gradient", "sub", "tanh", "xor"),
     )
 )
 _REDUCTIONS = frozenset(

@@ -282,8 +282,10 @@ class Lift:
             if projected.gradient is not None:
                 projected = projected._replace(gradient=view.to_matrices(projected.gradient))
 
+            rounded = result if decay is None else None
+
             def of_one(projected: Projected, bases: Bases, kept: Subspace) -> tuple[Array, PyTree]:
-                return up(projected, bases, kept, scale, step)
+                return up(projected, bases, kept, scale, step, rounded=rounded)
 
             update, state = _over(view.batch, of_one)(projected, bases, kept)
             if decay is not None:

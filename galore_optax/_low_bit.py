@@ -17,7 +17,6 @@ from galore_optax._blocks import lying_as
 from galore_optax._boxes import boxed_like, boxed_state
 from galore_optax._errors import check_transformation
 from galore_optax._excerpt import Excerpt
-from galore_optax._mesh_axes import has_explicit_axes
 from galore_optax._ownership import FEWEST, Owned, Role, Stacked, check_stacked, ownership
 from galore_optax._promotion import standard_promotion
 from galore_optax._quantized import (
@@ -27,9 +26,10 @@ from galore_optax._quantized import (
     is_quantized,
 )
 from galore_optax._quantized_params import check_gradients, dequantize_params
-from galore_optax._specs import placed_state, specs_of
+from galore_optax._specs import decoded_specs, placed_state
 from galore_optax._storage import Storage, Stored
 from galore_optax._trees import bare, beside
+from galore_optax._twice import twice
 from galore_optax._types import Params, Shape, State, Updates
 from galore_optax._view import moment_dtype, wide
 
@@ -217,10 +217,15 @@ class _Rules:
         kind: str,
         batch_axes: int,
         key: PRNGKeyArray | None = None,
+        twin: Float[Array, "..."] | None = None,
     ) -> Stored:
         """Returns a moment as it is kept between steps, to be read again in at least float32."""
         return self.storage(kind).keep(
-            wide(array), batch_axes=batch_axes, key=key, keep_positive=kind == "unsigned"
+            wide(array),
+            batch_axes=batch_axes,
+            key=key,
+            keep_positive=kind == "unsigned",
+            twin=twin,
         )
 
     def restore(
@@ -293,27 +298,38 @@ class _LowBit:
         params = dequantize_params(params)
         like = updates if params is None else params
         params = jax.tree.map(wide, params)
-        restored = [
-            leaf if kind is None else self.rules.restore(leaf, kind, where)
-            for leaf, kind, where in zip(leaves, kinds, _places(state.inner, updates), strict=True)
-        ]
+        places = decoded_specs(state.inner, updates)
         extra_args |= {} if excerpt is None else {"excerpt": excerpt}
-        new_updates, new_inner = self.inner.update(
-            gradients, treedef.unflatten(restored), params, **extra_args
-        )
+
+        kept = {i: kind for i, kind in enumerate(kinds) if kind is not None}
+        codes = {i: leaves[i] for i in kept}
+
+        def read(codes: dict[int, Stored]) -> dict[int, Array]:
+            return {i: self.rules.restore(x, kept[i], places[i]) for i, x in codes.items()}
+
+        def step(moments: dict[int, Array]) -> tuple[tuple[Updates, list], dict[int, Array]]:
+            inner = treedef.unflatten([moments.get(i, leaf) for i, leaf in enumerate(leaves)])
+            new_updates, inner = self.inner.update(gradients, inner, params, **extra_args)
+            new_leaves = treedef.flatten_up_to(inner)
+            return (new_updates, new_leaves), {i: new_leaves[i] for i in codes}
+
+        twins: dict[int, Array] | None = None
+        if self.rules.bits == 8:
+            (new_updates, new_leaves), _, twins = twice(step, read, codes)
+        else:
+            (new_updates, new_leaves), _ = step(read(codes))
         new_updates = jax.tree.map(_like, new_updates, like)
         key, rounds = self._next_round(state, excerpt)
         stored = []
-        new_leaves = treedef.flatten_up_to(new_inner)
         for i, (kind, old, new) in enumerate(zip(kinds, leaves, new_leaves, strict=True)):
             if kind is None:
                 # Wider moments must not widen what is kept beside them from step to step.
                 stored.append(_like(new, old))
             else:
                 leaf_key = None if key is None else jax.random.fold_in(key, i)
-                stored.append(
-                    lying_as(old, self.rules.store(new, kind, owned[i].batch_axes, leaf_key))
-                )
+                twin = None if twins is None else twins[i]
+                new = self.rules.store(new, kind, owned[i].batch_axes, leaf_key, twin)
+                stored.append(lying_as(old, new))
         new_state = LowBitState(treedef.unflatten(stored), rounds)
         return boxed_like(new_updates, boxes[0]), boxed_like(new_state, boxes[1])
 
@@ -357,19 +373,6 @@ class _LowBit:
 
 def _pairs(one: PyTree, other: PyTree) -> list[tuple[PyTree, PyTree]]:
     return list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
-
-
-def _places(state: State, updates: Updates) -> Sequence[PartitionSpec | None]:
-    """Returns where each leaf of a state lies out of codes, on a mesh of Explicit axes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not has_explicit_axes(mesh):
-        return [None] * len(jax.tree.leaves(state, is_leaf=is_quantized))
-    decoded = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), state, is_leaf=is_quantized
-    )
-    specs = [jax.typeof(x).sharding.spec for x in jax.tree.leaves(updates)]
-    found = specs_of(decoded, updates, {}, specs, mesh)
-    return jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _codes_of(kind: str | None, block_size: int, item_shape: Shape) -> str:

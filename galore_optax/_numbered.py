@@ -132,7 +132,13 @@ class Rows(_Numbered):
         columns = jnp.full(side.size, side.rank, self.numbers.dtype)
         columns = columns.at[self.numbers].set(jnp.arange(side.rank, dtype=self.numbers.dtype))
         columns = jnp.expand_dims(columns, 1 - side.axis)
+        # What is looked up is kept; XLA would rather keep several arrays of which it is made.
+        low_rank = jax.lax.optimization_barrier(low_rank)
         return jnp.take_along_axis(low_rank, columns, side.axis, mode="fill", fill_value=0)
+
+    def moves(self) -> bool:
+        """Returns that products with the basis only move numbers."""
+        return True
 
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:
@@ -217,6 +223,10 @@ class WeightedRows:
         before, now = old.choice(side), self.sampled
         alike = now.numbers[:, None] == before.numbers[None]
         return jnp.where(alike, now.weights[:, None] * before.weights[None], 0)
+
+    def moves(self) -> bool:
+        """Returns that products with the basis do more, since there are weights."""
+        return False
 
     @classmethod
     def placed(cls, batch: tuple[MeshAxes, ...], axis: MeshAxes) -> PyTree:

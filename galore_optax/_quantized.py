@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 
 from galore_optax._arguments import static_hint
 from galore_optax._blocks import (
-    from_blocks,
     lying_as,
     merge,
     split,
@@ -25,6 +24,7 @@ from galore_optax._blocks import (
 )
 from galore_optax._codec import Coded
 from galore_optax._codecs import CODECS
+from galore_optax._coding import read, write
 from galore_optax._types import Shape
 
 
@@ -213,7 +213,7 @@ def quantize(
     if keep_positive and CODECS[scheme].keeping_positive() is None:
         possible = [name for name in schemes() if CODECS[name].keeping_positive() is not None]
         raise ValueError(f"keep_positive is for scheme {either(possible)}; got {scheme!r}")
-    return _quantized(array, key, scheme, block_size, batch_axes, keep_positive)
+    return quantized_as(array, None, key, scheme, block_size, batch_axes, keep_positive)
 
 
 # Each of these functions is compiled as one, since init often runs outside of a compiled function,
@@ -235,6 +235,7 @@ def requantize(
     codec, blocks = CODECS[quantized.scheme], quantized.blocks()
     where = PartitionSpec(*jax.typeof(blocks.codes).sharding.spec[:-1])
     updates = to_blocks(updates, quantized.item_shape, quantized.block_size, where)
+    updates = updates.astype(jnp.float32)
     codes, scales, zeros = codec.add(blocks, updates, key)
     codes = merge(codec.pack(codes))
     return lying_as(
@@ -242,23 +243,36 @@ def requantize(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _quantized(
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def quantized_as(
     array: Float[Array, "..."],
+    twin: Float[Array, "..."] | None,
     key: PRNGKeyArray | None,
     scheme: str,
     block_size: int,
     batch_axes: int,
     keep_positive: bool,
 ) -> QuantizedArray:
-    item_shape = array.shape[batch_axes:]
+    """Returns what :func:`quantize` does; all but the twin is as there, and not checked.
+
+    Args:
+      array: the array.
+      twin: the same numbers, computed once more: of these are the scales of codes that are written
+        element by element. So neither need be kept in memory until the other is done.
+      key: see :func:`quantize`, as for all that follows.
+      scheme: the name of the codes.
+      block_size: the number of elements of a block.
+      batch_axes: how many leading axes are batch axes.
+      keep_positive: whether a positive number never becomes 0.
+    """
+    item_shape, dtype = array.shape[batch_axes:], array.dtype
     block_size = fitting_block_size(item_shape, block_size, scheme)
     codec = CODECS[scheme]
     if keep_positive:
         codec = codec.keeping_positive() or codec
-    codes, scales, zeros = codec.encode(to_blocks(array, item_shape, block_size), key)
-    codes = merge(codec.pack(codes))
-    return QuantizedArray(codes, scales, zeros, item_shape, array.dtype, scheme, block_size)
+    coded = write(codec, array, twin, key, (item_shape, block_size))
+    codes = merge(codec.pack(coded.codes))
+    return QuantizedArray(codes, coded.scales, coded.zeros, item_shape, dtype, scheme, block_size)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -266,8 +280,8 @@ def dequantized(
     quantized: QuantizedArray, where: PartitionSpec | None = None
 ) -> Float[Array, "..."]:
     """Returns the array that this stands for; see :func:`galore_optax._blocks.from_blocks`."""
-    values = CODECS[quantized.scheme].decode(quantized.blocks()).astype(quantized.dtype)
-    return from_blocks(values, quantized.item_shape, quantized.block_size, where)
+    form = quantized.item_shape, quantized.block_size
+    return read(CODECS[quantized.scheme], quantized.blocks(), form, quantized.dtype, where)
 
 
 def placed(

@@ -12,13 +12,14 @@ from jaxtyping import PyTree
 
 from galore_optax._errors import check_transformation
 from galore_optax._given_specs import checked_mesh, checked_shardings, checked_specs
+from galore_optax._mesh_axes import has_explicit_axes
 from galore_optax._parts import Part, parts
 from galore_optax._placement import Placement, lying, padded
 from galore_optax._quantized import is_quantized
 from galore_optax._sharding import auto_sharding, put
 from galore_optax._state import Inspection, inspecting
 from galore_optax._trees import bare, leaves_with_paths, logical
-from galore_optax._types import Params, Shape, State
+from galore_optax._types import Params, Shape, State, Updates
 from galore_optax._view import LeafView, MatrixView
 
 
@@ -236,6 +237,20 @@ def _aligned(shape: Shape, whole: Shape, spec: PartitionSpec) -> PartitionSpec |
         return None
     of_sizes = iter(found.pop())
     return PartitionSpec(*(None if size == 1 else next(of_sizes) for size in shape))
+
+
+def decoded_specs(state: State, updates: Updates) -> Sequence[PartitionSpec | None]:
+    """Returns where each leaf of a state lies out of codes, on a mesh of Explicit axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not has_explicit_axes(mesh):
+        return [None] * len(jax.tree.leaves(state, is_leaf=is_quantized))
+
+    def shape(x: PyTree) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype if is_quantized(x) else jnp.result_type(x))
+
+    decoded = jax.tree.map(shape, state, is_leaf=is_quantized)
+    specs = [jax.typeof(x).sharding.spec for x in jax.tree.leaves(updates)]
+    return jax.tree.leaves(specs_of(decoded, updates, {}, specs, mesh), is_leaf=_is_spec)
 
 
 def _is_spec(x: object) -> bool:

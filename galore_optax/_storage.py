@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from galore_optax._codecs import CODECS
-from galore_optax._quantized import dequantized, is_quantized, quantize
+from galore_optax._quantized import dequantized, is_quantized, quantized_as
 
 Stored: TypeAlias = PyTree
 """What is held of an array: a `QuantizedArray`, or an array of some floating-point dtype."""
@@ -49,6 +49,7 @@ class Storage:
         batch_axes: int = 0,
         key: PRNGKeyArray | None = None,
         keep_positive: bool = False,
+        twin: Float[Array, "..."] | None = None,
     ) -> Stored:
         """Returns what is held of an array.
 
@@ -57,6 +58,8 @@ class Storage:
           batch_axes: how many leading axes are batch axes, which no block straddles.
           key: a key of JAX for stochastic rounding; None rounds to the nearest.
           keep_positive: whether a positive number never becomes 0; for codes without a sign.
+          twin: the same array, computed once more; see
+            :func:`galore_optax._quantized.quantized_as`.
 
         Returns:
           A `QuantizedArray` of the array's shape and dtype where the codec works in blocks, else
@@ -74,8 +77,8 @@ class Storage:
             return array
         if not CODECS[self.codec].in_blocks:
             return CODECS[self.codec].encode(array, key).codes
-        return quantize(
-            array, self.codec, self.block_size, batch_axes, key, keep_positive=keep_positive
+        return quantized_as(
+            array, twin, key, self.codec, self.block_size, batch_axes, keep_positive
         )
 
     def load(self, stored: Stored, where: PartitionSpec | None = None) -> Float[Array, "..."]:

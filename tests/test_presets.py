@@ -298,3 +298,22 @@ def test_numbers_that_must_not_be_injected_say_how(name, argument):
 def test_an_option_that_there_is_not():
     with pytest.raises(TypeError, match="unexpected keyword argument 'gap'"):
         galore_optax.galore_adamw(0.1, gap=10)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw_8bit", "fira_adamw", "adamw_8bit"])
+def test_without_decay_weights_are_not_multiplied_by_zero(name):
+    """The state is the same, and so are updates, but where zero times a weight is no zero."""
+    options = {} if name == "adamw_8bit" else {"rank": 4}
+    preset = functools.partial(getattr(galore_optax, name), 0.1, **options)
+    gradients = {"kernel": jax.random.normal(jax.random.key(0), (16, 24))}
+    params = jax.tree.map(jnp.ones_like, gradients)
+    states, updates = [], []
+    for decay in (0.0, jnp.zeros([])):
+        tx = preset(weight_decay=decay)
+        states.append(tx.init(params))
+        updates.append(jax.jit(tx.update)(gradients, states[-1], params)[0])
+    chex.assert_trees_all_equal(*states)
+    chex.assert_trees_all_close(*updates, rtol=1e-6)
+    infinite = jax.tree.map(lambda x: x + jnp.inf, params)
+    found, _ = jax.jit(preset(weight_decay=0.0).update)(gradients, states[0], infinite)
+    chex.assert_trees_all_equal(found, updates[0])

@@ -78,7 +78,7 @@ def own_kernel() -> Iterator[None]:
             os.environ.update(before)
 
 
-def execute(notebook: Any, *, quick: bool = False, timeout: int = 900) -> Any:
+def execute(notebook: Any, *, quick: bool = False, timeout: int = 3600) -> Any:
     """The same notebook with the outputs of a fresh kernel, which starts in the repository.
 
     Args:

@@ -127,10 +127,13 @@ def normalised(notebook: Any) -> Any:
 
 
 def fewer_colors(png: bytes) -> bytes:
-    """The same picture with a palette, and without what its writer says of itself."""
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    """The same picture with a palette, which it may have already, and nothing about its writer."""
+    picture = Image.open(io.BytesIO(png))
+    if picture.mode == "P":
+        return png
     made = io.BytesIO()
-    picture.quantize(COLORS, dither=Image.Dither.NONE).save(made, "PNG", optimize=True)
+    few = picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    few.save(made, "PNG", optimize=True)
     return made.getvalue()
 
 

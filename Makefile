@@ -12,7 +12,7 @@ READY := $(VENV)/.ready-$(VERSION)
 CUDA = $(shell nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null \
   | awk -F, 'NR == 1 && $$1 + 0 { print ($$1 + 0 >= 580 && $$2 + 0 >= 7.5) ? ",cuda13" : ",cuda12" }')
 
-.PHONY: help env demo gpu fuzz docs docs-serve docs-links dist dist-check test test-all test-versions test-oldest lint typecheck format clean
+.PHONY: help env demo gpu fuzz docs docs-serve docs-links notebooks dist dist-check test test-all test-versions test-oldest lint typecheck format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -98,6 +98,9 @@ docs-serve: $(READY)  ## show the site while its pages are written
 
 docs-links:  ## list the links of all pages that lead elsewhere, and how many there are of each
 	@git ls-files '*.md' | xargs grep -ohE 'https?://[^] )<>"`]+' | sort | uniq -c | sort -k2
+
+notebooks: $(READY)  ## execute the notebooks, and store them with their pictures
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.notebooks
 
 dist: $(READY)  ## build the wheel and the sdist into dist/, and check that README can be shown
 	rm -rf dist

@@ -180,6 +180,27 @@ def bytes_of_steps() -> str:
     return markdown(head, rows)
 
 
+def small(name: str) -> Callable[[], str]:
+    """AdamW and GaLore on a model of examples/small, each at its best learning rate."""
+
+    def table() -> str:
+        best = read(name)["best"]
+        keys = [key for key, value in next(iter(best.values())).items() if isinstance(value, dict)]
+        rows = [
+            [
+                optimizer,
+                f"{row['lr']:g}",
+                *(f"{row[key]['mean']:.3f} ± {row[key]['error']:.3f}" for key in sorted(keys)),
+                f"{row['state_bytes'] / 1e3:,.0f}",
+            ]
+            for optimizer, row in best.items()
+        ]
+        columns = [key.replace("_", " ") for key in sorted(keys)]
+        return markdown(["", "learning rate", *columns, "state, kB"], rows)
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "projectors": projectors,
     "optimizers": optimizers,
@@ -188,6 +209,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps_60m": steps("60m"),
     "presets": presets,
     "measured": measured,
+    "digits": small("digits"),
+    "experts": small("experts"),
     "bytes": bytes_of_steps,
 }
 

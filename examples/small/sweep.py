@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import matplotlib.pyplot as plt
 import optax
+from matplotlib.ticker import LogLocator, NullLocator
 
 import galore_optax
 from benchmarks.machine import machine
@@ -92,7 +93,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.plot(*zip(*swept, strict=True), "o-", color=f"C{i}", label=name)
         others = [(row["lr"], row["valid_loss"]) for row in own if row["seed"] != SEEDS[0]]
         axes.plot(*zip(*others, strict=True), "x", color=f"C{i}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats")
+    axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss, nats")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(title="crosses: other seeds")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -12,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import galore_optax
+from benchmarks import versions
 from galore_optax import _version
 
 pytestmark = pytest.mark.plain
@@ -99,3 +101,45 @@ def test_the_oldest_versions_that_are_tested_are_those_that_are_asked_for(projec
     for name in ("jax", "optax"):
         (least,) = needed[name]
         assert pins[name] == least.version
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.a" name="one" /><testcase classname="tests.a" name="two" />
+<testcase classname="tests.a" name="three"><skipped message="needs jax 0.7" /></testcase>
+<testcase classname="tests.b" name="four"><failure message="no" /></testcase>
+<testcase classname="tests.b" name="five"><error message="no" /></testcase>
+</testsuite></testsuites>"""
+
+
+def test_what_came_of_tests_is_counted(tmp_path):
+    (tmp_path / "junit.xml").write_text(JUNIT)
+    assert versions.counted(tmp_path / "junit.xml") == {
+        "passed": 2,
+        "skipped": 1,
+        "failed": ["tests.b.five", "tests.b.four"],
+    }
+
+
+def test_each_version_is_run_once_and_what_cannot_be_installed_is_said(
+    tmp_path, monkeypatch, capsys
+):
+    run = []
+
+    def installed(directory, jax):
+        return None if jax == "9" else directory
+
+    def tested(python, directory, files, processes):
+        run.append((files, processes))
+        return {"jax": str(len(run)), "passed": 1, "skipped": 0, "failed": []}
+
+    monkeypatch.setattr(versions, "installed", installed)
+    monkeypatch.setattr(versions, "tested", tested)
+    out = tmp_path / "versions.json"
+    for again in (["1", "2", "9"], ["1", "2"]):
+        monkeypatch.setattr("sys.argv", ["versions", "--out", str(out), "--jax", *again])
+        with pytest.raises(SystemExit) as ended:
+            versions.main()
+        assert not ended.value.code
+    assert run == [(["tests"], 2)] * 2
+    assert [row["jax"] for row in json.loads(out.read_text())["runs"]] == ["1", "2"]
+    assert "jax 9 cannot be installed with Python" in capsys.readouterr().out

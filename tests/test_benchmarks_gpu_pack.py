@@ -196,8 +196,8 @@ def test_all_that_is_imported_is_there_or_travels():
             modules |= set(imported(path))
     modules -= sys.stdlib_module_names | {"galore_optax", "examples", "benchmarks"}
     # PyTorch is imported for one comparison, and the machine has it; gguf for files in that format,
-    # of which none travel; hypothesis for searches that no GPU makes.
-    modules -= {"torch", "gguf", "hypothesis"}
+    # of which none travel; hypothesis for searches that no GPU makes; the rest for notebooks.
+    modules -= {"torch", "gguf", "hypothesis", "ipykernel", "nbclient", "nbformat"}
     distributions = importlib.metadata.packages_distributions()
     for module in modules:
         assert names(distributions[module]) & (lacking | there), module

@@ -109,7 +109,7 @@ STAYS += [
 @pytest.mark.parametrize(("given", "name"), STAYS)
 def test_what_stays_is_what_a_state_has(given, name):
     # The layers' kernels, which are updated so, are not those that LoRA trains.
-    given = given | ({"layerwise": False} if name == "lora" else {})
+    given = given | ({"layerwise": False} if name in ("lora", "relora") else {})
     settings = config(optimizer=name, **given)
 
     def initial_state():

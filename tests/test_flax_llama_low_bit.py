@@ -59,7 +59,9 @@ def test_moments_in_bfloat16_take_two_bytes(optimizer):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "galore_adamw_8bit", "flora"])
 def test_moments_in_bfloat16_are_those_of_adamw(optimizer):
-    message = rf"with optimizer='{optimizer}', only with adamw, lora, relora, low_rank, galore_adamw, "
+    message = (
+        rf"with optimizer='{optimizer}', only with adamw, lora, relora, low_rank, galore_adamw, "
+    )
     with pytest.raises(UsageError, match=rf"moment_dtype='bfloat16' has no effect {message}"):
         from_command_line(["--optimizer", optimizer, "--moment-dtype", "bfloat16"])
     with pytest.raises(UsageError, match="moment_dtype='float16': expected one of bfloat16"):

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples.small.sweep import Task, main
-from galore_optax import DimensionNumbers, galore_adamw
+from examples.small.sweep import Task, adamw_and_galore, main
+from galore_optax import DimensionNumbers
 
 STEPS, BATCH, RANK = 300, 64, 16
 TRAINED_ON, CHOSEN_BY = 1200, 200
@@ -83,23 +83,8 @@ def task() -> Task:
             "test_accuracy": float(right(params)),
         }
 
-    def galore(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        return galore_adamw(
-            rate,
-            rank=RANK,
-            update_proj_gap=50,
-            scale=1.0,
-            weight_decay=1e-2,
-            weight_dimension_numbers=dimension_numbers,
-        )
-
-    def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        return optax.adamw(rate, weight_decay=1e-2)
-
-    rates = (3e-3, 1e-2, 3e-2, 1e-1)
-    return Task(
-        "digits", init, loss, batches, scores, {"AdamW": (adamw, rates), "GaLore": (galore, rates)}
-    )
+    optimizers = adamw_and_galore(RANK, dimension_numbers, weight_decay=1e-2)
+    return Task("digits", init, loss, batches, scores, optimizers)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 
 from examples.flax_llama.documents import TEXT
-from examples.small.sweep import Task, main
-from galore_optax import DimensionNumbers, galore_adamw
+from examples.small.sweep import Task, adamw_and_galore, main
+from galore_optax import DimensionNumbers
 
 STEPS, BATCH, RANK = 400, 256, 32
 CONTEXT, EMBEDDED, HIDDEN, WIDE, EXPERTS, CHOSEN = 16, 32, 128, 256, 8, 2
@@ -101,24 +101,8 @@ def task() -> Task:
         )
         return {"valid_loss": float(found), "uneven": float(uneven)}
 
-    def galore(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        return galore_adamw(
-            rate,
-            rank=RANK,
-            update_proj_gap=50,
-            scale=1.0,
-            weight_dimension_numbers=dimension_numbers,
-        )
-
-    rates = (3e-3, 1e-2, 3e-2, 1e-1)
-    return Task(
-        "experts",
-        init,
-        loss,
-        batches,
-        scores,
-        {"AdamW": (optax.adamw, rates), "GaLore": (galore, rates)},
-    )
+    optimizers = adamw_and_galore(RANK, dimension_numbers, weight_decay=1e-4)
+    return Task("experts", init, loss, batches, scores, optimizers)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from benchmarks.machine import machine
 from examples.flax_llama.writing import write_whole
 
 SEEDS = (0, 1, 2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 Make = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 
 
@@ -41,6 +42,20 @@ class Task:
     batches: Callable[[int], Any]
     scores: Callable[[Any], dict[str, float]]
     optimizers: Mapping[str, tuple[Make, Sequence[float]]]
+
+
+def adamw_and_galore(
+    rank: int, dimension_numbers: Any, weight_decay: float
+) -> dict[str, tuple[Make, Sequence[float]]]:
+    """The two optimizers, which differ in the subspace alone, and the same rates for both."""
+    decay = {"weight_decay": weight_decay}
+    galore = functools.partial(
+        galore_optax.galore_adamw,
+        **{"rank": rank, "update_proj_gap": 50, "scale": 1.0},
+        weight_dimension_numbers=dimension_numbers,
+        **decay,
+    )
+    return {"AdamW": (functools.partial(optax.adamw, **decay), RATES), "GaLore": (galore, RATES)}
 
 
 def train(task: Task, make: Make, rate: float, seed: int) -> dict[str, float]:

@@ -145,9 +145,9 @@ class Config:
     # backward pass; or "layer", of each layer by itself, with `layerwise` alone.
     clip_by: str = "global"
 
-    # Rank of GaLore's projected gradients, or of the matrices of lora, relora and low_rank, or a fraction
-    # of the hidden size; by default the preset's, which is a quarter to a third, or the optimizer's
-    # (apollo and frugal a quarter, apollo_mini 1, lora 8).
+    # Rank of GaLore's projected gradients, or of the matrices of lora, relora and low_rank, or a
+    # fraction of the hidden size; by default the preset's, which is a quarter to a third, or the
+    # optimizer's (apollo and frugal a quarter, apollo_mini 1, lora 8).
     rank: Rank = None
     # Of lora and relora: what is beside a kernel is multiplied by alpha / rank; 8 by default, of
     # relora 32.

@@ -108,17 +108,25 @@ def check(configuration: Layers) -> str:
             training = galore_optax.layerwise(
                 tx, embed=_embed, block=_block, head_loss=_head_loss, **arguments
             )
-            state = training.init(params)
-            jax.eval_shape(training.step, params, state, tokens[0], jax.random.key(0))
+            where, _ = galore_optax.layerwise_shardings(
+                tx, params, offload=arguments.get("offload", ())
+            )
+            placed = jax.device_put(params, where)
+            state = training.init(placed)
+            step = jax.jit(training.step)
+            # As jax.eval_shape, which forgets in which memory arguments lie.
+            step.trace(placed, state, tokens[0], jax.random.key(0))
         except Exception as error:
             check_clear(error)
             return "refused"
-        by_layers, of_layers, _ = _train(training.step, params, state, tokens)
+        by_layers, of_layers, _ = _train(step, placed, state, tokens)
+        check_places("parameters of layerwise", by_layers, placed)
+        check_places("the state of layerwise", of_layers, state)
         check_types("parameters of layerwise", by_layers, params)
         check_types("the state of layerwise", of_layers, state)
         check_finite("parameters of layerwise", by_layers)
-        step = _ordinary(tx, configuration.micro_batches)
-        at_once, of_all, _ = _train(step, params, state, tokens)
+        step = jax.jit(_ordinary(tx, configuration.micro_batches))
+        at_once, of_all, _ = _train(step, params, tx.init(params), tokens)
         check_types("the state of layerwise", of_layers, of_all)
         tolerance = TOLERANCE.get(params["norm"].dtype.name)
         accumulates = configuration.micro_batches > 1 and "accumulation_steps" in configuration.tx
@@ -130,7 +138,18 @@ def check(configuration: Layers) -> str:
     return "trained, and compared"
 
 
+def check_places(whose: str, found: Any, before: Any) -> None:
+    """Raises `Wrong` unless all arrays lie in the memories in which they lay before."""
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(before), strict=True
+    ):
+        here, there = one.sharding.memory_kind, other.sharding.memory_kind
+        if here != there:
+            raise Wrong(f"{whose}: {jax.tree_util.keystr(path)} came to {here!r} from {there!r}")
+
+
 def _check_close(by_layers: Any, at_once: Any, params: Any, tolerance: float) -> None:
+    by_layers, at_once, params = jax.device_get((by_layers, at_once, params))
     trees = (jax.tree.leaves(tree) for tree in (at_once, params))
     for (path, one), other, begin in zip(jax.tree.leaves_with_path(by_layers), *trees, strict=True):
         went = np.linalg.norm(other - begin)
@@ -142,9 +161,9 @@ def _check_close(by_layers: Any, at_once: Any, params: Any, tolerance: float) ->
 
 
 def _train(step: Any, params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, Any]:
-    compiled, metrics = jax.jit(step), None
+    metrics = None
     for i, batch in enumerate(tokens):
-        params, state, metrics = compiled(params, state, batch, jax.random.key(i))
+        params, state, metrics = step(params, state, batch, jax.random.key(i))
     return params, state, metrics
 
 

@@ -1,5 +1,7 @@
 """The search over configurations finds nothing, and finds what is wrong."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -113,6 +115,21 @@ def test_the_search_finds_a_layer_that_goes_elsewhere(monkeypatch):
     faulty(monkeypatch, change_update=twice_in_stacks)
     with pytest.raises(Wrong, match="layer by layer, and by"):
         fuzz_layerwise.check(LAYERS)
+
+
+@pytest.mark.since(jax="0.8")
+def test_the_search_finds_layers_that_come_to_another_memory(monkeypatch):
+    layers = dataclasses.replace(LAYERS, arguments="offload=('moments', 'weights')")
+    assert fuzz_layerwise.check(layers) == "trained, and compared"
+    train = fuzz_layerwise._train
+
+    def forgets(*args):
+        (params, *rest), device = train(*args), jax.memory.Space.Device
+        return jax.device_put(params, device), *rest
+
+    monkeypatch.setattr(fuzz_layerwise, "_train", forgets)
+    with pytest.raises(Wrong, match="came to 'device' from 'pinned_host'"):
+        fuzz_layerwise.check(layers)
 
 
 @pytest.mark.plain

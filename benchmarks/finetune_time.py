@@ -1,12 +1,11 @@
 """Seconds of an update of fine-tuning, by method, on a machine that does nothing else.
 
-    python -m benchmarks.finetune_time --minilm MiniLM-L6 --sst2 SST-2 --smollm2 SmolLM2 \\
-        --out benchmarks/results/finetune_time.json
+    python -m benchmarks.finetune_time --minilm MiniLM-L6 --sst2 SST-2 --smollm2 SmolLM2
 
 Each method trains on the same texts in the same order: MiniLM-L6 on the first of SST-2, and
-SmolLM2-135M on the problems of benchmarks/finetune_smollm2. All methods take turns, twice, so that a
-drift of the machine's speed hits all alike. Compilation and the first update, in which GaLore
-chooses its subspaces, are told apart.
+SmolLM2-135M on the problems of benchmarks/finetune_smollm2. All methods take turns, twice, so that
+a drift of the machine's speed hits all alike. The first update, in which GaLore chooses its
+subspaces, is told apart; compilation is in none.
 """
 
 import argparse
@@ -25,6 +24,7 @@ from examples.flax_glue.finetune import finetune as finetune_encoder
 from examples.flax_llama.finetune import finetune, from_command_line
 from examples.flax_llama.writing import write_whole
 
+OUT = Path("benchmarks/results/finetune_time.json")
 METHODS = ("adamw", "galore_adamw:8", "lora:8", "tracked_adamw:8", "q_galore_adamw:8")
 TEXTS, UPDATES, ROUNDS = 480, 4, 2
 # The seconds of each update.
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path, required=True, help="directory of Hugging Face")
     parser.add_argument("--sst2", type=Path, required=True, help="directory with train.txt, ...")
     parser.add_argument("--smollm2", type=Path, required=True, help="directory of Hugging Face")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
     args = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "finetune_time", "machine": machine()}
     with tempfile.TemporaryDirectory() as directory:

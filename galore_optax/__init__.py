@@ -10,7 +10,13 @@ from galore_optax._learning_rate import learning_rate_from_adamw
 from galore_optax._limiter import LimitNormGrowthState, limit_norm_growth
 from galore_optax._low_bit import LowBitState, low_bit
 from galore_optax._memory import memory_report
-from galore_optax._memory_report import DeviceBytes, LeafGroup, MemoryReport, compare_memory
+from galore_optax._memory_report import (
+    DeviceBytes,
+    HostBytes,
+    LeafGroup,
+    MemoryReport,
+    compare_memory,
+)
 from galore_optax._migrate import as_version, migrate
 from galore_optax._optimizers import flora, galore_adafactor, galore_lion, galore_muon, galore_sgd
 from galore_optax._presets import (
@@ -65,6 +71,7 @@ __all__ = [
     "ErrorFeedback",
     "FactoredAdamState",
     "GaloreState",
+    "HostBytes",
     "Keep",
     "Layerwise",
     "Lazy",

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from jaxtyping import PyTree
 from galore_optax._codecs import CODECS
 from galore_optax._errors import check_transformation
 from galore_optax._given_specs import checked_mesh
-from galore_optax._memory_report import DeviceBytes, LeafGroup, MemoryReport
+from galore_optax._layerwise.places import hosted
+from galore_optax._layerwise.settings import checked_offload
+from galore_optax._memory_report import DeviceBytes, HostBytes, LeafGroup, MemoryReport
 from galore_optax._mesh_axes import names_of
 from galore_optax._parts import parts
 from galore_optax._quantized import QuantizedArray, is_quantized
@@ -34,6 +36,8 @@ def memory_report(
     specs: PyTree = None,
     *,
     mesh: Mesh | AbstractMesh | None = None,
+    offload: Sequence[str] = (),
+    blocks: str = "blocks",
 ) -> MemoryReport:
     """Says what parameters and optimizer state cost, without allocating anything.
 
@@ -49,13 +53,17 @@ def memory_report(
         rules the report then says too what each device has. Without them it does not.
       mesh: the mesh, of which a ``jax.sharding.AbstractMesh`` is enough; by default the one of
         ``jax.set_mesh``.
+      offload: what of the layers lies in the memory of the machine, as `layerwise` has it; the
+        report then says how much of all this that is, and does not count it to a device's.
+      blocks: the key of the stacked layers, as `layerwise` has it; read with ``offload`` alone.
 
     Returns:
       A `MemoryReport`: a plain dataclass that prints as a table.
 
     Raises:
+      TypeError: there is ``offload``, and the parameters are not a mapping with the blocks.
       ValueError: there are specs and no mesh, or a mesh and no specs, or as
-        :func:`state_partition_specs` says.
+        :func:`state_partition_specs` says, or with ``offload`` as :func:`layerwise_shardings` does.
 
     Examples:
       >>> import galore_optax, jax, jax.numpy as jnp
@@ -69,6 +77,7 @@ def memory_report(
     check_transformation("tx", tx)
     if specs is None and mesh is not None:
         raise ValueError("memory_report needs specs to say what a device of the mesh has")
+    hosts = hosted(tx, params, offload, blocks) if checked_offload(offload) else None
     inspection = Inspection()
     state = _Sizes.of(tx, params, inspection)
     without = _Sizes.of(tx, params, Inspection(without_galore=True))
@@ -103,8 +112,24 @@ def memory_report(
         counters_without_galore=without.counters,
         moment_dtype=state.moment_dtype,
         moment_dtype_without_galore=without.moment_dtype,
-        of_device=None if specs is None else _of_device(tx, params, specs, mesh),
+        of_device=None if specs is None else _of_device(tx, params, specs, mesh, hosts),
+        on_host=None if hosts is None else _on_host(tx, params, hosts),
     )
+
+
+# Of each array of the parameters and of the state whether it lies in the machine's memory.
+_Hosts = tuple[list[bool], list[bool]]
+
+
+def _on_host(tx: optax.GradientTransformation, params: Params, hosts: _Hosts) -> HostBytes:
+    """Returns the bytes of all that lies in the machine's memory."""
+    state = jax.eval_shape(lambda p: tx.init(p), _unsharded(params))
+    sizes = (map(_bytes, jax.tree.leaves(tree)) for tree in (params, state))
+    return HostBytes(*(_sum(size, host) for size, host in zip(sizes, hosts, strict=True)))
+
+
+def _sum(sizes: Iterable[int], chosen: Iterable[bool]) -> int:
+    return sum(size for size, yes in zip(sizes, chosen, strict=True) if yes)
 
 
 def _of_device(
@@ -112,6 +137,7 @@ def _of_device(
     params: Params,
     specs: PyTree,
     mesh: Mesh | AbstractMesh | None,
+    hosts: _Hosts | None,
 ) -> DeviceBytes:
     """Returns the bytes of one device of a mesh."""
     found = checked_mesh(mesh)
@@ -122,18 +148,21 @@ def _of_device(
     of_params = state_partition_specs(_PARAMS, params, specs, mesh=found)
     state = jax.eval_shape(lambda p: tx.init(p), _unsharded(params))
 
-    def nbytes(tree: PyTree, places: PyTree) -> int:
-        total = 0
+    def nbytes(tree: PyTree, places: PyTree) -> Iterator[int]:
         for x, spec in zip(
             jax.tree.leaves(tree),
             jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, PartitionSpec)),
             strict=True,
         ):
             axes = itertools.chain.from_iterable(map(names_of, spec))
-            total += _bytes(x) // math.prod(sizes[axis] for axis in axes)
-        return total
+            yield _bytes(x) // math.prod(sizes[axis] for axis in axes)
 
-    return DeviceBytes(found.size, nbytes(params, of_params), nbytes(state, of_state))
+    own, on_host = [], []
+    parts_of_it = (list(nbytes(params, of_params)), list(nbytes(state, of_state)))
+    for part, host in zip(parts_of_it, hosts or ((), ()), strict=True):
+        on_host.append(_sum(part, host) if hosts else 0)
+        own.append(sum(part) - on_host[-1])
+    return DeviceBytes(found.size, *own, on_host=HostBytes(*on_host) if hosts else None)
 
 
 # Its state is the parameters, which lie by the same rules where they are in codes.

@@ -33,18 +33,33 @@ class LeafGroup:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostBytes:
+    """What lies in the memory of the machine instead of the device's. Sizes are bytes.
+
+    Attributes:
+      parameters: the bytes of parameters.
+      state: the bytes of optimizer state.
+    """
+
+    parameters: int
+    state: int
+
+
+@dataclasses.dataclass(frozen=True)
 class DeviceBytes:
     """What one device of a mesh has. Sizes are bytes.
 
     Attributes:
       devices: how many devices the mesh has.
-      parameters: the bytes of its part of the parameters.
-      state: the bytes of its part of the optimizer state.
+      parameters: the bytes of its part of the parameters in its own memory.
+      state: the bytes of its part of the optimizer state in its own memory.
+      on_host: what else of its part lies in the memory of the machine, or None where nothing may.
     """
 
     devices: int
     parameters: int
     state: int
+    on_host: HostBytes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +73,7 @@ class MemoryReport:
       moment_dtype: what most bytes of the moments are: a dtype, or codes such as "8-bit codes".
       moment_dtype_without_galore: the same for the inner optimizer without galore around it.
       of_device: what one device of the mesh has that :func:`memory_report` was given, or None.
+      on_host: what of all this lies in the memory of the machine by ``offload``, or None.
     """
 
     groups: tuple[LeafGroup, ...]
@@ -66,6 +82,7 @@ class MemoryReport:
     moment_dtype: str | None
     moment_dtype_without_galore: str | None
     of_device: DeviceBytes | None = None
+    on_host: HostBytes | None = None
 
     @property
     def parameters(self) -> int:
@@ -150,12 +167,19 @@ class MemoryReport:
             f"without galore {size(self.total_without_galore)} {name}",
             f"({name} = {unit:,} bytes; counters included: {self.counters:,} bytes)",
         ]
-        if (one := self.of_device) is not None:
-            lines.insert(
-                -1,
-                f"on each of {one.devices} devices  optimizer state {size(one.state)} {name}, "
-                f"with the parameters {size(one.parameters + one.state)} {name}",
+
+        def told(where: str, state: int, parameters: int) -> str:
+            return (
+                f"{where}  optimizer state {size(state)} {name}, "
+                f"with the parameters {size(parameters + state)} {name}"
             )
+
+        if (host := self.on_host) is not None:
+            lines.insert(-1, told("of it in the machine's memory", host.state, host.parameters))
+        if (one := self.of_device) is not None:
+            lines.insert(-1, told(f"on each of {one.devices} devices", one.state, one.parameters))
+            if (host := one.on_host) is not None:
+                lines.insert(-1, told("beside each", host.state, host.parameters))
         if self.moment_dtype != self.moment_dtype_without_galore:
             lines.append(
                 f"(moments are {self.moment_dtype} with galore, and would be "

@@ -129,6 +129,39 @@ def test_donated_arrays_in_the_memory_of_the_machine_are_written_in_place():
     assert kinds(new) == kinds(own)
 
 
+def bytes_of(tree, memory, part=1):
+    """The bytes of a tree's arrays in a memory, and of each one's part of a device."""
+    return sum(x.nbytes // part for x in jax.tree.leaves(tree) if x.sharding.memory_kind == memory)
+
+
+@pytest.mark.parametrize("offload", [("moments",), ("weights",), BOTH])
+@pytest.mark.parametrize("case", CASES)
+def test_the_report_tells_what_lies_in_the_memory_of_the_machine(offload, case):
+    make, prepare, _ = CASES[case]
+    tx, params = make(), prepare(model.init(jnp.float32))
+    report = galore_optax.memory_report(tx, params, offload=offload)
+    own = put(tx, params, offload)
+    found = (own, model.layerwise(tx, offload=offload).init(own))
+    assert report.on_host == galore_optax.HostBytes(*(bytes_of(x, "pinned_host") for x in found))
+    assert report.total == sum(bytes_of(found, kind) for kind in ("pinned_host", "device"))
+    # None of its shapes is divided by the mesh.
+    mesh, whole = jax.sharding.AbstractMesh((2,), ("data",)), jax.sharding.PartitionSpec()
+    one = galore_optax.memory_report(tx, params, whole, mesh=mesh, offload=offload).of_device
+    assert one.on_host == report.on_host
+    assert (one.parameters, one.state) == tuple(bytes_of(x, "device") for x in found)
+    for line in ("of it in the machine's memory  optimizer state", "kB, with the parameters"):
+        assert line in str(report)
+    assert galore_optax.memory_report(tx, params).on_host is None
+
+
+def test_the_report_refuses_what_layerwise_refuses():
+    params = model.init(jnp.float32)
+    with pytest.raises(ValueError, match="the transformation keeps no state of the layers"):
+        galore_optax.memory_report(optax.sgd(0.1), params, offload=("moments",))
+    with pytest.raises(TypeError, match="under 'layers'"):
+        galore_optax.memory_report(rows(), params, offload=("weights",), blocks="layers")
+
+
 def test_without_offload_the_shardings_are_those_of_the_state():
     tx, params = rows(), jax.eval_shape(lambda: model.init(jnp.float32))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

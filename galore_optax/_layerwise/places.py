@@ -66,6 +66,23 @@ def layerwise_shardings(
     return _places(tx, params, shardings, Division(tx, params, blocks, 1), offload)
 
 
+def hosted(
+    tx: optax.GradientTransformation, params: Params, offload: Sequence[str], blocks: str
+) -> tuple[list[bool], list[bool]]:
+    """Says of each array of the parameters and of the state whether ``offload`` names it.
+
+    Raises:
+      TypeError: the parameters are not a mapping with the blocks.
+      ValueError: as :func:`layerwise_shardings` says.
+    """
+    offload = checked_offload(offload)
+    division = Division(tx, params, blocks, 1)
+    leaves = division.treedef.flatten_up_to(params)
+    pairs = zip(leaves, hosted_leaves(division, offload), strict=True)
+    of_params = [host for leaf, host in pairs for _ in jax.tree.leaves(leaf)]
+    return of_params, hosted_state(division, offload)
+
+
 def _places(
     tx: optax.GradientTransformation,
     params: Params,

@@ -57,7 +57,7 @@ def smollm2(model: Path, data: Path) -> dict[str, Callable[[], Seconds]]:
     return {name: lambda flags=flags: trained(flags) for name, (flags, _) in methods.items()}
 
 
-def in_turns(methods: dict[str, Callable[[], Seconds]]) -> dict[str, dict[str, float]]:
+def in_turns(methods: dict[str, Callable[[], Seconds]]) -> dict[str, dict[str, Any]]:
     """Seconds of the first update, and of the others on average, the lesser of two rounds."""
     rounds: dict[str, list[Seconds]] = {name: [] for name in methods}
     for _ in range(ROUNDS):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.quality.report import plus_minus
+from benchmarks.quality.statistics import estimate
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,6 +41,8 @@ ON_GPU = {
     "`galore_adamw`": "galore power_iteration",
     "`galore_adamw_8bit`": "galore power_iteration, 8-bit",
 }
+# Names of what is no preset of the library.
+ONLY_THERE = {"adamw": "AdamW", "AdamW": "AdamW", "lora": "LoRA", "LoRA": "LoRA"}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -201,6 +204,57 @@ def small(name: str) -> Callable[[], str]:
     return table
 
 
+def encoders() -> str:
+    """MiniLM fine-tuned on SST-2 by several methods, each at its best learning rate."""
+    times = read("finetune_time")["minilm"]
+    rows = []
+    for row in read("finetune_sst2/results")["methods"]:
+        name, _, rank = row["method"].partition(":")
+        difference = row["difference"]
+        shown = difference and f"{difference['mean']:+.2f} ± {difference['interval']:.2f}"
+        time = times.get(row["method"])
+        rows.append(
+            [
+                ONLY_THERE.get(name, f"`{name}`"),
+                rank,
+                f"{row['lr']:g}",
+                plus_minus(row["dev"], 2),
+                plus_minus(row["test"], 2),
+                shown or "",
+                f"{row['state_bytes'] / 1e6:,.1f}",
+                f"{row['update_bytes'] / 1e6:,.0f}",
+                "" if time is None else f"{time['others']:.2f}",
+            ]
+        )
+    head = ["", "rank", "learning rate", "dev, %", "test, %", "- AdamW's, points"]
+    return markdown([*head, "state, MB", "update, MB", "seconds"], rows)
+
+
+def smollm2() -> str:
+    """SmolLM2 fine-tuned on sums by several methods, each at its best learning rate."""
+    result, times = read("finetune_smollm2"), read("finetune_time")["smollm2"]
+    [before] = [x["result"] for x in result["runs"] if x["run"]["method"] not in times]
+    rows = [["as it was", "", "", f"{100 * before['accuracy']:.1f}", "", "", ""]]
+    for name, time in times.items():
+        runs = [x for x in result["runs"] if x["run"]["method"] == name]
+        swept = [x for x in runs if x["run"]["seed"] == 0]
+        lr = min(swept, key=lambda x: x["result"]["valid_loss"])["run"]["lr"]
+        best = [x["result"] for x in runs if x["run"]["lr"] == lr]
+        rows.append(
+            [
+                ONLY_THERE.get(name, {"GaLore": "`galore_adamw`"}.get(name, f"`{name}_adamw`")),
+                f"{lr:g}",
+                plus_minus(estimate([x["valid_loss"] for x in best]), 3),
+                plus_minus(estimate([100 * x["accuracy"] for x in best]), 1),
+                f"{best[0]['state_bytes'] / 1e6:,.1f}",
+                f"{best[0]['update_bytes'] / 1e9:,.2f}",
+                f"{time['others']:.1f}",
+            ]
+        )
+    head = ["", "learning rate", "loss", "right answers, %"]
+    return markdown([*head, "state, MB", "update, GB", "seconds"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "projectors": projectors,
     "optimizers": optimizers,
@@ -212,6 +266,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits": small("digits"),
     "experts": small("experts"),
     "bytes": bytes_of_steps,
+    "encoders": encoders,
+    "smollm2": smollm2,
 }
 
 

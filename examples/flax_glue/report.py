@@ -17,6 +17,8 @@ from examples.flax_llama.units import size
 from examples.flax_llama.writing import write_whole
 
 PICTURE = "report.png"
+# Of learning rates that are labelled, the least quotient of neighbours.
+APART = 1.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +198,11 @@ def draw_rates(panel: Axes, comparison: Comparison) -> None:
             star = {"marker": "*", "markersize": 15, "fillstyle": "none", "color": f"C{i}"}
             panel.plot(best[0].lr, 100 * best[0].dev, **star)
     panel.set(xscale="log", xlabel="learning rate", ylabel="dev, %, one seed (star: chosen)")
-    rates = sorted({run.lr for run in comparison.runs})
-    panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, ha="right")
+    shown: list[float] = []
+    for rate in sorted({run.lr for run in comparison.runs}):
+        if not shown or rate > APART * shown[-1]:
+            shown.append(rate)
+    panel.set_xticks(shown, [f"{rate:g}" for rate in shown], rotation=45, ha="right")
     panel.minorticks_off()
     if chosen:
         # What went wrong altogether would press all else together.

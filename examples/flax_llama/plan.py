@@ -227,8 +227,9 @@ def answer(question: Question, settings: Plan) -> Fit:
         found = need.fit(device)
         print(verdict(need, device, "XLA"))
         print(f"(compiled in {compiled.seconds:.0f} s)")
+        counts = ", counting the machine's memory as the device's," if compiled.host else ""
         for line in compiled.rematerializes:
-            print(f"XLA computes things again to fit, or could not: {line}")
+            print(f"XLA{counts} computes things again to fit, or could not: {line}")
     elif settings.compile:
         found = Fit.NOT
     if settings.sweep:

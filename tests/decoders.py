@@ -1,11 +1,12 @@
 """Small decoders of every architecture that is imported, as `transformers` has them.
 
-    python tests/decoders.py
+    python tests/decoders.py [NAME ...]
 
-writes those that the tests read, with torch and transformers: weights that bfloat16 holds exactly,
-some tokens, and the logits of them in float32.
+writes those that the tests read, or some of them, with torch and transformers: weights that
+bfloat16 holds exactly, some tokens, and the logits of them in float32.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def gemma(**more):
     )
 
 
-SHORT = {"original_max_position_embeddings": 16}
+SHORT, LONG = ({"original_max_position_embeddings": tokens} for tokens in (16, 64))
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Of each: the name of its class and of its configuration in transformers, and the latter's values.
 CASES = {
@@ -48,6 +49,13 @@ CASES = {
         | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
         | {"rms_norm_eps": 1e-2}
         | rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SHORT),
+    ),
+    # Of its three frequencies one is stretched, one in part, and one not at all.
+    "llama_llama3": (
+        *("LlamaForCausalLM", "LlamaConfig"),
+        BASE
+        | rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **LONG)
+        | {"attention_bias": True, "num_hidden_layers": 1},
     ),
     "llama_linear": (
         *("LlamaForCausalLM", "LlamaConfig"),
@@ -61,6 +69,11 @@ CASES = {
     "llama_yarn_as_given": (
         *("LlamaForCausalLM", "LlamaConfig"),
         BASE | rope("yarn", beta_fast=8.0, beta_slow=0.5, mscale=1.2, mscale_all_dim=0.7, **SHORT),
+    ),
+    # The factor is none of its contexts' quotient.
+    "llama_yarn_untruncated": (
+        *("LlamaForCausalLM", "LlamaConfig"),
+        BASE | rope("yarn", factor=3.0, attention_factor=1.3, truncate=False, **SHORT),
     ),
     "mistral": ("MistralForCausalLM", "MistralConfig", BASE | {"sliding_window": None}),
     "mistral_window": ("MistralForCausalLM", "MistralConfig", BASE | {"sliding_window": 7}),
@@ -78,7 +91,24 @@ CASES = {
         *("SmolLM3ForCausalLM", "SmolLM3Config"),
         WITHOUT_HEAD_SIZE | TOKENS | {"no_rope_layer_interval": 2},
     ),
+    "smollm3_window": (
+        *("SmolLM3ForCausalLM", "SmolLM3Config"),
+        WITHOUT_HEAD_SIZE
+        | TOKENS
+        | {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5}
+        | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    ),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", gemma()),
+    "gemma3_unstretched": (
+        *("Gemma3ForCausalLM", "Gemma3TextConfig"),
+        gemma(
+            attention_bias=True,
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        ),
+    ),
     "gemma3_nested": (
         *("Gemma3ForConditionalGeneration", "Gemma3Config"),
         {
@@ -91,6 +121,8 @@ CASES = {
         },
     ),
 }
+
+IN_FLOAT32 = ("smollm3_window", "gemma3_unstretched")
 
 
 def build(name, seed):
@@ -114,19 +146,27 @@ def build(name, seed):
     return model, tokens.numpy(), logits
 
 
-def logits_of(directory, tokens):
-    """Those of transformers, of a model that we have written."""
+def torch_dtype(name):
+    """In what a model is stored."""
+    import torch
+
+    return torch.float32 if name in IN_FLOAT32 else torch.bfloat16
+
+
+def logits_and_save(directory, tokens, saved):
+    """Those of transformers, of a model that we have written, which it saves as well."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.save_pretrained(saved)
     with torch.no_grad():
         return model.eval()(torch.from_numpy(tokens)).logits.float().numpy()
 
 
 if __name__ == "__main__":
-    for case in CASES:
+    for case in sys.argv[1:] or CASES:
         model, tokens, logits = build(case, seed=0)
-        model.bfloat16().save_pretrained(DATA / case)
+        model.to(torch_dtype(case)).save_pretrained(DATA / case)
         (DATA / case / "generation_config.json").unlink(missing_ok=True)
         np.savez_compressed(DATA / case / "golden.npz", tokens=tokens, logits=logits)

@@ -134,8 +134,10 @@ def test_refresh_times_are_of_steps_that_refresh_all_matrices():
     assert run.refreshes() == 6
 
 
+@pytest.mark.live("torch")
 def test_torch_peer_takes_the_steps_of_galore_adamw():
-    torch_galore = pytest.importorskip("benchmarks.torch_galore", exc_type=ImportError)
+    from benchmarks import torch_galore
+
     rng = np.random.default_rng(0)
     tree = {"tall": (9, 5), "wide": (5, 8), "square": (6, 6), "norm": (5,)}
     start, *stream = (

@@ -80,11 +80,9 @@ def test_losses_of_updates_are_those_of_pytorch(name):
     np.testing.assert_allclose(losses, expected["losses"], rtol=2e-4)
 
 
-@pytest.mark.ci
+@pytest.mark.live("torch", "transformers")
 @pytest.mark.long("transformers is imported")
 def test_the_files_are_what_pytorch_writes_and_computes_now(tmp_path, monkeypatch):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     spec = importlib.util.spec_from_file_location("make_encoders", DATA / "make_encoders.py")
     make_encoders = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_encoders)

@@ -72,8 +72,8 @@ def test_tokens_and_prompts_are_those_of_transformers(models, entry):
         assert encode(directory, some).counts.tolist() == [x == 1 for x in entry["mask"]]
 
 
+@pytest.mark.live("transformers")
 def test_golden_is_what_transformers_says_now():
-    pytest.importorskip("transformers")
     assert SCRIPT.live() == GOLDEN
 
 

@@ -50,10 +50,9 @@ def test_logits_are_those_of_transformers(name):
     assert shape.num_params == sum(x.size for x in jax.tree.leaves(params))
 
 
+@pytest.mark.live("torch", "transformers")
 @pytest.mark.parametrize("name", decoders.CASES)
 def test_logits_are_those_of_transformers_today(name, tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     model, tokens, expected = decoders.build(name, seed=1)
     model.save_pretrained(tmp_path / "model")
     graphdef, params, _ = model_of(tmp_path / "model")
@@ -62,8 +61,10 @@ def test_logits_are_those_of_transformers_today(name, tmp_path):
     with_tokenizer(tmp_path / "model", 40)
     import_hf(tmp_path / "model", tmp_path / "run", quiet=True)
     export_hf(tmp_path / "run", tmp_path / "exported", quiet=True)
-    again = decoders.logits_of(tmp_path / "exported", tokens)
+    again = decoders.logits_and_save(tmp_path / "exported", tokens, tmp_path / "saved")
     np.testing.assert_allclose(again, expected, rtol=0, atol=1e-5)
+    _, back, _ = model_of(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 @pytest.mark.parametrize("name", ["smollm3", "gemma3"])
@@ -120,23 +121,24 @@ def directory(tmp_path):
     return with_tokenizer(tmp_path / "qwen3", 40)
 
 
-@pytest.mark.parametrize("name", ["qwen2_window", "gemma3_nested"])
+@pytest.mark.parametrize("name", decoders.CASES)
 def test_what_goes_in_comes_out_bit_for_bit(name, tmp_path):
     """Into a run and out of it, in several files, and back in: tensors and configuration."""
     shutil.copytree(decoders.DATA / name, tmp_path / name)
     with_tokenizer(tmp_path / name, 40)
     said = import_hf(tmp_path / name, tmp_path / "run", quiet=True)
     assert ("Left out" in said) == (name == "gemma3_nested")
-    export_hf(tmp_path / "run", tmp_path / "exported", shard_gigabytes=1e-5, quiet=True)
+    width = 2 if name in decoders.IN_FLOAT32 else 1
+    most = width * 1e-5
+    export_hf(tmp_path / "run", tmp_path / "exported", shard_gigabytes=most, quiet=True)
     original = load_file(tmp_path / name / "model.safetensors")
     files = sorted((tmp_path / "exported").glob("*.safetensors"))
-    assert len(files) > 1
+    assert len(files) > 1 or name == "llama_llama3"
     exported = {k: v for file in files for k, v in load_file(file).items()}
-    assert sum(file.stat().st_size for file in files) > 5e3
-    assert max(file.stat().st_size for file in files) < 1.5e4
+    assert max(file.stat().st_size for file in files) < 1.5e9 * most
     for key, array in exported.items():
         (right,) = (original[k] for k in (key, f"language_model.{key}") if k in original)
-        assert array.dtype == right.dtype == jnp.bfloat16
+        assert array.dtype == right.dtype
         np.testing.assert_array_equal(array, right, err_msg=key)
     exported, model = (said_in_full(read_shape(tmp_path / d)) for d in ("exported", name))
     assert exported == model

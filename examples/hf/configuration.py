@@ -4,15 +4,16 @@ What a file leaves out is what `transformers` takes for it, family by family.
 """
 
 import dataclasses
-import math
 import os
 from pathlib import Path
 from typing import Any
 
-from examples.flax_llama.architecture import Architecture, Kind, Rope
+from examples.flax_llama.architecture import Architecture, Kind
 from examples.flax_llama.shapes import PRESETS, LlamaConfig
 from examples.flax_llama.usage import UsageError, parse_json, read_object
 from examples.hf.published import PUBLISHED
+from examples.hf.rope import SLIDING, rope_of, rope_scaling
+from examples.hf.values import check_only, positive, whole
 
 CONFIG = "config.json"
 CLASSES = {
@@ -63,15 +64,12 @@ ALWAYS: dict[str, dict[str, Any]] = {
     },
 }
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-# What must be so, since nothing else is supported.
-ONLY = {
-    **{"partial_rotary_factor": 1.0, "final_logit_softcapping": None},
-    **{"attn_logit_softcapping": None, "use_bidirectional_attention": False},
-}
 # What Hugging Face and `LlamaConfig` call the dimensions.
 DIMENSIONS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 FIELDS = ("hidden", "intermediate", "layers", "heads")
-SLIDING, FULL = "sliding_attention", "full_attention"
+FULL = "full_attention"
+# Null is a value of these; of all others it is as if they were not there.
+MAY_BE_NULL = ("sliding_window", "num_key_value_heads")
 # Of an original file: what is kept in what is exported, since nothing here depends on it.
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout")
 
@@ -141,27 +139,25 @@ def shape_of(config: dict[str, Any]) -> LlamaConfig:
     """
     config = text_config(config)
     family = config.get("model_type")
-    if family not in CLASSES:
+    if family not in list(CLASSES):
         raise UsageError(
             f"model_type={family!r} is not supported: expected one of {', '.join(CLASSES)}."
         )
-    given = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
+    given = {k: v for k, v in config.items() if v is not None or k in MAY_BE_NULL}
     if "hidden_activation" in given:
         given["hidden_act"] = given["hidden_activation"]
     full: dict[str, Any] = COMMON | DEFAULTS[family] | given
-    for name, value in ONLY.items():
-        if full.get(name, value) != value:
-            raise UsageError(f"{name}={full[name]!r} is not supported, only {value!r}.")
-    if full["hidden_act"] not in ACTIVATIONS:
+    check_only(full)
+    if full["hidden_act"] not in list(ACTIVATIONS):
         raise UsageError(
             f"hidden_act={full['hidden_act']!r} is not supported: expected one of "
             f"{', '.join(ACTIVATIONS)}."
         )
-    kinds, pattern = kinds_of(family, full)
     scalar = full.get("query_pre_attn_scalar")
     bias = bool(full["attention_bias"]) and family != "mistral"
     own: dict[str, Any] = {"attention_bias": bias, "output_bias": bias}
     try:
+        kinds, pattern = kinds_of(family, full)
         return LlamaConfig(
             *(whole(full, name) for name in DIMENSIONS),
             vocab_size=whole(full, "vocab_size"),
@@ -187,33 +183,22 @@ def shape_of(config: dict[str, Any]) -> LlamaConfig:
         raise UsageError(f"a value of {CONFIG} is not what it should be: {error}.") from error
 
 
-def whole(config: dict[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name}={value!r}: expected a positive whole number.")
-    return value
-
-
-def positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UsageError(f"{name}={value!r}: expected a positive number.")
-    return float(value)
-
-
 def kinds_of(family: str, full: dict[str, Any]) -> tuple[tuple[Kind, ...], tuple[int, ...]]:
     """The kinds of layers, and the number of each layer's."""
     layers = whole(full, "num_hidden_layers")
-    slides = [kind == SLIDING for kind in layer_types(family, full, layers)]
     rotates = [True] * layers
     if family == "smollm3":
-        every = full["no_rope_layer_interval"]
+        every = whole(full, "no_rope_layer_interval")
         default = [(i + 1) % every != 0 for i in range(layers)]
         rotates = [bool(x) for x in full.get("no_rope_layers") or default]
+    # Some families have a window only where it is said to be used.
+    used = family != "llama" and full.get("use_sliding_window", True)
+    window = whole(full, "sliding_window") if used and full["sliding_window"] else None
+    slides = [kind == SLIDING for kind in layer_types(family, full, rotates, window)]
     if len(slides) != layers or len(rotates) != layers:
         raise UsageError(
             f"layer_types or no_rope_layers: expected an entry for each of {layers} layers."
         )
-    window = full["sliding_window"]
     each = [
         Kind(
             rope_of(full, SLIDING if slide else FULL) if rotate else None,
@@ -225,77 +210,29 @@ def kinds_of(family: str, full: dict[str, Any]) -> tuple[tuple[Kind, ...], tuple
     return kinds, tuple(map(kinds.index, each)) if len(kinds) > 1 else ()
 
 
-def layer_types(family: str, full: dict[str, Any], layers: int) -> list[str]:
+def layer_types(
+    family: str, full: dict[str, Any], rotates: list[bool], window: int | None
+) -> list[str]:
     """Which layers attend to a window, and which to all before."""
-    if isinstance(types := full.get("layer_types"), list):
-        if unknown := set(types) - {SLIDING, FULL}:
+    layers = whole(full, "num_hidden_layers")
+    if (types := full.get("layer_types")) is not None:
+        if not isinstance(types, list):
+            raise UsageError(f"layer_types={types!r}: expected a list.")
+        if unknown := [x for x in types if x not in (SLIDING, FULL)]:
             raise UsageError(
                 f"layer_types: {', '.join(map(str, unknown))} is not supported, only {SLIDING} "
                 f"and {FULL}."
             )
         return types
     if family == "gemma3_text":
-        every = full["sliding_window_pattern"]
+        every = whole(full, "sliding_window_pattern")
         return [FULL if (i + 1) % every == 0 else SLIDING for i in range(layers)]
-    if family == "mistral":
-        return [SLIDING if full["sliding_window"] else FULL] * layers
-    if not full.get("use_sliding_window") or not full["sliding_window"]:
+    if window is None:
         return [FULL] * layers
+    if family == "smollm3":
+        return [FULL if rotate else SLIDING for rotate in rotates]
     first = full.get("max_window_layers", 0)
     return [SLIDING if i >= first else FULL for i in range(layers)]
-
-
-def rope_of(full: dict[str, Any], layer_type: str) -> Rope:
-    """The rotary embedding of a kind of layers, in today's form of a file or in an older one."""
-    scaling = full.get("rope_parameters") or full.get("rope_scaling") or {}
-    local = full.get("rope_local_base_freq") if layer_type == SLIDING else None
-    if layer_type in scaling:
-        scaling = scaling[layer_type]
-    elif local is not None:
-        scaling = {"rope_theta": local}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = positive("rope_theta", scaling.get("rope_theta", full["rope_theta"]))
-    if kind == "default":
-        return Rope(theta)
-    context = full["max_position_embeddings"]
-    original = scaling.get("original_max_position_embeddings") or context
-    factor: Any = scaling.get("factor")
-    if factor is None and kind == "yarn":
-        factor = context / original
-    try:
-        if kind == "linear":
-            return Rope(theta, kind, float(factor))
-        if kind == "dynamic":
-            return Rope(theta, kind, float(factor), context)
-        if kind == "llama3":
-            low, high = (float(scaling[f"{name}_freq_factor"]) for name in ("low", "high"))
-            return Rope(theta, kind, float(factor), original, low, high)
-        if kind == "yarn":
-            return Rope(
-                *(theta, kind, float(factor), original),
-                beta_fast=float(scaling.get("beta_fast") or 32),
-                beta_slow=float(scaling.get("beta_slow") or 1),
-                truncate=bool(scaling.get("truncate", True)),
-                attention_factor=yarn_attention(scaling, float(factor)),
-            )
-    except (TypeError, KeyError) as error:
-        raise UsageError(f"rope_scaling of type {kind!r} lacks something: {error}.") from error
-    raise UsageError(
-        f"rope_type={kind!r} is not supported: expected default, linear, dynamic, llama3 or yarn."
-    )
-
-
-def yarn_attention(scaling: dict[str, Any], factor: float) -> float:
-    """What yarn multiplies cosines and sines with (arXiv:2309.00071, section 3.4)."""
-
-    def temperature(by: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
-
-    given = scaling.get("attention_factor")
-    if given is not None:
-        return float(given)
-    mscale, of_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    return temperature(mscale) / temperature(of_all) if mscale and of_all else temperature(1.0)
 
 
 def config_of(shape: LlamaConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -371,23 +308,3 @@ def scalar_of(shape: LlamaConfig) -> int:
     """Of which the inverse root is the scale of attention; `transformers` takes whole numbers."""
     scale = shape.architecture.attention_scale
     return shape.head_size if scale is None else round(scale**-2)
-
-
-def rope_scaling(rope: Rope) -> dict[str, Any] | None:
-    """The part of a configuration that says how a rotary embedding is stretched."""
-    if rope.kind == "plain":
-        return None
-    scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind == "llama3":
-        scaling |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-        }
-    if rope.kind == "yarn":
-        scaling |= {
-            **{"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow},
-            **{"truncate": rope.truncate, "attention_factor": rope.attention_factor},
-        }
-    if rope.kind in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = rope.context
-    return scaling

@@ -1,5 +1,6 @@
 """Encoders of Hugging Face: what they compute in PyTorch, and checkpoints that are wrong."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -198,6 +199,10 @@ def without(name):
     return lambda tensors: {k: x for k, x in tensors.items() if k != name}
 
 
+def in_turn(*changes):
+    return lambda tensors: functools.reduce(lambda x, change: change(x), changes, tensors)
+
+
 def with_tensor(name, array):
     return lambda tensors: tensors | {name: array}
 
@@ -232,6 +237,40 @@ LAYER_1 = "bert.encoder.layer.1.output.dense.weight"
 def test_tensors_that_are_wrong_are_named(tmp_path, change, said):
     with pytest.raises(UsageError, match=said):
         load(copy(tmp_path, "bert", change))
+
+
+BERT, ROBERTA = "bert.pooler.dense.weight", "classifier.out_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            *("bert", with_tensor(BERT, np.zeros((16, 8), np.float32))),
+            rf"{BERT} is float32\[16, 8\]; expected .* of shape \[16, 16\]",
+        ),
+        ("bert", without("bert.pooler.dense.bias"), r"lacks pooler\.dense\.bias"),
+        ("bert", without("classifier.bias"), r"lacks classifier\.bias"),
+        (
+            *("bert", with_tensor("classifier.weight", np.zeros((2, 16), np.float32))),
+            r"classifier\.weight is float32\[2, 16\]",
+        ),
+        ("roberta", without("classifier.dense.bias"), r"lacks classifier\.dense\.bias"),
+        (
+            "roberta",
+            in_turn(
+                without("classifier.dense.bias"),
+                with_tensor(f"{ROBERTA}.weight", np.zeros((5, 16), np.float32)),
+                with_tensor(f"{ROBERTA}.bias", np.zeros(5, np.float32)),
+            ),
+            r"lacks classifier\.dense\.bias",
+        ),
+    ],
+    ids=["pooler's shape", "pooler", "head", "head's shape", "layer", "layer, other classes"],
+)
+def test_a_part_that_is_not_whole_is_not_drawn_in_silence(tmp_path, name, change, said):
+    with pytest.raises(UsageError, match=said):
+        load(copy(tmp_path, name, change))
 
 
 def test_a_file_that_is_cut_is_named(tmp_path):

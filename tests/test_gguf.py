@@ -66,7 +66,7 @@ def write(path, *, architecture="llama", pre="smollm", leave_out=(), **changes):
     writer.add_eos_token_id(0)
     writer.add_chat_template("{{ messages }}")
     for name, array in (load_file(SOURCE / "model.safetensors") | changes).items():
-        own = NAMES[name]
+        own = NAMES.get(name, name)
         if own in leave_out:
             continue
         array = array.astype(np.float32)
@@ -125,11 +125,15 @@ def test_a_run_can_begin_with_it(imported):
             r"1 tensors are missing: blk\.1\.ffn_up\.weight",
         ),
         (
+            {"blk.0.attn_v.bias": np.ones(12, np.float32)},
+            r"1 tensors belong to nothing in a llama: blk\.0\.attn_v\.bias",
+        ),
+        (
             {"model.norm.weight": np.ones(3, np.float32)},
             r"output_norm\.weight has the shape \(3,\), where the rest .* \(24,\)",
         ),
     ],
-    ids=["another architecture", "another tokenizer", "missing", "misshapen"],
+    ids=["another architecture", "another tokenizer", "missing", "extra", "misshapen"],
 )
 def test_what_cannot_be_taken(tmp_path, how, message):
     path = write(tmp_path / "model.gguf", **how)

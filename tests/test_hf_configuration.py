@@ -1,4 +1,4 @@
-"""Which layers a config.json gives windows and positions, and values that are not what they should be."""
+"""Windows and positions of layers by config.json, and values that are not what they should be."""
 
 import copy
 

@@ -61,6 +61,10 @@ def cut(directory, size):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (
+            lambda d: save_file(ARRAYS, d / "model.safetensors"),
+            r"has both model\.safetensors and model\.safetensors\.index\.json, which does not name",
+        ),
         (lambda d: cut(d, -2), r"two\.safetensors is cut or damaged"),
         (lambda d: cut(d, 4), r"two\.safetensors is cut or damaged"),
         (lambda d: (d / "two.safetensors").unlink(), r"names two\.safetensors, which is missing"),
@@ -75,6 +79,7 @@ def cut(directory, size):
         (lambda d: (d / "model.safetensors.index.json").unlink(), "neither model.safetensors nor"),
     ],
     ids=[
+        "both",
         *("cut in its data", "cut in its header", "missing", "in two files"),
         *("not where the index says", "another directory", "no tensors", "not JSON", "neither"),
     ],

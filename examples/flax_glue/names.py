@@ -51,6 +51,8 @@ HEADS = {
 }
 # Parts that a checkpoint may have or lack.
 OPTIONAL = ("pooler", "head")
+# The layer of a head that makes as many numbers as there are classes.
+OUTPUT = ("head", "out", "kernel")
 # What else may be in a checkpoint: heads for other tasks, and buffers.
 OTHERS = re.compile(
     r"(?P<head>cls|lm_head|qa_outputs|pooler|classifier)\..*|embeddings\.(position|token_type)_ids"

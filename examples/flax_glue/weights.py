@@ -107,10 +107,14 @@ def check(
     """The paths of parts that a checkpoint lacks, as it may, or has for another number of classes.
 
     Raises:
-      UsageError: something else is missing, or of another shape or dtype.
+      UsageError: something else is missing, or of another shape or dtype, or a part is not whole.
     """
     wrong = {path: faults(table[path], shapes[path], plain, tensors) for path in table}
-    absent = {path[0] for path, found in wrong.items() if found and path[0] in names.OPTIONAL}
+    known = {path[0] for path, source in table.items() if any(x in plain for x in source.names)}
+    absent = set(names.OPTIONAL) - known
+    if has_other_classes(table, shapes, plain, tensors):
+        others = [found for path, found in wrong.items() if path[0] == "head" and path[1] != "out"]
+        absent |= {"head"} if not any(others) else set()
     missing = [
         name
         for path, found in wrong.items()
@@ -124,6 +128,23 @@ def check(
         for fault in found.values() if path[0] not in absent else ():
             raise UsageError(fault)
     return {path for path in table if path[0] in absent}
+
+
+def has_other_classes(
+    table: dict[names.Path, Source],
+    shapes: dict[names.Path, jax.ShapeDtypeStruct],
+    plain: dict[str, str],
+    tensors: dict[str, Tensor],
+) -> bool:
+    """Whether the last layer of a checkpoint's head is right but for the number of classes."""
+    if names.OUTPUT not in table:
+        return False
+    width, classes = shapes[names.OUTPUT].shape
+    (weight,), (bias,) = (table[(*names.OUTPUT[:-1], name)].names for name in ("kernel", "bias"))
+    if not {weight, bias} <= plain.keys():
+        return False
+    kernel, bias = (tensors[plain[name]].shape for name in (weight, bias))
+    return len(bias) == 1 and bias != (classes,) and kernel == (*bias, width)
 
 
 def faults(

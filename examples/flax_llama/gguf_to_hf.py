@@ -192,9 +192,13 @@ def gguf_to_hf(
     config, tokenizer = config_of(model), tokenizer_of(model)
     shape = shape_of(config)
     wanted = list(entries(shape))
-    missing = {gguf_name(entry.name) for entry in wanted} - model.tensors.keys()
-    if missing:
+    expected = {gguf_name(entry.name) for entry in wanted}
+    if missing := expected - model.tensors.keys():
         raise UsageError(f"{file}: {len(missing)} tensors are missing: {some(sorted(missing))}.")
+    if extra := model.tensors.keys() - expected:
+        raise UsageError(
+            f"{file}: {len(extra)} tensors belong to nothing in a llama: {some(sorted(extra))}."
+        )
     with new_directory(out) as partial:
         arrays = {e.name: model.read(e, shape).astype(DTYPES[param_dtype]) for e in wanted}
         save_file(arrays, partial / FILE, metadata={"format": "pt"})

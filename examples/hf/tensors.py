@@ -38,7 +38,8 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
 
     Raises:
       UsageError: there is no such directory or file in it, a file is cut or damaged, the index
-        names a file that is missing, or says what is not in it, or two files have the same tensor.
+        names a file that is missing, or says what is not in it, or two files have the same tensor,
+        or there is a file for all beside an index of others.
     """
     if not directory.is_dir():
         raise UsageError(f"{directory} is not a directory with a model.")
@@ -51,6 +52,11 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
             )
         return header(directory / FILE)
     places = read_index(index)
+    if (directory / FILE).exists() and FILE not in places.values():
+        raise UsageError(
+            f"{directory} has both {FILE} and {INDEX}, which does not name it: remove the one that "
+            "is not of the model."
+        )
     found: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         path = directory / name

@@ -209,7 +209,9 @@ def test_a_run_that_begins_with_lora_begins_with_all_of_it(runs):
 
 def test_what_is_exported_has_lora_in_its_kernels(runs, tmp_path):
     directory, _, _ = runs
-    export_hf(directory / "lora", tmp_path / "exported", quiet=True)
+    said = export_hf(directory / "lora", tmp_path / "exported", quiet=True)
+    count = sum(x.size for x in jax.tree.leaves(params_of(directory / "after")))
+    assert f" of {count:,} parameters" in said
     import_hf(tmp_path / "exported", tmp_path / "imported", quiet=True)
     jax.tree.map(
         np.testing.assert_array_equal,

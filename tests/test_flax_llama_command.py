@@ -77,25 +77,26 @@ def test_an_error_has_the_exit_status_of_its_command(capsys):
         raise ValueError("a bug")
 
 
-def test_a_command_that_cleans_up_is_interrupted_in_a_line(capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_cleans_up_is_interrupted_in_a_line(capsys, number):
     done = []
 
     def interrupted():
         with program(Config, at_once=False), contextlib.ExitStack() as stack:
             stack.callback(done.append, "cleaned up")
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(10)
 
     # As while the program was imported, it would quit at once.
-    previous = signal.signal(signal.SIGINT, lambda *_: done.append("quit"))
+    previous = signal.signal(number, lambda *_: done.append("quit"))
     try:
         with pytest.raises(SystemExit) as stopped:
             interrupted()
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         assert done.pop() == "quit"
     finally:
-        signal.signal(signal.SIGINT, previous)
-    assert stopped.value.code == 130
+        signal.signal(number, previous)
+    assert stopped.value.code == 128 + number
     assert (done, capsys.readouterr().err) == (["cleaned up"], "Interrupted.\n")
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from gguf import GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 from safetensors.numpy import load_file
 
 from examples.flax_llama.gguf_to_hf import gguf_to_hf
@@ -46,7 +46,7 @@ def neighbours(array, heads):
     return of_heads[:, order].reshape(array.shape)
 
 
-def write(path, *, architecture="llama", pre="smollm", leave_out=(), **changes):
+def write(path, *, architecture="llama", pre="smollm", leave_out=(), values=(), **changes):
     config = json.loads((SOURCE / "config.json").read_text())
     writer = GGUFWriter(path, architecture)
     writer.add_embedding_length(config["hidden_size"])
@@ -62,14 +62,17 @@ def write(path, *, architecture="llama", pre="smollm", leave_out=(), **changes):
     assert len(tokens) == config["vocab_size"]
     writer.add_token_list(tokens)
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
-    writer.add_token_merges(["a b", "Ġ ab"])
+    writer.add_token_merges(dict(values).get("merges", ["a b", "Ġ ab"]))
+    for name, value in dict(values).items():
+        if name != "merges":
+            writer.add_key_value(f"llama.{name}", value, GGUFValueType.get_type(value))
     writer.add_eos_token_id(0)
     writer.add_chat_template("{{ messages }}")
     for name, array in (load_file(SOURCE / "model.safetensors") | changes).items():
         own = NAMES.get(name, name)
         if own in leave_out:
             continue
-        array = array.astype(np.float32)
+        array = array if array.dtype == np.int8 else array.astype(np.float32)
         if "attn_q" in own:
             array = neighbours(array, config["num_attention_heads"])
         if "attn_k" in own:
@@ -132,8 +135,16 @@ def test_a_run_can_begin_with_it(imported):
             {"model.norm.weight": np.ones(3, np.float32)},
             r"output_norm\.weight has the shape \(3,\), where the rest .* \(24,\)",
         ),
+        ({"model.norm.weight": np.ones(24, np.int8)}, r"output_norm\.weight is I8, which is not"),
+        ({"values": {"rope.scaling.factor": 4.0}}, r"llama\.rope\.scaling\.factor is 4\.0, and"),
+        ({"values": {"rope.scale_linear": 2.0}}, r"llama\.rope\.scale_linear is 2\.0, and only"),
+        ({"values": {"attention.key_length": 8}}, r"attention\.key_length is 8, and only 6 is"),
+        ({"values": {"merges": ["a Q"]}}, "has a tokenizer that does not work"),
     ],
-    ids=["another architecture", "another tokenizer", "missing", "extra", "misshapen"],
+    ids=[
+        *("another architecture", "another tokenizer", "missing", "extra", "misshapen", "whole"),
+        *("stretched", "stretched by its old name", "heads of another size", "merges"),
+    ],
 )
 def test_what_cannot_be_taken(tmp_path, how, message):
     path = write(tmp_path / "model.gguf", **how)

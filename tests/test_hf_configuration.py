@@ -79,6 +79,11 @@ WRONG = {
     "frequencies that lack": (rope("llama3"), "of type 'llama3' lacks low_freq_factor"),
     "yarn's factor": (rope("yarn", attention_factor="a"), "attention_factor='a'"),
     "a list as a type": ({"rope_scaling": {"type": ["yarn"]}}, r"rope_type=\['yarn'\] is not"),
+    "a text for true": (
+        {"tie_word_embeddings": "false"},
+        "tie_word_embeddings='false': expected tr",
+    ),
+    "yarn's truncation": (rope("yarn", truncate="no"), "truncate='no': expected true or false"),
     "true for a number": ({"max_position_embeddings": True}, "max_position_embeddings=True"),
     "types that are lists": ({"layer_types": [["a"]] * 3}, r"layer_types: \['a'\]"),
     "types that are a text": ({"layer_types": "full_attention"}, "layer_types='full_attention'"),

@@ -232,6 +232,12 @@ def spoil_tensors(change):
     return spoil
 
 
+def with_nan(array):
+    array = array.copy()
+    array[3, 5] = np.nan
+    return array
+
+
 def rename(old, new):
     return spoil_tensors(lambda arrays: arrays.update({new: arrays.pop(old)}))
 
@@ -272,6 +278,10 @@ SPOILT = {
         spoil_tensors(lambda arrays: arrays.update({Q: arrays[Q][:-1].copy()})),
         rf"{Q} in .* has the shape \(23, 24\), where config\.json makes it \(24, 24\)",
     ),
+    "not a number": (
+        spoil_tensors(lambda arrays: arrays.update({Q: with_nan(arrays[Q])})),
+        rf"{Q} in .* has a number that is not finite",
+    ),
     "quantized": (
         spoil_tensors(lambda arrays: arrays.update({Q: np.ones((24, 24), np.int8)})),
         rf"{Q} in .* is I8: expected weights in 16 or 32 bits",
@@ -309,6 +319,53 @@ def test_what_is_wrong_is_told_before_anything_is_written(directory, tmp_path, c
 def test_a_command_line_that_lacks_something(words, message):
     with pytest.raises(UsageError, match=message):
         command_line(import_hf, words)
+
+
+def test_no_positions_are_refused(directory, tmp_path):
+    with pytest.raises(UsageError, match="seq=0: expected at least 1"):
+        import_hf(directory, tmp_path / "run", seq=0, quiet=True)
+
+
+def test_of_several_dtypes_none_is_rounded(directory, tmp_path):
+    norm = "model.norm.weight"
+    exact = np.linspace(0.9, 1.1, 24, dtype=np.float32)
+    spoil_tensors(lambda arrays: arrays.update({norm: exact}))(directory)
+    said = import_hf(directory, tmp_path / "run", quiet=True)
+    assert "parameters in float32" in said
+    export_hf(tmp_path / "run", tmp_path / "exported", quiet=True)
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    np.testing.assert_array_equal(exported[norm], exact)
+
+
+def test_numbers_of_64_bits_are_those_of_32_or_refused(directory, tmp_path):
+    wide = np.linspace(0.9, 1.1, 24)
+    spoil_tensors(lambda arrays: arrays.update({"model.norm.weight": wide}))(directory)
+    model = open_model(directory)
+    params = load(model.tensors, model.found.entries, model.like)
+    (found,) = [x for x in jax.tree.leaves(params) if x.shape == (24,)]
+    np.testing.assert_array_equal(found, wide.astype(np.float32))
+    wide[7] = 1e300
+    spoil_tensors(lambda arrays: arrays.update({"model.norm.weight": wide}))(directory)
+    with pytest.raises(UsageError, match=r"model\.norm\.weight in .* not finite"):
+        import_hf(directory, tmp_path / "other", quiet=True)
+
+
+def test_a_head_that_the_configuration_does_not_use_is_named(directory, tmp_path):
+    spoil_config(tie_word_embeddings=True)(directory)
+    said = import_hf(directory, tmp_path / "run", quiet=True)
+    assert "Left out 1 tensors of other parts: lm_head.weight" in said
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_bit_that_flipped_in_an_imported_model_is_found(directory, tmp_path, int8):
+    import_hf(directory, tmp_path / "run", int8=int8, quiet=True)
+    path = tmp_path / "run" / "weights.safetensors"
+    contents = bytearray(path.read_bytes())
+    contents[-3] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(UsageError, match=r"in .*weights\.safetensors is not what was imported"):
+        export_hf(tmp_path / "run", tmp_path / "exported", quiet=True)
+    assert not (tmp_path / "exported").exists()
 
 
 def test_a_model_is_no_run(directory):

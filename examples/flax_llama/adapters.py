@@ -191,15 +191,36 @@ def merged(params: Params, adapter: Adapter | None) -> Params:
         if not isinstance(value, dict):
             found[name] = value
         elif "lora" in value:
-            kernel = galore_optax.dequantize_params(value["kernel"])
             a, b = value["lora"]["lora_a"], value["lora"]["lora_b"]
-            new = kernel.astype(jnp.float32) + adapter.factor * (a @ b)
             rest = {k: v for k, v in value.items() if k != "lora"}
-            found[name] = rest | {"kernel": new.astype(kernel.dtype)}
+            new = _sums(value["kernel"], a, b, adapter.factor)
+            found[name] = rest | {"kernel": new}
         elif adapter.kind == LOW_RANK and {"a", "b"} == value.keys():
             a, b = value["a"]["kernel"], value["b"]["kernel"]
-            product = jnp.matmul(a, b, preferred_element_type=jnp.float32)
-            found[name] = value["b"] | {"kernel": product.astype(b.dtype)}
+            found[name] = value["b"] | {"kernel": _products(a, b)}
         else:
             found[name] = merged(value, adapter)
     return found
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """In float32, also where a device would compute with less by default."""
+    return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
+
+
+@jax.jit
+def _products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Those of all layers, one layer at a time in float32."""
+    return jax.lax.map(lambda layer: _product(*layer).astype(b.dtype), (a, b))
+
+
+@jax.jit
+def _sums(kernels: Any, a: jax.Array, b: jax.Array, factor: float) -> jax.Array:
+    """The kernels of all layers and what is beside them, one layer at a time in float32."""
+
+    def one(layer: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
+        kernel, a, b = layer
+        dense = galore_optax.dequantize_params(kernel)
+        return (dense.astype(jnp.float32) + factor * _product(a, b)).astype(dense.dtype)
+
+    return jax.lax.map(one, (kernels, a, b))

@@ -47,9 +47,10 @@ def program(
                 raise SystemExit(line) from None
             print(line, file=sys.stderr)
             raise SystemExit(status) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print("Interrupted.", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGINT) from None
+            number = getattr(error, "number", signal.SIGINT)
+            raise SystemExit(128 + number) from None
 
 
 @functools.cache

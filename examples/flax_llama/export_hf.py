@@ -3,6 +3,7 @@
 python -m examples.flax_llama.export_hf --run runs/chats --out my-model
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,8 @@ def export_hf(
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_tokenizer(partial, run, tokenizer)
         write_weights(partial, shape, params, shard_gigabytes * 1e9)
-    return f"{shape.architecture.title} of {shape.num_params:,} parameters, {shape.param_dtype}"
+    count = dataclasses.replace(shape, adapter=None).num_params
+    return f"{shape.architecture.title} of {count:,} parameters, {shape.param_dtype}"
 
 
 def write_weights(directory: Path, shape: LlamaConfig, params: Any, most: float) -> None:

@@ -42,6 +42,13 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+# What a plain llama has, if it says so; 0 is as if it did not.
+PLAIN = {
+    **{"rope.scale_linear": 1.0, "rope.scaling.factor": 1.0, "attention.sliding_window": 0},
+    **{"logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "expert_count": 0},
+}
+# What is as large as a head.
+OF_HEADS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 # How a text is cut before its bytes are merged, by the name of it.
 CUTS = {
     "gpt-2": [],
@@ -77,7 +84,11 @@ class File:
     def read(self, entry: Entry, shape: LlamaConfig) -> np.ndarray:
         """A tensor as Hugging Face has it, float32."""
         tensor = self.tensors[gguf_name(entry.name)]
-        array = dequantize(tensor.data, tensor.tensor_type)
+        try:
+            array = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise UsageError(f"{self.path}: {tensor.name} is {kind}, which is not read.") from error
         if array.shape != entry.shape:
             raise UsageError(
                 f"{self.path}: {tensor.name} has the shape {array.shape}, where the rest of the "
@@ -114,6 +125,7 @@ def config_of(file: File) -> dict[str, Any]:
             "imported from the safetensors they were made of."
         )
     numbers = [file.value(f"llama.{name}") for name in NUMBERS]
+    check_plain(file, head_size=numbers[0] // numbers[3])
     config: dict[str, Any] = dict(zip(DIMENSIONS, numbers, strict=True))
     config |= {
         "architectures": ["LlamaForCausalLM"],
@@ -129,6 +141,17 @@ def config_of(file: File) -> dict[str, Any]:
     for name in ("bos", "eos"):
         config[f"{name}_token_id"] = file.values.get(f"tokenizer.ggml.{name}_token_id")
     return config
+
+
+def check_plain(file: File, head_size: int) -> None:
+    """Raises UsageError where a value makes of a llama something else."""
+    for name, right in {**PLAIN, **dict.fromkeys(OF_HEADS, head_size)}.items():
+        value = file.values.get(f"llama.{name}", right)
+        if value not in (right, 0):
+            raise UsageError(
+                f"{file.path}: llama.{name} is {value}, and only {right} is taken. Others are "
+                "imported from the safetensors they were made of."
+            )
 
 
 def shortest(value: float) -> float:
@@ -150,7 +173,10 @@ def tokenizer_of(file: File) -> tokenizers.Tokenizer:
     tokens = file.value("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in file.value("tokenizer.ggml.merges")]
     vocab = {token: number for number, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    try:
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    except Exception as error:  # of no class of its own
+        raise UsageError(f"{file.path} has a tokenizer that does not work: {error}.") from error
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*CUTS[cut], pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -55,7 +55,7 @@ def import_hf(
       directory: of a model of Hugging Face: config.json, model.safetensors, in one file or many
         with an index, and tokenizer.json or tokenizer.model.
       out: new directory.
-      param_dtype: float32 or bfloat16; by default as in the files.
+      param_dtype: float32 or bfloat16; by default bfloat16 where all tensors are, else float32.
       int8: keep the layers' matrices in 8 bits, as q_galore_adamw trains them.
       seq: positions that sampling keeps; by default 1024, or all that the model knows.
       quiet: show no progress.

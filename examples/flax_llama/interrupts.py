@@ -20,6 +20,14 @@ from rich import get_console
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A program is told to end by a signal, which is its number."""
+
+    def __init__(self, number: int = signal.SIGINT):
+        super().__init__()
+        self.number = number
+
+
 class Stop:
     """Whether a run is to stop after the update that it is at."""
 
@@ -103,16 +111,22 @@ def answered() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
-    """Lets Ctrl-C be a KeyboardInterrupt, for a program that has something to clean up."""
-    previous = signal.getsignal(signal.SIGINT)
-    if previous == signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+    """Lets Ctrl-C and SIGTERM raise `Interrupted`, for a program that has something to clean up."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def handle(number: int, _: object) -> None:
+        raise Interrupted(number)
+
+    # Those that a program is started without stay so.
+    taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in taken}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from examples.flax_llama.run_directory import read_settings
 from examples.flax_llama.shapes import DTYPES, LlamaConfig
 from examples.flax_llama.step import initial_params
 from examples.flax_llama.tokenizer import load_tokenizer, tokenizer_files
-from examples.flax_llama.usage import UsageError, one_of
+from examples.flax_llama.usage import UsageError, at_least_one, one_of
 from examples.hf.configuration import is_model, read_shape
-from examples.hf.names import EMBEDDING, Found, match
+from examples.hf.names import Found, match
 from examples.hf.tensors import Tensor, open_tensors
 
 # Positions of an imported model that sampling keeps, if it knows as many.
@@ -43,7 +43,7 @@ def open_model(
 
     Args:
       directory: of Hugging Face, with config.json, safetensors and a tokenizer.
-      param_dtype: float32 or bfloat16; by default that of the embedding, float32 for other ones.
+      param_dtype: float32 or bfloat16; by default bfloat16 where all tensors are, else float32.
       int8: whether the layers' matrices are quantized.
       seq: positions that sampling keeps; by default 1024, or what the model knows.
 
@@ -64,8 +64,10 @@ def open_model(
             f"{directory}: the tokenizer has {tokens} tokens, and the model only "
             f"{shape.vocab_size}."
         )
-    own = next(tensors[e.name].dtype for e in found.entries if e.name.endswith(EMBEDDING))
-    param_dtype = param_dtype or (own if own in DTYPES else "float32")
+    if seq is not None:
+        at_least_one("seq", seq)
+    own = {tensors[entry.name].dtype for entry in found.entries}
+    param_dtype = param_dtype or ("bfloat16" if own == {"bfloat16"} else "float32")
     one_of("param_dtype", param_dtype, DTYPES)
     config = Config(
         preset=str(directory),

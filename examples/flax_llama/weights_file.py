@@ -7,7 +7,9 @@ imported need not be in memory at all.
 import contextlib
 import json
 import math
+import os
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +18,11 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from examples.flax_llama.usage import UsageError, cannot_be_read
+from examples.flax_llama.usage import UsageError, cannot_be_read, read_object
 
 FILE = "weights.safetensors"
+# The checksums of the arrays in it, of each layer apart.
+SUMS = "weights.json"
 # What the format calls the dtypes that parameters, their codes and scales have.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "uint8": "U8"}
 
@@ -36,6 +40,7 @@ class Writer:
 
     def __init__(self, file: BinaryIO, like: Any):
         self._file, self._like = file, named(like)
+        self.sums: dict[str, dict[str, int]] = {name: {} for name in self._like}
         self._starts, header, end = {}, {}, 0
         for name, leaf in self._like.items():
             size = math.prod(leaf.shape) * leaf.dtype.itemsize
@@ -59,14 +64,20 @@ class Writer:
         if ours.shape != shape:
             raise ValueError(f"{name} has the shape {shape}, not {ours.shape}")
         self._file.seek(self._data + self._starts[name] + (layer or 0) * ours.nbytes)
-        self._file.write(ours.view(np.uint8).data)
+        data = ours.view(np.uint8).data
+        self.sums[name]["all" if layer is None else str(layer)] = zlib.crc32(data)
+        self._file.write(data)
 
 
 @contextlib.contextmanager
 def writing(directory: Path, like: Any) -> Iterator[Writer]:
     """A writer of the file in a directory, of parameters with these shapes and dtypes."""
     with open(directory / FILE, "wb") as file:
-        yield Writer(file, like)
+        writer = Writer(file, like)
+        yield writer
+        file.flush()
+        os.fsync(file.fileno())
+    (directory / SUMS).write_text(json.dumps(writer.sums, indent=1) + "\n")
 
 
 def read_weights(directory: Path, like: Any) -> Any:
@@ -79,7 +90,7 @@ def read_weights(directory: Path, like: Any) -> Any:
     Raises:
       UsageError: it is cut or damaged, cannot be read, or holds other arrays.
     """
-    path = directory / FILE
+    path, sums = directory / FILE, read_object(directory / SUMS)
     try:
         # By calls: the pages of a mapped file would count as memory in use.
         with safe_open(path, framework="numpy", backend="pread") as file:
@@ -89,7 +100,7 @@ def read_weights(directory: Path, like: Any) -> Any:
                 odd = sorted({k for k, _ in there.items() ^ wanted.items()})
                 raise UsageError(f"{path} does not fit its settings: {odd[0]} is not as they say.")
             arrays = [
-                jax.device_put(file.get_tensor(name), leaf.sharding)
+                jax.device_put(checked(path, name, file.get_tensor(name), sums), leaf.sharding)
                 for name, leaf in named(like).items()
             ]
     except SafetensorError as error:
@@ -97,3 +108,13 @@ def read_weights(directory: Path, like: Any) -> Any:
     except OSError as error:
         raise cannot_be_read(str(path), error) from error
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def checked(path: Path, name: str, array: np.ndarray, sums: dict[str, Any]) -> np.ndarray:
+    """An array, if its checksums are those that were written."""
+    saved = sums.get(name)
+    layers = {"all": array} if saved is None or "all" in saved else dict(enumerate(array))
+    found = {str(k): zlib.crc32(np.ascontiguousarray(x).view(np.uint8)) for k, x in layers.items()}
+    if found != saved:
+        raise UsageError(f"{name} in {path} is not what was imported: its checksum is another.")
+    return array

@@ -13,7 +13,7 @@ from examples.flax_llama.shapes import PRESETS, LlamaConfig
 from examples.flax_llama.usage import UsageError, parse_json, read_object
 from examples.hf.published import PUBLISHED
 from examples.hf.rope import SLIDING, rope_of, rope_scaling
-from examples.hf.values import check_only, positive, whole
+from examples.hf.values import check_only, flag, positive, whole
 
 CONFIG = "config.json"
 CLASSES = {
@@ -154,7 +154,7 @@ def shape_of(config: dict[str, Any]) -> LlamaConfig:
             f"{', '.join(ACTIVATIONS)}."
         )
     scalar = full.get("query_pre_attn_scalar")
-    bias = bool(full["attention_bias"]) and family != "mistral"
+    bias = flag(full, "attention_bias") and family != "mistral"
     own: dict[str, Any] = {"attention_bias": bias, "output_bias": bias}
     try:
         kinds, pattern = kinds_of(family, full)
@@ -166,8 +166,8 @@ def shape_of(config: dict[str, Any]) -> LlamaConfig:
                 family=family,
                 kv_heads=full["num_key_value_heads"],
                 head_size=full["head_dim"],
-                tied=bool(full["tie_word_embeddings"]),
-                mlp_bias=bool(full["mlp_bias"]) and family in ("llama", "smollm3"),
+                tied=flag(full, "tie_word_embeddings"),
+                mlp_bias=flag(full, "mlp_bias") and family in ("llama", "smollm3"),
                 activation=ACTIVATIONS[full["hidden_act"]],
                 norm_eps=positive("rms_norm_eps", full["rms_norm_eps"]),
                 attention_scale=scalar and positive("query_pre_attn_scalar", scalar) ** -0.5,
@@ -192,7 +192,9 @@ def kinds_of(family: str, full: dict[str, Any]) -> tuple[tuple[Kind, ...], tuple
         default = [(i + 1) % every != 0 for i in range(layers)]
         rotates = [bool(x) for x in full.get("no_rope_layers") or default]
     # Some families have a window only where it is said to be used.
-    used = family != "llama" and full.get("use_sliding_window", True)
+    used = family != "llama" and (
+        "use_sliding_window" not in full or flag(full, "use_sliding_window")
+    )
     window = whole(full, "sliding_window") if used and full["sliding_window"] else None
     slides = [kind == SLIDING for kind in layer_types(family, full, rotates, window)]
     if len(slides) != layers or len(rotates) != layers:

@@ -98,7 +98,8 @@ class Found:
 
     Attributes:
       entries: each of them.
-      left_out: the names of those that belong to no language model.
+      left_out: the names of those that belong to no language model, or are of a head of its own
+        where config.json has the embedding be the head.
     """
 
     entries: list[Entry]
@@ -121,9 +122,8 @@ def match(shape: LlamaConfig, tensors: dict[str, Tensor]) -> Found:
     wanted = list(entries(shape, prefix))
     names = {entry.name for entry in wanted}
     rest = [name for name in tensors if name not in names and not name.endswith(BUFFERS)]
-    if shape.architecture.tied:
-        rest = [name for name in rest if name != head_name(prefix)]
-    left_out = [name for name in rest if set(name.split(".")) & set(TOWERS)]
+    others = {head_name(prefix)} if shape.architecture.tied else set()
+    left_out = [name for name in rest if name in others or set(name.split(".")) & set(TOWERS)]
     if missing := [entry.name for entry in wanted if entry.name not in tensors]:
         raise UsageError(f"{len(missing)} tensors are missing: {some(missing)}.")
     if extra := sorted(set(rest) - set(left_out)):

@@ -5,7 +5,7 @@ from typing import Any
 
 from examples.flax_llama.architecture import Rope
 from examples.flax_llama.usage import UsageError
-from examples.hf.values import check_only, positive, whole
+from examples.hf.values import check_only, flag, positive, whole
 
 SLIDING = "sliding_attention"
 
@@ -55,7 +55,7 @@ def rope_of(full: dict[str, Any], layer_type: str) -> Rope:
         *(theta, kind, factor, original),
         beta_fast=of("beta_fast", 32),
         beta_slow=of("beta_slow", 1),
-        truncate=bool(scaling.get("truncate", True)),
+        truncate=flag({"truncate": True} | scaling, "truncate"),
         attention_factor=yarn_attention(scaling, factor),
     )
 

@@ -105,7 +105,7 @@ def read(tensors: dict[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str
     Nothing of a file is kept in memory but the tensor that is yielded.
 
     Raises:
-      UsageError: a file cannot be read any more.
+      UsageError: a file cannot be read any more, or a number is not finite; names the tensor.
     """
     by_file: dict[Path, list[str]] = {}
     for name in names:
@@ -113,7 +113,22 @@ def read(tensors: dict[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str
     for path, of_file in by_file.items():
         with opened(path) as file:
             for name in of_file:
-                yield name, file.get_tensor(name)
+                array = file.get_tensor(name)
+                if array.dtype == np.float64:
+                    # Nothing is kept in more than 32 bits.
+                    with np.errstate(over="ignore"):
+                        array = array.astype(np.float32)
+                if not is_finite(array):
+                    raise UsageError(f"{name} in {path} has a number that is not finite.")
+                yield name, array
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no number is infinite or none at all: those have all bits of infinity's exponent."""
+    if "float" not in array.dtype.name:
+        return True
+    exponent = np.array(np.inf, array.dtype).view(f"u{array.itemsize}")
+    return not ((array.view(exponent.dtype) & exponent) == exponent).any()
 
 
 @contextlib.contextmanager

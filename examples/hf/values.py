@@ -26,6 +26,13 @@ def whole(config: dict[str, Any], name: str) -> int:
     return value
 
 
+def flag(config: dict[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise UsageError(f"{name}={value!r}: expected true or false.")
+    return bool(value)
+
+
 def positive(name: str, value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:

@@ -17,6 +17,9 @@ INDEX = "model.safetensors.index.json"
 # The dtypes that weights are taken from; what is in fewer bits has scales beside it.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
+# Numbers that are looked at at once, so that this takes no memory.
+PART = 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -128,7 +131,9 @@ def is_finite(array: np.ndarray) -> bool:
     if "float" not in array.dtype.name:
         return True
     exponent = np.array(np.inf, array.dtype).view(f"u{array.itemsize}")
-    return not ((array.view(exponent.dtype) & exponent) == exponent).any()
+    bits = array.reshape(-1).view(exponent.dtype)
+    parts = (bits[start : start + PART] for start in range(0, bits.size, PART))
+    return not any(((part & exponent) == exponent).any() for part in parts)
 
 
 @contextlib.contextmanager

@@ -45,24 +45,20 @@ PROJECTORS = ("power_iteration", "svd")
 def table() -> dict[str, dict[str, Any]]:
     """The rows by name: a device, and the settings of a run."""
     rows: dict[str, dict[str, Any]] = {}
-    for preset, method, settings, device in (
+    published = (
         ("7b", "8-bit GaLore", GALORE, "rtx4090_24gb"),
         ("7b", "Q-GaLore", Q_GALORE, "rtx4060ti_16gb"),
         ("7b", "Q-GaLore", Q_GALORE, "tpu_v5e"),
         ("13b", "Q-GaLore", Q_GALORE, "rtx4090_24gb"),
-    ):
+    )
+    for preset, method, settings, device in published:
         for projector in PROJECTORS:
             rows[f"{preset} {method} {projector} {device}"] = {
                 "device": device,
                 "method": method,
                 "settings": SHARED | settings | {"preset": preset, "projector": projector},
             }
-    for preset, method, settings, device in (
-        ("7b", "8-bit GaLore", GALORE, "rtx4090_24gb"),
-        ("7b", "Q-GaLore", Q_GALORE, "rtx4060ti_16gb"),
-        ("7b", "Q-GaLore", Q_GALORE, "tpu_v5e"),
-        ("13b", "Q-GaLore", Q_GALORE, "rtx4090_24gb"),
-    ):
+    for preset, method, settings, device in published:
         rows[f"{preset} {method} rows {device}"] = {
             "device": device,
             "method": f"{method}, projector `rows`",

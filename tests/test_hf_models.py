@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
 import galore_optax
+from examples.flax_llama import plan
 from examples.flax_llama.attention import empty_cache
 from examples.flax_llama.config import Config
 from examples.flax_llama.export_hf import export_hf
@@ -366,6 +367,18 @@ def test_a_bit_that_flipped_in_an_imported_model_is_found(directory, tmp_path, i
     with pytest.raises(UsageError, match=r"in .*weights\.safetensors is not what was imported"):
         export_hf(tmp_path / "run", tmp_path / "exported", quiet=True)
     assert not (tmp_path / "exported").exists()
+
+
+def test_a_directory_and_its_configuration_are_planned_as_they_are_trained(directory, capsys):
+    # The tokenizer of the demo, which is the default, has more tokens than this model.
+    spoil_config(vocab_size=4096)(directory)
+    shape = read_shape(directory)
+    for preset in (directory, directory / "config.json"):
+        words = ["--preset", str(preset), "--batch", "2", "--seq", "16"]
+        found = plan.plan(plan.from_command_line([*words, "--device", "rtx4060_8gb"]))
+        assert found is plan.Fit.SURE
+        said = capsys.readouterr().out
+        assert said.startswith(f"Qwen3 of {shape.num_params:,} parameters, vocabulary 4,096")
 
 
 def test_a_model_is_no_run(directory):

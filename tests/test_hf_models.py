@@ -378,7 +378,7 @@ def test_a_directory_and_its_configuration_are_planned_as_they_are_trained(direc
         found = plan.plan(plan.from_command_line([*words, "--device", "rtx4060_8gb"]))
         assert found is plan.Fit.SURE
         said = capsys.readouterr().out
-        assert said.startswith(f"Qwen3 of {shape.num_params:,} parameters, vocabulary 4,096")
+        assert said.startswith(f"Qwen3 of {shape.num_params:,} parameters ({preset}), vocabulary")
 
 
 def test_a_model_is_no_run(directory):

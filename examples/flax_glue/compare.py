@@ -55,8 +55,8 @@ class Method:
         others: dict[str, Any] = {
             name: None for name, (some, _) in OF_SOME.items() if self.optimizer not in some
         }
-        own = {"optimizer": self.optimizer, "rank": self.rank, "lr": lr, "seed": seed}
-        return dataclasses.replace(shared, **others | own).resolve()
+        own: dict[str, Any] = {"optimizer": self.optimizer, "rank": self.rank}
+        return dataclasses.replace(shared, **others | own, lr=lr, seed=seed).resolve()
 
     def run_name(self, config: Config) -> str:
         """What the directory of a run with it is called."""

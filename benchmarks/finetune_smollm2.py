@@ -101,7 +101,7 @@ def right(text: str, problem: dict[str, Any]) -> bool:
     import reasoning_gym  # pyrefly: ignore[missing-import]
 
     scorer = reasoning_gym.get_score_answer_fn("chain_sum")
-    return scorer(answer=text.strip(), entry=problem) == 1.0
+    return scorer(text.strip(), problem) == 1.0
 
 
 def write_data(directory: Path) -> Path:
@@ -186,7 +186,7 @@ class Bench:
 
     def __init__(self, path: Path, model: Path):
         self._path, self._model, self._about = path, model, about(model)
-        known = {"about": self._about, "runs": []}
+        known: dict[str, Any] = {"about": self._about, "runs": []}
         if path.exists():
             known = json.loads(path.read_text())
         if known["about"] != self._about:

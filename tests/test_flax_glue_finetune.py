@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import pathlib
 import shutil
 import types
 
@@ -20,7 +21,7 @@ import galore_optax
 from examples.flax_glue import compare as compare_module
 from examples.flax_glue import finetune as finetune_module
 from examples.flax_glue import run_files
-from examples.flax_glue.compare import compare
+from examples.flax_glue.compare import compare, parse_methods, read_result
 from examples.flax_glue.config import Config
 from examples.flax_glue.finetune import finetune, from_command_line, main
 from examples.flax_glue.model import Text
@@ -192,6 +193,24 @@ def test_a_run_does_not_go_on_with_other_data(run, data, tmp_path):
         finetune(config)
 
 
+@pytest.mark.parametrize("kept", ["nothing", "updates", "evaluations", "a part"])
+def test_a_run_that_lost_records_does_not_go_on(run, tmp_path, kept):
+    """Dev could not choose the epoch among all of them."""
+    out = shutil.copytree(run[0], tmp_path / "run")
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    wanted = {
+        "updates": [line for line in lines if "valid_loss" not in line],
+        "evaluations": [line for line in lines if "valid_loss" in line],
+        "a part": [*lines[:-1], lines[-1][:-20]],
+    }
+    path.unlink()
+    if kept != "nothing":
+        path.write_text("".join(wanted[kept]))
+    with pytest.raises(UsageError, match=r"metrics.jsonl has not all records of the 48 updates"):
+        finetune(from_command_line(["--out", str(out), "--resume", "--quiet"]))
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(model, data, tmp_path):
     plain = dict.fromkeys(("rank", "scale", "update_proj_gap"))
     config = tiny(model, data, optimizer="adamw", lr=1e30, out=tmp_path / "run", **plain)
@@ -295,7 +314,8 @@ def pretend(config, how_to_go_on=None):
     config = config.resolve()
     config.out.mkdir(parents=True)
     (config.out / "checkpoints").mkdir()
-    settings = {"finetune": finetune_module.settings_of(config), "model": {}, "files": []}
+    files = run_files.digests(config, open_task(config.task, config.data, None).files)
+    settings = {"finetune": finetune_module.settings_of(config), "model": {}, "files": files}
     (config.out / "config.json").write_text(json.dumps(settings))
     if config.lr > 1:
         raise FloatingPointError("loss is nan at update 3")
@@ -321,7 +341,8 @@ def test_methods_are_compared_by_pairs_of_seeds(model, data, tmp_path, monkeypat
         return pretend(config)
 
     monkeypatch.setattr(compare_module, "finetune", counted)
-    shared = Config(model=model, data=data, out=tmp_path / "compare", scale=2.0, seed=5)
+    shared = {"model": model, "data": data, "out": tmp_path / "compare", "max_length": 16}
+    shared = Config(**shared, scale=2.0, seed=5)
     found = compare(shared, METHODS, SWEEP, seeds=3)
     assert {name: runs[0].lr for name, runs in found.best.items() if runs[0].best} == {
         "adamw": 0.02,
@@ -357,9 +378,105 @@ def test_methods_are_compared_by_pairs_of_seeds(model, data, tmp_path, monkeypat
         compare(dataclasses.replace(shared, batch=8), METHODS, SWEEP, seeds=3)
 
 
+@pytest.fixture
+def compared(model, data, tmp_path, monkeypatch):
+    """The settings of a comparison of one run that was made, from copies of model and data."""
+    monkeypatch.setattr(compare_module, "finetune", pretend)
+    own = [shutil.copytree(path, tmp_path / path.name) for path in (model, data)]
+    shared = Config(*own, out=tmp_path / "compare", max_length=16)
+    compare(shared, ("adamw",), seeds=1)
+    return shared
+
+
+def test_a_comparison_is_read_again_with_the_same_files_elsewhere(compared, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_module, "finetune", None)
+    report = (compared.out / "report.md").read_text()
+    paths = {name: getattr(compared, name) for name in ("model", "data")}
+    moved = {name: path.rename(tmp_path / f"moved {name}") for name, path in paths.items()}
+    compare(dataclasses.replace(compared, **moved), ("adamw",), seeds=1)
+    for name, path in paths.items():
+        report = report.replace(str(path), str(moved[name]))
+    # In the command a name with a space is quoted.
+    assert (compared.out / "report.md").read_text().replace("'", "") == report.replace("'", "")
+
+
+@pytest.mark.parametrize("methods", [("adamw",), ("lora:4",)])
+@pytest.mark.parametrize(
+    ("path", "change", "said"),
+    [
+        ("task/train.txt", lambda text: text.replace("good", "fine", 1), "train.txt is not what"),
+        ("task/dev.txt", lambda text: text + "1 good\n", "dev.txt is not what"),
+        ("task/test.txt", None, "test.txt, which the run began with, is not there any more"),
+        ("model/config.json", lambda text: text.replace("1e-12", "1e-6"), "config.json is not"),
+    ],
+    ids=["train", "dev", "test", "model"],
+)
+def test_a_comparison_is_of_the_same_files(compared, tmp_path, path, change, said, methods):
+    path = tmp_path / path
+    text = path.read_text()
+    path.unlink()
+    if change:
+        path.write_text(change(text))
+    before = sorted(compared.out.rglob("*"))
+    with pytest.raises(UsageError, match=said):
+        compare(compared, methods, seeds=1)
+    assert sorted(compared.out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("settings", [{"limit": 60}, {"dropout": 0.2}, {"clip": 1.0}], ids=str)
+def test_a_comparison_is_of_the_same_settings(compared, settings):
+    """Also where they were given before, and are left out now."""
+    changed = dataclasses.replace(compared, **settings)
+    (name,) = settings
+    with pytest.raises(UsageError, match=f"is of another configuration: {name}="):
+        compare(changed, ("adamw",), seeds=1)
+    compare(changed, ("adamw",), ("adamw=0.1",), seeds=1)
+    with pytest.raises(UsageError, match=f"is of another configuration: {name}="):
+        compare(compared, ("adamw",), ("adamw=0.1",), seeds=1)
+
+
+def test_what_came_out_of_a_run_must_be_whole(compared):
+    (path,) = compared.out.glob("*/result.json")
+    path.write_text("{}")
+    with pytest.raises(UsageError, match=r"result.json is not what a comparison writes: delete"):
+        compare(compared, ("adamw",), seeds=1)
+
+
+def test_rates_that_differ_have_runs_of_their_own():
+    (method,) = parse_methods(["lora:4"])
+    configs = [Config(ENCODERS, ENCODERS, lr=lr) for lr in (2.0, 0.02, 1e-5, 0.02000001)]
+    names = [f"lora-r4-lr{lr}-seed0" for lr in ("2", "0.02", "1e-05", "0.02000001")]
+    assert [method.run_name(config) for config in configs] == names
+
+
+def test_the_runs_on_sst2_can_be_read():
+    directory = ENCODERS.parents[2] / "benchmarks" / "results" / "finetune_sst2"
+    runs = json.loads((directory / "results.json").read_text())["runs"]
+    told = {run["name"]: run for run in runs}
+    paths = sorted(directory.glob("*-seed*"))
+    assert {path.name for path in paths} >= told.keys()
+    for path in paths:
+        settings, found = run_files.read_settings(path), read_result(path / "result.json")
+        config = run_files.config_of(settings["finetune"])
+        (method,) = parse_methods([found.method])
+        assert path.name == found.name == method.run_name(dataclasses.replace(config, lr=found.lr))
+        assert dataclasses.asdict(found) == told.get(found.name, dataclasses.asdict(found))
+        names = ["config.json", "model.safetensors", "tokenizer.json"]
+        names += ["train.txt", "dev.txt", "test.txt"]
+        assert [name for name, *_ in settings["files"]] == names
+
+
 @pytest.mark.parametrize(
     ("methods", "sweep", "said"),
     [
+        ((), (), "methods is empty: expected at least one OPTIMIZER or OPTIMIZER:RANK."),
+        (("adamw",), ("adamw=nan",), "sweep='adamw=nan': expected"),
+        (("adamw",), ("adamw=1", "adamw=2"), "sweep='adamw=2': expected the rates of adamw once."),
+        (
+            *(("lora:4", "lora:8"), ("lora:4=1", "lora=2", "lora:8=3")),
+            "sweep has rates of lora that have no effect",
+        ),
+        (("lora:0",), (), "rank=0: expected 1 to 15"),
         (("sgd",), (), "methods='sgd': expected OPTIMIZER or OPTIMIZER:RANK with"),
         (("lora:x",), (), "methods='lora:x': expected"),
         (("lora:4",), ("adamw=1",), "sweep='adamw=1': expected METHOD=RATE,RATE,... with a method"),
@@ -371,6 +488,36 @@ def test_comparisons_that_cannot_work(model, data, tmp_path, methods, sweep, sai
     with pytest.raises(UsageError) as error:
         compare(Config(model=model, data=data, out=tmp_path / "compare"), methods, sweep)
     assert said in str(error.value)
+    assert not (tmp_path / "compare").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"scale": 2.0},
+            "scale=2.0 has no effect with methods adamw, lora:4, only with optimizers",
+        ),
+        ({"data": pathlib.Path("none")}, "data=none is no directory"),
+        ({"task": "mrpc"}, "has no train.tsv"),
+        ({"max_length": 17}, "max_length=17: the model has positions for 16 tokens"),
+        ({"seed": 2**31 - 1}, "seed=2147483648: expected"),
+        ({"model": ENCODERS / "bert"}, "has no tokenizer.json"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_nothing_is_made_for_a_comparison_that_cannot_work(model, data, tmp_path, settings, said):
+    given = {"model": model, "data": data, "out": tmp_path / "compare", "max_length": 16}
+    with pytest.raises(UsageError, match=said):
+        compare(Config(**given | settings), ("adamw", "lora:4"), ("lora=1", "adamw=1"))
+    assert not (tmp_path / "compare").exists()
+
+
+def test_nothing_is_made_for_a_comparison_with_weights_that_are_cut(model, data, tmp_path):
+    weights = shutil.copytree(model, tmp_path / "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=r"model.safetensors is cut or damaged"):
+        compare(Config(weights.parent, data, out=tmp_path / "compare", max_length=16), ("adamw",))
     assert not (tmp_path / "compare").exists()
 
 

@@ -1,5 +1,6 @@
 """Encoders of Hugging Face: what they compute in PyTorch, and checkpoints that are wrong."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -288,15 +289,43 @@ def test_a_file_that_is_cut_is_named(tmp_path):
         ({"is_decoder": True}, "is_decoder is True; expected False."),
         ({"architectures": ["GPT2Model"]}, "its architecture is GPT2Model; expected BERT or"),
         ({"model_type": "electra", "architectures": None}, "its architecture is electra"),
-        ({"num_hidden_layers": None}, "num_hidden_layers is missing, or no whole number."),
-        ({"num_attention_heads": 3}, "hidden=16 does not divide into heads=3 heads."),
-        ({"layer_norm_eps": 0, "hidden_dropout_prob": 1.0}, "hidden_dropout=1.0: expected"),
+        ({"model_type": ["bert"], "architectures": None}, r"its architecture is \['bert'\]"),
+        ({"architectures": 5}, "architectures=5: expected a list of names."),
+        ({"num_hidden_layers": None}, "num_hidden_layers=None: expected a positive whole number."),
+        ({"vocab_size": 50.0}, "vocab_size=50.0: expected a positive whole number."),
+        ({"type_vocab_size": 0}, "type_vocab_size=0: expected a positive whole number."),
+        ({"num_attention_heads": 3}, "num_attention_heads=3: expected .* hidden_size=16 divides"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0: expected at least 0 and less"),
+        ({"attention_probs_dropout_prob": "x"}, "attention_probs_dropout_prob='x': expected at"),
+        ({"classifier_dropout": True}, "classifier_dropout=True: expected at least 0"),
+        ({"layer_norm_eps": "x"}, "layer_norm_eps='x': expected a positive number."),
+        ({"layer_norm_eps": -1}, "layer_norm_eps=-1: expected a positive number."),
+        ({"initializer_range": "a"}, "initializer_range='a': expected a positive number."),
+        ({"pad_token_id": 50}, "pad_token_id=50: expected a whole number from 0 to 49."),
+        ({"pad_token_id": "0"}, "pad_token_id='0': expected a whole number"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_what_the_model_does_not_compute_is_refused(tmp_path, settings, said):
-    with pytest.raises(UsageError, match=said):
-        load(copy(tmp_path, "bert", **settings))
+    directory = copy(tmp_path, "bert", **settings)
+    with pytest.raises(UsageError, match=f"config.json: .*{said}"):
+        read_encoder(directory)
+
+
+def test_positions_of_roberta_begin_behind_its_padding(tmp_path):
+    directory = copy(tmp_path, "roberta", pad_token_id=19)
+    with pytest.raises(UsageError, match="max_position_embeddings=20: expected more than 20, "):
+        read_encoder(directory)
+
+
+@pytest.mark.parametrize(("name", "pad"), [("bert", 0), ("roberta", 1)])
+def test_null_is_what_transformers_has_by_default(tmp_path, name, pad):
+    names = ("pad_token_id", "layer_norm_eps", "initializer_range", "hidden_dropout_prob")
+    others = ("type_vocab_size", "attention_probs_dropout_prob", "classifier_dropout")
+    found = read_encoder(copy(tmp_path, name, **dict.fromkeys((*names, *others))))
+    expected = {"pad_id": pad, "norm_eps": 1e-12, "init_std": 0.02, "token_types": 2}
+    expected |= dict.fromkeys(DROPOUTS, 0.1)
+    assert found == dataclasses.replace(read_encoder(ENCODERS / name), **expected)
 
 
 def test_an_adapter_adds_its_product_times_alpha_over_its_rank():

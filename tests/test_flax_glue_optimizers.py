@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import jax
@@ -68,7 +69,10 @@ def test_an_optimizers_own_settings_come_before_the_presets():
         ("galore_adamw", {"lr": 0.0}, "lr=0.0: expected a positive number."),
         ("galore_adamw", {"epochs": 0}, "epochs=0: expected at least 1."),
         ("galore_adamw", {"dropout": 1.0}, "dropout=1.0: expected at least 0 and less than 1."),
-        ("galore_adamw", {"seed": -1}, "seed=-1: expected 0 or more."),
+        ("galore_adamw", {"seed": -1}, "seed=-1: expected 0 to 2147483647."),
+        ("galore_adamw", {"seed": 2**31}, "seed=2147483648: expected 0 to"),
+        ("galore_adamw", {"rank": math.nan}, "rank=nan: expected a whole number, or a fraction"),
+        ("lora", {"rank": math.inf}, "rank=inf: expected a whole number"),
         ("galore_adamw", {"resume": True}, "resume=True needs the directory of the run"),
         ("galore_adamw", {"preset": "long"}, "preset='long': expected one of short, galore_r4"),
     ],
@@ -84,7 +88,12 @@ def test_settings_that_cannot_work(optimizer, settings, said):
     [
         ({"rank": 16}, "rank=16: expected 1 to 15, less than the hidden size 16"),
         ({"rank": 0}, "rank=0: expected 1 to 15"),
+        ({"rank": -1}, "rank=-1: expected 1 to 15"),
         ({"projector": "qr"}, "projector='qr': expected one of"),
+        ({"optimizer": "lora", "rank": 0}, "rank=0: expected 1 to 15"),
+        ({"optimizer": "lora", "rank": -1}, "rank=-1: expected 1 to 15"),
+        ({"optimizer": "lora", "rank": 0.5}, "rank=0.5: expected 1 to 15"),
+        ({"optimizer": "lora", "rank": 16}, "rank=16: expected 1 to 15"),
     ],
 )
 def test_settings_that_do_not_go_with_the_model(settings, said):

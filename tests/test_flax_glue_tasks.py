@@ -103,7 +103,8 @@ def test_any_labels_of_a_text_count_from_0_in_their_order(tmp_path):
     [
         ("sst2", {"train": "2 a\n", "dev": "1 b\n"}, "train.txt, line 1: label '2'; expected one"),
         ("sst2", {"train": "1 a\n", "dev": "0 b\nno c\n"}, "dev.txt, line 2: label 'no'"),
-        ("text", {"train": "x a\n", "dev": "y b\n"}, "label 'y'; expected one of x."),
+        ("text", {"train": "x a\nz b\n", "dev": "y b\n"}, "label 'y'; expected one of x, z."),
+        ("text", {"train": "x a\nx b\n", "dev": "x c\n"}, "each label is 'x'; expected two or"),
         ("sst2", {"train": "1\n", "dev": "1 b\n"}, "train.txt, line 1: '1'; expected a label, a"),
         ("sst2", {"train": "", "dev": "1 b\n"}, "train.txt is empty."),
         ("sst2", {"train": "\n", "dev": "1 b\n"}, "train.txt has no examples."),
@@ -190,6 +191,19 @@ def test_reviews_of_a_film_stay_together_and_plots_are_left_out(tmp_path):
         assert len(examples) == 3 * len(films[-1])
         assert examples.labels.mean() == pytest.approx(2 / 3)
     assert len(set.union(*films)) == sum(map(len, films)) == 60
+
+
+def test_of_two_formats_neither_is_chosen(tmp_path):
+    (write(tmp_path, train="1 a\n") / "train.tsv").touch()
+    with pytest.raises(UsageError, match=r"has both train\.tsv and train\.txt: expected one"):
+        open_task("sst2", tmp_path, None)
+
+
+def test_a_row_that_is_cut_is_named(tmp_path):
+    path = tmp_path / "corpus.csv.bz2"
+    path.write_bytes(bz2.compress(b"category,text,movie_name\nfresh,good,film\nfresh,good\n"))
+    with pytest.raises(UsageError, match="row 2: it has fewer columns than the header"):
+        open_task("rotten_tomatoes", path, None)
 
 
 @pytest.mark.parametrize("task", packaged.READERS)

@@ -134,6 +134,13 @@ def test_other_words_in_a_sweep_are_refused_with_what_is_right(word):
         parse_sweep([word], ["adamw", "sgd"])
 
 
+@pytest.mark.parametrize("again", ["adamw=0.2", "adamw.lr=0.2"])
+def test_values_of_a_setting_are_given_once(again):
+    """The second would take the place of the first."""
+    with pytest.raises(UsageError, match=rf"sweep='{again}': expected the values of adamw.* once"):
+        parse_sweep(["adamw=0.1", again], ["adamw"])
+
+
 @pytest.mark.parametrize("best", [(0, 0), (1, 2), (4, 1), (2, 3)])
 def test_a_search_ends_where_no_single_value_is_better(best):
     tried = set()
@@ -473,6 +480,9 @@ def test_an_unknown_optimizer_or_no_seed_is_refused(text, tmp_path):
     shared = tiny(text, out=tmp_path / "out")
     with pytest.raises(UsageError, match=r"optimizers='adam': expected some of adamw, adafactor"):
         compare(shared, ("adam",))
+    with pytest.raises(UsageError, match="optimizers is empty: expected some of adamw, adafactor"):
+        compare(shared, ())
+    assert not shared.out.exists()
     with pytest.raises(UsageError, match="seeds=0: expected at least 1"):
         compare(shared, seeds=0)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -17,6 +18,14 @@ from examples.flax_llama.values import whole_rank
 LORA = "lora"
 IN_GALORE = (*ADAMW, *ADAMW_8BIT)
 OPTIMIZERS = ("adamw", "adamw_8bit", *IN_GALORE, LORA)
+# Settings of some optimizers, which the others do without: of which, and what those are called.
+OF_SOME = {
+    **dict.fromkeys(("scale", "update_proj_gap", "projector"), (IN_GALORE, "optimizers in GaLore")),
+    "rank": ((*IN_GALORE, LORA), "optimizers in GaLore and lora"),
+    **dict.fromkeys(("lora_alpha", "lora_targets"), ((LORA,), LORA)),
+}
+# Of JAX's random numbers, in a program that takes it as an argument.
+LARGEST_SEED = 2**31 - 1
 
 # None in a `Config` as it is given, a value in a resolved one, which a type cannot tell apart.
 T = TypeVar("T")
@@ -157,7 +166,11 @@ class Config:
           UsageError: a setting cannot work, or has no effect.
         """
         self._check_choices()
-        self._check_effects()
+        check_effects(self, [self.optimizer], f"optimizer={self.optimizer!r}")
+        if self.rank is not None and not math.isfinite(self.rank):
+            raise UsageError(
+                f"rank={self.rank}: expected a whole number, or a fraction of the hidden size."
+            )
         default = self._defaults()
         unset = tuple(name for name in default if getattr(self, name) is None)
         config = dataclasses.replace(
@@ -181,21 +194,23 @@ class Config:
         if self.dropout is not None:
             parts = ("hidden_dropout", "attention_dropout", "classifier_dropout")
             settings |= dict.fromkeys(parts, self.dropout)
-        if self.optimizer == LORA:
-            settings |= {
-                "lora_rank": self.rank,
-                "lora_alpha": self.lora_alpha,
-                "lora_targets": self.lora_targets,
-            }
-        return read_encoder(self.model, **settings)
+        encoder = read_encoder(self.model, **settings)
+        if self.optimizer != LORA:
+            return encoder
+        return dataclasses.replace(
+            encoder,
+            lora_rank=self.rank_for(encoder.hidden),
+            lora_alpha=self.lora_alpha,
+            lora_targets=self.lora_targets,
+        )
 
     def rank_for(self, hidden: int) -> int:
-        """The rank, of which a fraction is one of the hidden size.
+        """The rank, of which a fraction is one of the hidden size; of LoRA it is whole.
 
         Raises:
           UsageError: there is no such subspace of gradients of that size.
         """
-        rank = whole_rank(self.rank, hidden)
+        rank = self.rank if self.optimizer == LORA else whole_rank(self.rank, hidden)
         if not (isinstance(rank, int) and 1 <= rank < hidden):
             raise UsageError(
                 f"rank={self.rank}: expected 1 to {hidden - 1}, less than the hidden size {hidden}"
@@ -231,22 +246,6 @@ class Config:
         if self.lora_targets is not None:
             one_of("lora_targets", self.lora_targets, LORA_TARGETS)
 
-    def _check_effects(self) -> None:
-        """Refuses settings of optimizers that this one is none of."""
-        needs = {
-            ("scale", "update_proj_gap", "projector"): IN_GALORE,
-            ("rank",): (*IN_GALORE, LORA),
-            ("lora_alpha", "lora_targets"): (LORA,),
-        }
-        for names, optimizers in needs.items():
-            for name in names if self.optimizer not in optimizers else ():
-                if getattr(self, name) is not None:
-                    what = {LORA: "lora", "galore_adamw": "optimizers in GaLore"}[optimizers[0]]
-                    raise UsageError(
-                        f"{name}={getattr(self, name)!r} has no effect with "
-                        f"optimizer={self.optimizer!r}, only with {what}. Leave it out."
-                    )
-
     def _check(self) -> None:
         for name in ("epochs", "batch", "max_length", "update_proj_gap", "limit"):
             if getattr(self, name) is not None:
@@ -263,7 +262,26 @@ class Config:
                 raise UsageError(
                     f"{name}={getattr(self, name)}: expected at least 0 and less than 1."
                 )
-        if self.seed < 0:
-            raise UsageError(f"seed={self.seed}: expected 0 or more.")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UsageError(f"seed={self.seed}: expected 0 to {LARGEST_SEED}.")
         if self.resume and self.out is None:
             raise UsageError("resume=True needs the directory of the run: out=DIRECTORY.")
+
+
+def check_effects(config: Config, optimizers: Sequence[str], named: str) -> None:
+    """Refuses settings that none of the optimizers has.
+
+    Args:
+      config: the settings as they are given.
+      optimizers: of a run, or of all runs of a comparison.
+      named: what to call them.
+
+    Raises:
+      UsageError: names the first such setting.
+    """
+    for name, (some, what) in OF_SOME.items():
+        value = getattr(config, name)
+        if value is not None and not set(some) & set(optimizers):
+            raise UsageError(
+                f"{name}={value!r} has no effect with {named}, only with {what}. Leave it out."
+            )

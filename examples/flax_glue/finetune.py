@@ -26,6 +26,7 @@ from examples.flax_glue.optimizers import in_8_bits, make_optimizer, trained
 from examples.flax_glue.readers import Dataset, Examples, open_task
 from examples.flax_glue.run_files import (
     check_files,
+    check_metrics,
     check_settings,
     config_of,
     digests,
@@ -129,7 +130,7 @@ def finetune(config: Config, how_to_go_on: str | None = None) -> Result:
         optimizer = make_optimizer(config, encoder, len(epochs))
         files = digests(config, dataset.files)
         if config.resume and out is not None:
-            check_files(read_settings(out), config, files)
+            check_files(read_settings(out), out, files)
         loaded = load_weights(config.model, encoder, config.seed)
         params, frozen = trained_and_frozen(config, encoder, loaded)
         stop, checkpoints = never, None
@@ -137,6 +138,8 @@ def finetune(config: Config, how_to_go_on: str | None = None) -> Result:
             stop = stack.enter_context(stopping(go_on))
             checkpoints = stack.enter_context(open_checkpoints(config, encoder, files))
         start = max(checkpoints.steps, default=0) if checkpoints else 0
+        if out is not None:
+            check_metrics(out, start, train.batches)
         batches = epochs.iterator()
         state = first_state(params, optimizer, checkpoints, start, batches)
         memory = memory_of(optimizer, params, frozen)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from examples.flax_glue.shapes import EncoderConfig
 from examples.flax_llama.usage import UsageError
+from examples.hf.names import some
 
 # The path of a parameter in ours.
 Path = tuple[str, ...]
@@ -112,13 +113,6 @@ def plain_names(names: Iterable[str], kind: str) -> dict[str, str]:
     return plain
 
 
-def several(names: Iterable[str], most: int = 3) -> str:
-    """The first of some names, and how many more there are."""
-    listed = sorted(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
-
-
 def left_over(plain: Mapping[str, str], used: Iterable[str]) -> list[str]:
     """The names of tensors that a model has no use for, each head by its first word.
 
@@ -127,6 +121,8 @@ def left_over(plain: Mapping[str, str], used: Iterable[str]) -> list[str]:
     """
     rest = plain.keys() - set(used)
     if unknown := [plain[name] for name in rest if not OTHERS.fullmatch(name)]:
-        raise UsageError(f"the checkpoint has tensors that this model has not: {several(unknown)}.")
+        raise UsageError(
+            f"the checkpoint has tensors that this model has not: {some(sorted(unknown))}."
+        )
     heads = (match["head"] for name in rest if (match := OTHERS.fullmatch(name)))
     return sorted({head for head in heads if head is not None})

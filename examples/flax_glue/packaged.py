@@ -64,8 +64,11 @@ def of_rotten_tomatoes(path: Path) -> Iterator[Found]:
         if missing := {"category", "text", "movie_name"} - set(rows.fieldnames or ()):
             raise UsageError(f"{path}: there is no column {min(missing)}.")
         for number, row in enumerate(rows, 1):
-            if row["category"] != "plot":
-                yield row["movie_name"], f"{path}, row {number}", (row["text"],), row["category"]
+            category, text, film = (row[name] for name in ("category", "text", "movie_name"))
+            if None in (category, text, film):
+                raise UsageError(f"{path}, row {number}: it has fewer columns than the header.")
+            if category != "plot":
+                yield film, f"{path}, row {number}", (text,), category
 
 
 READERS: dict[str, Callable[[Path], Iterator[Found]]] = {

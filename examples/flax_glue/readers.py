@@ -82,6 +82,8 @@ def open_task(name: str, data: Path, test: Path | None, limit: int | None = None
     train_file = find(data, "train", task)
     rows = {train_file: list(read_rows(train_file, task, notes))}
     labels = task.labels or (() if task.is_regression else in_order(rows[train_file]))
+    if len(labels) == 1:
+        raise UsageError(f"{train_file}: each label is {labels[0][:40]!r}; expected two or more.")
     dev_files = {prefix: find(data, file, task) for prefix, file in task.dev}
     for file in dev_files.values():
         rows[file] = list(read_rows(file, task, notes))
@@ -126,7 +128,7 @@ def find(data: Path, name: str, task: Task) -> Path:
     paths = [data / f"{name}{suffix}" for suffix in suffixes]
     there = [path for path in paths if path.is_file()]
     if len(there) != 1:
-        names = " or ".join(path.name for path in paths)
+        names = (" and " if there else " or ").join(path.name for path in paths)
         raise UsageError(f"data={data} has {'both' if there else 'no'} {names}: expected one.")
     return there[0]
 

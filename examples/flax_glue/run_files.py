@@ -10,6 +10,7 @@ from examples.flax_glue.config import Config
 from examples.flax_glue.shapes import CONFIG, EncoderConfig
 from examples.flax_glue.tokens import FILE
 from examples.flax_llama.fingerprint import marks_of
+from examples.flax_llama.records import METRICS, missing, read_records
 from examples.flax_llama.run_directory import SETTINGS
 from examples.flax_llama.sealed import checked, sealed
 from examples.flax_llama.usage import UsageError, read_object
@@ -77,17 +78,22 @@ def config_of(settings: dict[str, Any]) -> Config:
         raise UsageError(f"These are not the settings of this version: {error}") from error
 
 
-def check_settings(stored: dict[str, Any], config: Config) -> None:
+def check_settings(stored: dict[str, Any], config: Config, *, resolved: bool = False) -> None:
     """Refuses to go on with a run with other settings, where any are given.
 
     Files may be at another place.
+
+    Args:
+      stored: what `read_settings` found.
+      config: the settings now.
+      resolved: whether what is None is so, and not left out.
 
     Raises:
       UsageError: names the first that differs.
     """
     was, now = stored["finetune"], settings_of(config)
     for name in now:
-        if name in (*PATHS, "by_default") or now[name] is None:
+        if name in (*PATHS, "by_default") or (now[name] is None and not resolved):
             continue
         if was.get(name) != now[name]:
             raise UsageError(
@@ -96,14 +102,35 @@ def check_settings(stored: dict[str, Any], config: Config) -> None:
             )
 
 
-def check_files(stored: dict[str, Any], config: Config, files: list[list[Any]]) -> None:
+def check_files(stored: dict[str, Any], out: Path, files: list[list[Any]]) -> None:
     """Refuses to go on with a run whose model or data is not what it was.
 
     Raises:
       UsageError: names the first file that differs.
     """
-    for before, after in zip(stored["files"], files, strict=False):
-        if before != after:
-            raise UsageError(f"out={config.out}: {after[0]} is not what the run began with.")
-    if len(stored["files"]) != len(files):
-        raise UsageError(f"out={config.out}: the files of the run were others.")
+    began = stored["files"]
+    if changed := [file[0] for file in files if file not in began]:
+        raise UsageError(f"out={out}: {changed[0]} is not what the run began with.")
+    if gone := [file[0] for file in began if file not in files]:
+        raise UsageError(f"out={out}: {gone[0]}, which the run began with, is not there any more.")
+
+
+def check_metrics(out: Path, start: int, updates: int) -> None:
+    """Refuses to go on with a run that has lost records, by which dev chooses the epoch.
+
+    Args:
+      out: the directory of the run.
+      start: how many updates are done.
+      updates: of an epoch.
+
+    Raises:
+      UsageError: some of these updates, or an evaluation after them, has no record.
+    """
+    path = out / METRICS
+    records = read_records(path) if path.exists() else []
+    evaluated = {record["step"] for record in records if "valid_loss" in record}
+    if missing(path, start) or not evaluated >= set(range(updates, start + 1, updates)):
+        raise UsageError(
+            f"{path} has not all records of the {start:,} updates that the run has made: it was "
+            "cut or deleted. Put it back, or begin anew in another directory."
+        )

@@ -6,6 +6,7 @@ from typing import Any
 
 from examples.flax_llama.shapes import DTYPES
 from examples.flax_llama.usage import UsageError, at_least_one, one_of, read_object
+from examples.hf.values import positive, share, whole
 
 CONFIG = "config.json"
 KINDS = ("bert", "roberta")
@@ -89,7 +90,6 @@ DEFAULTS: dict[str, Any] = {
     "initializer_range": 0.02,
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
-    "classifier_dropout": None,
 }
 # What these settings must be, if they are there, for the model here to compute the same.
 REQUIRED: dict[str, Any] = {
@@ -105,6 +105,11 @@ SIZES = {
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
     "positions": "max_position_embeddings",
+    "token_types": "type_vocab_size",
+}
+RATES = {
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
 }
 
 
@@ -119,9 +124,11 @@ def read_encoder(directory: Path, **settings: Any) -> EncoderConfig:
       UsageError: there is no such file, or it says what the model here does not compute.
     """
     path = directory / CONFIG
-    found = read_object(path)
-    kind = found.get("model_type")
-    names = found.get("architectures") or []
+    # Null is as if it were not there.
+    found = {name: value for name, value in read_object(path).items() if value is not None}
+    kind, names = found.get("model_type"), found.get("architectures", [])
+    if not isinstance(names, list):
+        raise UsageError(f"{path}: architectures={names!r}: expected a list of names.")
     if kind not in KINDS or not all(str(name).lower().startswith(kind) for name in names):
         said = ", ".join(map(str, names)) or kind
         raise UsageError(
@@ -132,25 +139,41 @@ def read_encoder(directory: Path, **settings: Any) -> EncoderConfig:
         if found.get(name, wanted) != wanted:
             raise UsageError(f"{path}: {name} is {found[name]!r}; expected {wanted!r}.")
     values: dict[str, Any] = DEFAULTS | {"pad_token_id": KINDS.index(kind)} | found
-    if missing := [name for name in SIZES.values() if not isinstance(values.get(name), int)]:
-        raise UsageError(f"{path}: {missing[0]} is missing, or no whole number.")
-    last = values["classifier_dropout"]
-    dropouts: dict[str, Any] = {
-        "hidden_dropout": values["hidden_dropout_prob"],
-        "attention_dropout": values["attention_probs_dropout_prob"],
-        "classifier_dropout": values["hidden_dropout_prob"] if last is None else last,
-    }
     try:
-        return EncoderConfig(
-            kind=kind,
-            **{name: values[theirs] for name, theirs in SIZES.items()},
-            # RoBERTa counts positions from behind the number of its padding.
-            first_position=values["pad_token_id"] + 1 if kind == "roberta" else 0,
-            token_types=values["type_vocab_size"],
-            pad_id=values["pad_token_id"],
-            norm_eps=values["layer_norm_eps"],
-            init_std=values["initializer_range"],
-            **dropouts | settings,
+        fields = fields_of(kind, values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return EncoderConfig(**fields | settings)
+
+
+def fields_of(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `EncoderConfig` that the values of a config.json decide.
+
+    Raises:
+      UsageError: one of them is not what it should be.
+    """
+    fields: dict[str, Any] = {ours: whole(values, theirs) for ours, theirs in SIZES.items()}
+    if values["hidden_size"] % values["num_attention_heads"]:
+        raise UsageError(
+            f"num_attention_heads={values['num_attention_heads']}: expected a number that "
+            f"hidden_size={values['hidden_size']} divides into."
         )
-    except TypeError as error:
-        raise UsageError(f"{path}: {error}.") from error
+    pad, size = values["pad_token_id"], fields["vocab_size"]
+    if not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < size:
+        raise UsageError(f"pad_token_id={pad!r}: expected a whole number from 0 to {size - 1}.")
+    # RoBERTa counts positions from behind the number of its padding.
+    first = pad + 1 if kind == "roberta" else 0
+    if fields["positions"] <= first:
+        raise UsageError(
+            f"max_position_embeddings={fields['positions']}: expected more than {first}, since "
+            f"the first one is behind pad_token_id={pad}."
+        )
+    rates = {name: share(theirs, values[theirs]) for name, theirs in RATES.items()}
+    last = values.get("classifier_dropout", rates["hidden_dropout"])
+    return fields | {
+        **{"kind": kind, "pad_id": pad, "first_position": first},
+        "norm_eps": positive("layer_norm_eps", values["layer_norm_eps"]),
+        "init_std": positive("initializer_range", values["initializer_range"]),
+        **rates,
+        "classifier_dropout": share("classifier_dropout", last),
+    }

@@ -14,9 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from examples.flax_glue import names
 from examples.flax_glue.model import Encoder
-from examples.flax_glue.names import Source, left_over, plain_names, several, sources
+from examples.flax_glue.names import Source, left_over, plain_names, sources
 from examples.flax_glue.shapes import EncoderConfig
 from examples.flax_llama.usage import UsageError
+from examples.hf.names import some
 from examples.hf.tensors import DTYPES, Tensor, open_tensors, read
 
 Params = dict[str, Any]
@@ -49,31 +50,61 @@ def load_weights(directory: Path, config: EncoderConfig, seed: int) -> Loaded:
       UsageError: the checkpoint cannot be read, lacks a tensor, has one of another shape, or one
         that such models have not.
     """
+    found = find(directory, config)
+    drawn = found.shapes.keys() - found.table.keys()
+    params = {**stored(found), **draw(config, frozenset(drawn), seed)}
+    parts = sorted({part_of(path) for path in drawn})
+    note = f"{directory}: " + "; ".join(
+        [
+            f"{len(found.used)} tensors taken",
+            *([f"skipped {', '.join(found.skipped)}"] if found.skipped else []),
+            *([f"newly drawn {', '.join(parts)}"] if parts else []),
+        ]
+    )
+    return Loaded(unflatten_dict(params), frozenset(drawn), note)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What of a checkpoint goes where.
+
+    Attributes:
+      table: what each parameter is made of that the checkpoint has.
+      shapes: of all parameters, by path.
+      tensors: of the checkpoint.
+      plain: their full names, by the name without a prefix.
+      skipped: the heads that the model has no use for.
+    """
+
+    table: dict[names.Path, Source]
+    shapes: dict[names.Path, jax.ShapeDtypeStruct]
+    tensors: dict[str, Tensor]
+    plain: dict[str, str]
+    skipped: list[str]
+
+    @property
+    def used(self) -> set[str]:
+        """The plain names of the tensors that are taken."""
+        return {name for source in self.table.values() for name in source.names}
+
+
+def find(directory: Path, config: EncoderConfig) -> Found:
+    """What of a checkpoint goes where, by names and shapes; no array is read.
+
+    Raises:
+      UsageError: as `load_weights`.
+    """
     tensors = open_tensors(directory)
     try:
         plain = plain_names(tensors, config.kind)
         shapes = shapes_of(config)
         table = sources(config)
         absent = check(table, shapes, plain, tensors)
-        used = {name for path in table.keys() - absent for name in table[path].names}
-        skipped = left_over(plain, used)
+        table = {path: source for path, source in table.items() if path not in absent}
+        used = [name for source in table.values() for name in source.names]
+        return Found(table, shapes, tensors, plain, left_over(plain, used))
     except UsageError as error:
         raise UsageError(f"{directory}: {error}") from error
-    table = {path: source for path, source in table.items() if path not in absent}
-    drawn = shapes.keys() - table.keys()
-    params = {
-        **stored(table, shapes, plain, tensors),
-        **draw(config, frozenset(drawn), seed),
-    }
-    parts = sorted({part_of(path) for path in drawn})
-    note = f"{directory}: " + "; ".join(
-        [
-            f"{len(used)} tensors taken",
-            *([f"skipped {', '.join(skipped)}"] if skipped else []),
-            *([f"newly drawn {', '.join(parts)}"] if parts else []),
-        ]
-    )
-    return Loaded(unflatten_dict(params), frozenset(drawn), note)
 
 
 def part_of(path: names.Path) -> str:
@@ -123,7 +154,7 @@ def check(
         if fault == "missing"
     ]
     if missing:
-        raise UsageError(f"the checkpoint lacks {several(missing)}.")
+        raise UsageError(f"the checkpoint lacks {some(sorted(missing))}.")
     for path, found in wrong.items():
         for fault in found.values() if path[0] not in absent else ():
             raise UsageError(fault)
@@ -170,20 +201,16 @@ def faults(
     return found
 
 
-def stored(
-    table: dict[names.Path, Source],
-    shapes: dict[names.Path, jax.ShapeDtypeStruct],
-    plain: dict[str, str],
-    tensors: dict[str, Tensor],
-) -> dict[names.Path, jax.Array]:
+def stored(found: Found) -> dict[names.Path, jax.Array]:
     """The parameters that a checkpoint has."""
+    table, shapes = found.table, found.shapes
     places = {
-        plain[name]: (path, layer)
+        found.plain[name]: (path, layer)
         for path, source in table.items()
         for layer, name in enumerate(source.names)
     }
     arrays = {path: np.empty(shapes[path].shape, shapes[path].dtype) for path in table}
-    for name, array in read(tensors, places):
+    for name, array in read(found.tensors, places):
         path, layer = places[name]
         array = array.T if table[path].transposed else array
         if table[path].stacked:
@@ -200,6 +227,6 @@ def parts(params: Params, paths: Iterable[names.Path]) -> tuple[Params, Params]:
     return unflatten_dict(mine), unflatten_dict({p: flat[p] for p in flat.keys() - chosen})
 
 
-def joined(some: Params, others: Params) -> Params:
+def joined(chosen: Params, others: Params) -> Params:
     """Undoes `parts`."""
-    return unflatten_dict({**flatten_dict(some), **flatten_dict(others)})
+    return unflatten_dict({**flatten_dict(chosen), **flatten_dict(others)})

@@ -71,7 +71,7 @@ def parse_sweep(words: Sequence[str], optimizers: Sequence[str]) -> dict[str, di
     """The values to try of each optimizer's settings, from OPTIMIZER[.SETTING]=VALUE,VALUE,...
 
     Raises:
-      UsageError: something else, or of an optimizer that is not compared.
+      UsageError: something else, or of an optimizer that is not compared, or a second time.
     """
     grids: dict[str, dict[str, list[Any]]] = {name: {} for name in optimizers}
     for word in words:
@@ -80,6 +80,7 @@ def parse_sweep(words: Sequence[str], optimizers: Sequence[str]) -> dict[str, di
         setting = setting.replace("-", "_") or "lr"
         try:
             found = [SWEPT[setting](value) for value in values.split(",")]
+            again = setting in grids[optimizer]
             grids[optimizer][setting] = list(dict.fromkeys(found))
         except (KeyError, ValueError):
             raise UsageError(
@@ -87,6 +88,8 @@ def parse_sweep(words: Sequence[str], optimizers: Sequence[str]) -> dict[str, di
                 f"with an optimizer of {', '.join(optimizers)} and a setting of "
                 f"{', '.join(SWEPT).replace('_', '-')}."
             ) from None
+        if again:
+            raise UsageError(f"sweep={word!r}: expected the values of {key} once.")
     return grids
 
 
@@ -171,6 +174,8 @@ def check_shared(shared: Config, optimizers: Sequence[str]) -> Path:
         raise UsageError("A comparison needs a directory: out=DIRECTORY.")
     if shared.resume or shared.new_data:
         raise UsageError("resume=True: leave it out; a comparison always goes on where it was.")
+    if not optimizers:
+        raise UsageError(f"optimizers is empty: expected some of {', '.join(OPTIMIZERS)}.")
     for name in optimizers:
         if name not in OPTIMIZERS:
             raise UsageError(f"optimizers={name!r}: expected some of {', '.join(OPTIMIZERS)}.")

@@ -114,7 +114,9 @@ def checked(path: Path, name: str, array: np.ndarray, sums: dict[str, Any]) -> n
     """An array, if its checksums are those that were written."""
     saved = sums.get(name)
     layers = {"all": array} if saved is None or "all" in saved else dict(enumerate(array))
-    found = {str(k): zlib.crc32(np.ascontiguousarray(x).view(np.uint8)) for k, x in layers.items()}
+    found = {
+        str(k): zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data) for k, x in layers.items()
+    }
     if found != saved:
         raise UsageError(f"{name} in {path} is not what was imported: its checksum is another.")
     return array

@@ -33,6 +33,13 @@ def flag(config: dict[str, Any], name: str) -> bool:
     return bool(value)
 
 
+def share(name: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        raise UsageError(f"{name}={value!r}: expected at least 0 and less than 1.")
+    return float(value)
+
+
 def positive(name: str, value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:

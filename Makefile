@@ -87,7 +87,7 @@ $(OLDEST)/.ready-$(VERSION): pyproject.toml constraints-oldest.txt
 	  -e . beartype chex cloudpickle flax orbax-checkpoint pytest pytest-timeout pytest-xdist
 	@touch $@
 
-# What PyTorch, transformers and PEFT compute now, in an environment of its own, since they are large.
+# What PyTorch, transformers, PEFT and reasoning-gym say now, in an environment of its own, since they are large.
 LIVE := .venv-live
 test-live: $(LIVE)/.ready-$(VERSION)  ## compare with what PyTorch, transformers and PEFT compute now
 	OPENBLAS_NUM_THREADS=1 $(LIVE)/bin/python -m pytest -m live
@@ -95,7 +95,7 @@ test-live: $(LIVE)/.ready-$(VERSION)  ## compare with what PyTorch, transformers
 $(LIVE)/.ready-$(VERSION): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(LIVE)
 	$(LIVE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[dev]' torch transformers peft
+	  -e '.[dev]' torch transformers peft reasoning-gym
 	@touch $@
 
 # Names of the library are looked up in the library itself. The theme would advertise its successor.

@@ -100,8 +100,8 @@ def right(text: str, problem: dict[str, Any]) -> bool:
     """Whether a text answers a problem, as the package has it."""
     import reasoning_gym  # pyrefly: ignore[missing-import]
 
-    scorer = reasoning_gym.get_score_answer_fn("chain_sum")
-    return scorer(text.strip(), problem) == 1.0
+    scorer: Any = reasoning_gym.get_score_answer_fn("chain_sum")
+    return scorer(answer=text.strip(), entry=problem) == 1.0
 
 
 def write_data(directory: Path) -> Path:

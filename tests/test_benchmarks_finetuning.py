@@ -27,6 +27,31 @@ def result(run):
     }
 
 
+@pytest.fixture(autouse=True)
+def three_problems(monkeypatch, request):
+    """Without the package that makes problems."""
+    if not request.node.get_closest_marker("live"):
+        parts = {x: [{"question": x, "answer": "1"}] for x in ("train", "valid", "asked")}
+        monkeypatch.setattr(finetuning, "problems", lambda: parts)
+
+
+@pytest.mark.live("reasoning_gym")
+def test_no_question_is_in_two_parts_and_the_package_knows_right_answers():
+    parts = finetuning.problems()
+    questions = [problem["question"] for part in parts.values() for problem in part]
+    assert len(questions) == len(set(questions)) == 1260
+    first, second = parts["asked"][:2]
+    assert finetuning.right(f" {first['answer']}\n", first)
+    assert not finetuning.right(first["question"], second)
+
+
+def test_a_file_of_another_model_is_not_gone_on_with(bench):
+    path, _, _ = bench
+    (path / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(SystemExit, match="has runs of other problems, settings or weights"):
+        Bench(path / "found.json", path)
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     made = []
@@ -98,7 +123,7 @@ def test_a_method_on_sums_is_one_too_and_stops_in_time(size, monkeypatch):
     assert row["complete"]
     assert len(made) == len(row["runs"]) == 5
     told = stage.describe("SmolLM2 GaLore", row)
-    assert told == "51.0 % right of 3 seeds at lr 0.0003, 1,000 tokens/s"
+    assert told == "51.0 % right of 3 seeds at lr 0.001, 1.00 s an update"
 
 
 @pytest.mark.parametrize("name", ["SmolLM2 LoRA", "MiniLM adamw"])

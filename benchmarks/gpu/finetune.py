@@ -7,14 +7,16 @@ and SST-2 must be there: `--smollm2`, `--minilm` and `--sst2` name their directo
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
+import json
 import math
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.finetune_smollm2 import METHODS, Bench, planned, row_of, write_data
+from benchmarks.finetune_smollm2 import METHODS, Bench, about, planned, row_of, write_data
 from benchmarks.gpu.stage import Item, Size, Unavailable
 from benchmarks.quality.statistics import estimate
 from examples.flax_glue.compare import compare
@@ -51,7 +53,8 @@ def measure_smollm2(size: Size, method: str, deadline: float) -> dict[str, Any]:
     model = directory_of(size, "smollm2")
     if importlib.util.find_spec("reasoning_gym") is None:
         raise Unavailable("needs the package reasoning-gym")
-    bench = Bench(cache() / "smollm2.json", model)
+    same = json.dumps(about(model), sort_keys=True).encode()
+    bench = Bench(cache() / f"smollm2-{hashlib.sha256(same).hexdigest()[:12]}.json", model)
     with tempfile.TemporaryDirectory() as directory:
         data = write_data(Path(directory))
         longest, complete = 0.0, True

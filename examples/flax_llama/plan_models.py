@@ -37,6 +37,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "GaLore": {"optimizer": "galore_adamw", "projector_dtype": "bfloat16", **IN_LAYERS},
     "GaLore, 8-bit": {"optimizer": "galore_adamw_8bit", "projector_dtype": "bfloat16", **IN_LAYERS},
     "Q-GaLore": {"optimizer": "q_galore_adamw", **IN_LAYERS},
+    "least": {
+        **{"optimizer": "galore_adamw_8bit", "int8_weights": True, "inputs_dtype": "int8"},
+        **{"tables": "factored", "rank": 256, **IN_LAYERS, "projector": "rows"},
+    },
     "LoRA": {"optimizer": "lora", "remat": True, "lora_targets": "all"},
     "LoRA, int8": {
         **{"optimizer": "lora", "remat": True, "lora_targets": "all", "int8_weights": True}
@@ -91,10 +95,12 @@ def document(models: Sequence[str], cards: Sequence[str]) -> str:
     return f"""# Which model on which card
 
 Made by `python -m examples.flax_llama.plan_models`, from the planner's estimate, with what it may
-be off by ([how far that is](README.md#does-it-fit)). A cell is the way of fine-tuning that is
-nearest to AdamW for all parameters and surely fits, and how many sequences of {SEQ:,} tokens fit at
-a time.
-All with `--dtype bfloat16 --param-dtype bfloat16`, rank a quarter of the hidden size:
+be off by ([how far that is](README.md#does-it-fit)). A cell is the first of these ways of
+fine-tuning that surely fits, and how many sequences of {SEQ:,} tokens fit at a time; all but the
+last two train all parameters. A column is for every card with that much memory: 16 GB are an RTX
+4060 Ti's and a 4080's.
+All with `--dtype bfloat16 --param-dtype bfloat16`, rank a quarter of the hidden size where none is
+named; settings in between, such as `--tables factored` or a smaller rank, are not in the table:
 
 {ways}
 

@@ -153,17 +153,30 @@ def test_a_sentencepiece_model_ends_documents_as_its_directory_says(tmp_path, se
         (["</s>"], {"eos_token": "<x>"}, "lacks its own eos_token '<x>' and has </s>"),
         (["<fin>"], {"eos_token": "<x>"}, "lacks its own eos_token '<x>' and has no token"),
         (["</s>", "<eos>"], {"eos_token": "<eos>"}, ""),
+        (["</s>"], {"eos_token_id": [99]}, "lacks its own eos_token_id 99 and has </s>: docum"),
+        (["</s>"], {"eos_token_id": [99, 4]}, ""),
+        (
+            ["<fin>"],
+            {"eos_token": "<x>", "eos_token_id": 4},
+            "lacks its own eos_token '<x>' and has <fin>: documents end in <fin>",
+        ),
     ],
 )
 def test_an_end_that_nobody_knows_is_told_once(tmp_path, capsys, special, files, said):
     word_tokenizer(*special).save(str(tmp_path / "tokenizer.json"))
-    if files:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(files))
+    for name in ("tokenizer_config.json", "generation_config.json") if files else ():
+        (tmp_path / name).write_text(json.dumps(files))
     for _ in range(2):
         document_end.tell_of_end(load_tokenizer(tmp_path), str(tmp_path))
     told = capsys.readouterr().err.splitlines()
     assert len(told) == bool(said)
     assert all(said in line and "--eos-token says which it is" in line for line in told)
+
+
+def test_whether_a_token_begins_texts_is_true_or_false(two_ends):
+    (two_ends / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": "false"}))
+    with pytest.raises(UsageError, match="expected true or false as add_bos_token, got 'false'"):
+        _ = load_tokenizer(two_ends).start_ids
 
 
 @pytest.mark.parametrize(("name", "right"), [("<fin>", 5), ("[CLS]", 3), ("none", None)])

@@ -163,6 +163,7 @@ def test_what_nobody_says_is_that_of_fine_tuning_and_of_the_model(directory):
     [
         (["--epochs", "2", "--steps", "3"], "epochs=2.0 and steps=3 say how long to train"),
         (["--epochs", "0"], "epochs=0.0: expected a positive number"),
+        (["--samples", "0"], "sample_tokens=8 has no effect without samples"),
         (["--samples", "9"], "samples=9 of sample_tokens=8: expected 0 to 8"),
         (["--seq", "129", "--steps", "1"], "seq=129: expected at most 128, the positions"),
         (["--no-weights-only", "--steps", "1"], "is a model, which has no state of an optimizer"),
@@ -173,6 +174,25 @@ def test_what_cannot_work_is_told_before_anything_is_written(directory, tmp_path
     with pytest.raises(UsageError, match=message):
         finetune(settings(directory, "--out", str(tmp_path / "out"), *words))
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("words", [["--epochs", "nan"], ["--samples", "5"]])
+def test_what_has_no_effect_on_a_run_that_goes_on_is_refused(tmp_path, words):
+    name = words[0].removeprefix("--")
+    given = from_command_line(["--resume", "--out", str(tmp_path), *words])
+    with pytest.raises(UsageError, match=rf"^{name}=\S+ has no effect with resume=True, only wi"):
+        finetune(given)
+
+
+def test_a_few_chats_have_none_to_validate_on(directory, tmp_path):
+    lines = (directory / "chats.jsonl").read_text().splitlines(keepends=True)[:19]
+    (tmp_path / "few.jsonl").write_text("".join(lines))
+    message = (
+        r"only 0 tokens to validate on: name other conversations, to train with valid_data=PATH, "
+        r"to evaluate with data=PATH\. Of files that are trained on, one in twenty is kept to val"
+    )
+    with pytest.raises(UsageError, match=message):
+        finetune(settings(directory, "--data", str(tmp_path / "few.jsonl"), "--steps", "1"))
 
 
 def test_text_of_unknown_length_has_no_epochs(directory, tmp_path):

@@ -382,9 +382,11 @@ class Config:
           UsageError: the model's vocabulary is smaller than the tokenizer's.
         """
         if self.vocab_size is not None and self.vocab_size < vocab_size:
+            whose = "the default tokenizer" if self.tokenizer is None else repr(self.tokenizer)
             raise UsageError(
                 f"vocab_size={self.vocab_size} is smaller than the {vocab_size} tokens of "
-                f"tokenizer={self.tokenizer!r}: raise it, or leave it out for the tokenizer's."
+                f"{whose}: raise it, leave it out for the tokenizer's, or name the model's own "
+                "with tokenizer=PATH."
             )
         same = (*DIMENSIONS, "dtype", "param_dtype")
         return LlamaConfig(

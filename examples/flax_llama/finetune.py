@@ -18,6 +18,7 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data
 from examples.flax_llama.distributed import is_first, processes
+from examples.flax_llama.effects import Need, check_effects
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.generate import answer
 from examples.flax_llama.given import settings_given
@@ -58,6 +59,11 @@ class Settings(Config):
         return Config(**{name: getattr(self, name) for name in names})
 
 
+OF_SAMPLES = ("samples", "sample_tokens")
+NEEDS = (
+    Need(("epochs", *OF_SAMPLES), lambda own: not own.resume, "resume", "resume=False"),
+    Need(OF_SAMPLES[1:], lambda own: own.samples > 0, "samples", "samples"),
+)
 # What a fine-tuning begins with where nobody says otherwise; a batch and a length that fit into
 # little memory, and the warm-up and decay that are usual for it.
 DEFAULTS: dict[str, Any] = {
@@ -88,6 +94,7 @@ def finetune(settings: Settings) -> Tuned:
       FloatingPointError: the loss or a gradient is not finite any more; no checkpoint has it.
       CheckpointError: a checkpoint, or another file of the run, could not be written.
     """
+    check_effects([settings], Settings(), NEEDS)
     if settings.init_from is None and not settings.resume:
         raise UsageError(
             "init_from=DIRECTORY is missing: a directory of Hugging Face, an imported model, or a "

@@ -169,15 +169,28 @@ def read_valid(
     return valid if num_tokens is None else first_targets(valid, num_tokens)
 
 
-def check_enough(targets: int, num_tokens: int | None) -> None:
-    """Raises UsageError where there are fewer targets than asked for, or none."""
-    if targets < (num_tokens or 1):
-        wanted = "" if num_tokens is None else f", of {num_tokens:,} asked for: ask for fewer"
-        raise UsageError(
-            f"There are only {max(targets, 0):,} tokens to validate on{wanted}, or "
-            f"{documents.OTHER_TEXT}. Of files that are trained on, one document in twenty is kept "
-            "to validate, where a text file counts as one for every 16 KiB."
-        )
+def check_enough(targets: int, num_tokens: int | None, what: str = "text") -> None:
+    """Raises UsageError where there are fewer targets than asked for, or none.
+
+    Args:
+      targets: how many there are.
+      num_tokens: how many were asked for, None for any.
+      what: "text", or "conversations".
+    """
+    if targets >= (num_tokens or 1):
+        return
+    asked = "" if num_tokens is None else f", of {num_tokens:,} asked for"
+    fewer = "ask for fewer, or " if num_tokens is not None and targets > 0 else ""
+    kept = (
+        "one document in twenty is kept to validate, where a text file counts as one for every "
+        "16 KiB"
+        if what == "text"
+        else "one in twenty is kept to validate"
+    )
+    raise UsageError(
+        f"There are only {max(targets, 0):,} tokens to validate on{asked}: {fewer}name other "
+        f"{what}, {documents.BY_NAME}. Of files that are trained on, {kept}."
+    )
 
 
 def first_targets(valid: Valid, num_tokens: int) -> Valid:

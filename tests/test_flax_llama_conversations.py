@@ -537,8 +537,13 @@ def model():
 
 
 @pytest.mark.long("gradients with and without segments, losses and an evaluation")
-def test_the_loss_of_packed_rows_is_that_of_their_conversations(source):
+@pytest.mark.parametrize("of", ["conversations", "text"])
+def test_the_loss_of_packed_rows_is_that_of_their_parts(source, tmp_path, of):
     """Each in a row of its own, which needs no segments; in training and in evaluation."""
+    if of == "text":
+        lines = [{"text": example["messages"][0]["content"]} for example in examples()]
+        own = {"data": write(tmp_path / "text.jsonl", lines), "reading": Reading()}
+        source = source | own | {"attend_across": False}
     opened = open_data(**source)
     batch = next(opened.train)
     opened.train.close()

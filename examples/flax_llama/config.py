@@ -99,6 +99,9 @@ class Config:
     # Fill every row with tokens, or with whole conversations; --no-packing has one document per
     # row, cut or padded, as the reference implementation does.
     packing: bool = True
+    # Of text: attend to the documents before it in a row as well, as published pre-training does;
+    # finetune does not by default, nor do conversations.
+    attend_across: bool = True
     # Tokens per sequence, at least 2.
     seq: int = 256
     # Validation tokens per evaluation; by default all there are, of files and of Hugging Face data
@@ -382,11 +385,10 @@ class Config:
           UsageError: the model's vocabulary is smaller than the tokenizer's.
         """
         if self.vocab_size is not None and self.vocab_size < vocab_size:
-            whose = "the default tokenizer" if self.tokenizer is None else repr(self.tokenizer)
             raise UsageError(
                 f"vocab_size={self.vocab_size} is smaller than the {vocab_size} tokens of "
-                f"{whose}: raise it, leave it out for the tokenizer's, or name the model's own "
-                "with tokenizer=PATH."
+                f"{self.tokenizer or 'the default tokenizer'}: raise it, leave it out for the "
+                "tokenizer's, or name the model's own with tokenizer=PATH."
             )
         same = (*DIMENSIONS, "dtype", "param_dtype")
         return LlamaConfig(

@@ -68,7 +68,7 @@ NEEDS = (
 # little memory, and the warm-up and decay that are usual for it.
 DEFAULTS: dict[str, Any] = {
     **{"weights_only": True, "data_format": "auto", "batch": 16, "seq": 512, "clip": 1.0},
-    "warmup": 0.03,
+    **{"warmup": 0.03, "attend_across": False},
 }
 
 
@@ -165,8 +165,10 @@ def sampled(
             shown = tokenizer.decode(prompt.ids)
             found.append({"prompt": shown, "reference": prompt.response, "before": text})
         return found
-    for row in valid.rows[:count]:
-        ids = row[: min(BEGINNING, len(row) // 2)]
+    for number, row in enumerate(valid.rows[:count]):
+        if valid.segments is not None:
+            row = row[valid.segments[number] == 1]
+        ids = row[: min(BEGINNING, -(-len(row) // 2))]
         text = answer(model, tokenizer, ids, frozenset(), tokens=tokens)
         rest = tokenizer.decode(row[len(ids) : len(ids) + tokens])
         found.append({"prompt": tokenizer.decode(ids), "reference": rest, "before": text})

@@ -283,7 +283,8 @@ def open_dataset(config: Config) -> Data:
     """This process' part of the data."""
     part, parts = part_of_data(make_mesh(config.mesh))
     names = ("data", "valid_data", "tokenizer", "eos_token", "batch", "seq", "packing", "seed")
-    given = {name: getattr(config, name) for name in (*names, "eval_tokens")}
+    more = ("attend_across", "eval_tokens")
+    given = {name: getattr(config, name) for name in (*names, *more)}
     reading = reading_of(config)
     with reading.told():
         return open_data(**given, reading=reading, process_index=part, process_count=parts)

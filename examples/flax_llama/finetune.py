@@ -6,6 +6,7 @@ python -m examples.flax_llama.finetune --init-from SmolLM2-135M --optimizer lora
 python -m examples.flax_llama.finetune --out runs/chats --resume
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -105,7 +106,8 @@ def finetune(settings: Settings) -> Tuned:
             f"samples={settings.samples} of sample_tokens={settings.sample_tokens}: expected 0 to "
             "8, and at least 1 token."
         )
-    config = in_steps(settings).training()
+    settings, data = in_steps(settings)
+    config = settings.training()
     samples: list[dict[str, str]] = []
     make = functools.partial(sampled, count=settings.samples, tokens=settings.sample_tokens)
 
@@ -113,7 +115,9 @@ def finetune(settings: Settings) -> Tuned:
         samples.extend(make(model, data.tokenizer, data.valid))
 
     go_on = f"{RESUME}{config.out}"
-    result = train(config, go_on, before if settings.samples and not config.resume else None)
+    with contextlib.closing(data.train) if data else contextlib.nullcontext():
+        sampling = before if settings.samples and not config.resume else None
+        result = train(config, go_on, sampling, data)
     if samples:
         after = make(result.model, result.tokenizer, result.valid_data)
         samples = [a | {"after": b["before"]} for a, b in zip(samples, after, strict=True)]
@@ -122,14 +126,17 @@ def finetune(settings: Settings) -> Tuned:
     return Tuned(result, samples)
 
 
-def in_steps(settings: Settings) -> Settings:
+def in_steps(settings: Settings) -> tuple[Settings, Data | None]:
     """With the number of updates that so many epochs are, and the learning rate, if not given.
+
+    Returns:
+      The settings, and the data, where it was opened to know how long an epoch is.
 
     Raises:
       UsageError: both are given, or nobody knows how long an epoch is.
     """
     if settings.resume:
-        return settings
+        return settings, None
     resolved = recognised(settings.resolve())
     settings = dataclasses.replace(settings, data_format=resolved.data_format)
     if settings.lr is None and settings.optimizer != "lora":
@@ -140,18 +147,18 @@ def in_steps(settings: Settings) -> Settings:
                 f"epochs={settings.epochs} and steps={settings.steps} say how long to train: give "
                 "one of them."
             )
-        return settings
+        return settings, None
     epochs = 3.0 if settings.epochs is None else settings.epochs
     if not 0 < epochs < math.inf:
         raise UsageError(f"epochs={epochs}: expected a positive number.")
     data = open_dataset(resolved)
-    data.train.close()
     if data.rows is None:
+        data.train.close()
         raise UsageError(
             f"data={settings.data} is streamed, and nobody knows how much it is: give steps=N."
         )
     steps = max(1, math.ceil(epochs * data.rows / resolved.batch))
-    return dataclasses.replace(settings, steps=steps)
+    return dataclasses.replace(settings, steps=steps), data
 
 
 def sampled(

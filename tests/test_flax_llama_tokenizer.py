@@ -173,10 +173,31 @@ def test_an_end_that_nobody_knows_is_told_once(tmp_path, capsys, special, files,
     assert all(said in line and "--eos-token says which it is" in line for line in told)
 
 
-def test_whether_a_token_begins_texts_is_true_or_false(two_ends):
-    (two_ends / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": "false"}))
-    with pytest.raises(UsageError, match="expected true or false as add_bos_token, got 'false'"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"add_bos_token": "false"}, "expected true or false as add_bos_token, got 'false'"),
+        ({"add_bos_token": True, "bos_token": "<x>"}, "lacks its own bos_token '<x>'"),
+    ],
+)
+def test_what_cannot_begin_texts_is_refused(two_ends, config, message):
+    (two_ends / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=message):
         _ = load_tokenizer(two_ends).start_ids
+
+
+@pytest.mark.parametrize(
+    ("template", "eos_token", "said"),
+    [(True, "<x>", True), (True, None, False), (False, None, True), (False, "</s>", False)],
+)
+def test_of_answers_an_end_is_told_that_they_need_or_that_is_named(
+    tmp_path, capsys, template, eos_token, said
+):
+    word_tokenizer("</s>", "<eos>").save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": eos_token, "chat_template": "a" if template else None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    document_end.tell_of_end(load_tokenizer(tmp_path), str(tmp_path), of_answers=True)
+    assert bool(capsys.readouterr().err) is said
 
 
 @pytest.mark.parametrize(("name", "right"), [("<fin>", 5), ("[CLS]", 3), ("none", None)])

@@ -255,9 +255,8 @@ def open_conversations(
     shards = open_conversation_shards(data, reading, valid_data=valid_data)
     own_valid = valid_data is None
     encoder = tokenizer.open(shards, skip_held_out=own_valid)
-    # Where a template ends answers, there need be no end of documents.
-    if tokenizer.eos_token is None and encoder.eos_id is not None:
-        tell_of_end(encoder, tokenizer.of_text)
+    if tokenizer.eos_token is None:
+        tell_of_end(encoder, tokenizer.of_text, of_answers=True)
     to_tokens = encoder_of(encoder, reading, batches.seq)
     train, _ = to_tokens.tokenize(texts(shards, held_out=False if own_valid else None))
     source = ConversationRows(train, seed=batches.seed, **batches.rows)

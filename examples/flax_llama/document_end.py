@@ -104,9 +104,15 @@ def id_of(tokenizer: "Tokenizer", name: str, setting: str) -> int:
     return found
 
 
-def tell_of_end(tokenizer: "Tokenizer", spec: str) -> None:
-    """Says, once, where nobody knows which token ends a document, or it is another than named."""
+def tell_of_end(tokenizer: "Tokenizer", spec: str, *, of_answers: bool = False) -> None:
+    """Says, once, where nobody knows which token ends a document, or it is another than named.
+
+    A chat template ends answers by itself; what has neither that nor an end is refused elsewhere.
+    """
     config, lacking = tokenizer.config, lacking_end(tokenizer)
+    has_template = config is not None and bool(config.templates)
+    if of_answers and (tokenizer.eos_id is None or (has_template and not lacking)):
+        return
     known = configured_end(tokenizer) is not None
     if config and (config.keeps_end or (known and not lacking)):
         return

@@ -221,6 +221,14 @@ def test_json_in_a_template_is_as_it_is_written(tmp_path):
     assert text == json.dumps("<ü'\">", ensure_ascii=False) + "2"
 
 
+def test_half_a_character_that_a_template_shows_is_refused(tmp_path):
+    directory = make_model(tmp_path / "model", "chatml")
+    (directory / "chat_template.jinja").write_text("{{ tools | tojson }}{{ messages }}")
+    some = Conversation(SCRIPT.say("a", "b"), "here", [{"name": "\ud83d"}])
+    with pytest.raises(BadLine, match="half a surrogate pair"):
+        encode(directory, some, "all")
+
+
 def test_templates_are_found_where_transformers_keeps_them(models, tmp_path):
     """In the file beside, in the configuration, or in a list by names, one of which is of tools."""
     expected = encode(models["llama3"], conversation("long")).ids
@@ -280,6 +288,22 @@ def test_a_saved_tokenizer_has_its_template_and_its_day(tmp_path):
             {"tokenizer_config.json": '{"chat_template": [1]}', "chat_template.jinja": None},
             "expected a text as its chat_template, or a list of objects with name and template",
         ),
+        *(
+            (
+                {
+                    "tokenizer_config.json": json.dumps({"chat_template": template}),
+                    "chat_template.jinja": None,
+                },
+                "expected a text as its chat_template, or a list of objects with name and templ",
+            )
+            for template in (
+                [{"name": "default", "template": 5}],
+                [{"name": None, "template": "a"}],
+                {"default": "a"},
+                5,
+            )
+        ),
+        ({"tokenizer_config.json": '{"eos_token": 5}'}, "name of a token as its eos_token, got 5"),
         (
             {"tokenizer_config.json": '{"chat_template_now": "soon"}'},
             "chat_template_now is no time",

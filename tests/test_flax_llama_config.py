@@ -197,5 +197,5 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
     config = Config(vocab_size=300).resolve()
     assert config.shape(300).vocab_size == config.shape(256).vocab_size == 300
     assert Config().resolve().shape(257).vocab_size == 257
-    with pytest.raises(UsageError, match=r"vocab_size=300 is smaller than the 301 tokens"):
+    with pytest.raises(UsageError, match=r"is smaller than the 301 tokens of the default tok"):
         config.shape(301)

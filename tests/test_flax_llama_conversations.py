@@ -67,6 +67,7 @@ MESSAGES = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content
             ASKED,
             {"prompt_field": "q", "response_field": "a"},
         ),
+        ("prompt", {"instruction": "2 + 2", "input": None, "output": "4"}, ASKED, {}),
         ("chat", {"messages": MESSAGES, "text": "other"}, ASKED, {}),
         ("chat", {"messages": [each | {"name": None} for each in MESSAGES]}, ASKED, {}),
         ("chat", {"conversations": SHARE_GPT}, ASKED, {}),
@@ -133,6 +134,24 @@ def say(**turn):
         ),
         ("prompt", [1], "expected an object .*; of JSON files each line is read as an object"),
         ("prompt", {"prompt": "a", "response": "\ud83d"}, "half a surrogate pair"),
+        (
+            "prompt",
+            {"instruction": "a", "input": ["x"], "output": "b"},
+            r"expected a string as 'input', or none, got \['x'\]",
+        ),
+        *(
+            (
+                "chat",
+                {"messages": MESSAGES, "tools": tools},
+                "expected a list of objects as 'tools'",
+            )
+            for tools in ("text", '{"name": "f"}', {"name": "f"}, 5, False, ["f"], '["f"]')
+        ),
+        (
+            "chat",
+            say(role="assistant", tool_calls="f"),
+            "expected a list of objects as 'tool_calls', or the JSON of one, got f",
+        ),
         ("chat", {"messages": MESSAGES[:1]}, "a conversation without a turn of the assistant"),
         ("chat", {"messages": []}, "a conversation without a turn of the assistant"),
         ("chat", say(role="assistant", content=" "), "message 2, of the assistant: an empty resp"),
@@ -165,6 +184,17 @@ def test_a_line_without_a_conversation_is_an_error_with_its_place(
     what = "prompt with a response" if data_format == "prompt" else "conversation"
     assert skipping.summary().startswith(f"Left out 1 line that is no {what}.")
     assert f"left out {path}, line 3: " in capsys.readouterr().err
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("tools", [None, "", [], "[]", "null", [{"name": "f"}], '[{"name": "f"}]'])
+def test_tools_are_objects_also_where_a_table_keeps_them_as_text(tmp_path, tools):
+    calls = say(role="assistant", tool_calls=tools or None, content="b")["messages"]
+    path = write(tmp_path / "a.jsonl", [{"messages": calls, "tools": tools}])
+    (found,) = texts(open_shards(path, reading=Reading(data_format="chat")))
+    right = [{"name": "f"}] if "name" in str(tools) else None
+    assert found.tools == right
+    assert (found.messages[1].get("tool_calls") or None) == right
 
 
 # Of many lengths, in tokens of the template below.
@@ -507,8 +537,13 @@ def model():
 
 
 @pytest.mark.long("gradients with and without segments, losses and an evaluation")
-def test_the_loss_of_packed_rows_is_that_of_their_conversations(source):
+@pytest.mark.parametrize("of", ["conversations", "text"])
+def test_the_loss_of_packed_rows_is_that_of_their_parts(source, tmp_path, of):
     """Each in a row of its own, which needs no segments; in training and in evaluation."""
+    if of == "text":
+        lines = [{"text": example["messages"][0]["content"]} for example in examples()]
+        own = {"data": write(tmp_path / "text.jsonl", lines), "reading": Reading()}
+        source = source | own | {"attend_across": False}
     opened = open_data(**source)
     batch = next(opened.train)
     opened.train.close()

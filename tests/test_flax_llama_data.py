@@ -17,6 +17,7 @@ from examples.flax_llama.config import UsageError
 from examples.flax_llama.data import open_data
 from examples.flax_llama.interleaved import merged
 from examples.flax_llama.reading import Reading
+from examples.flax_llama.rows import TokenRows
 from examples.flax_llama.stream import DocumentGroups
 from examples.flax_llama.tokenizer import train_tokenizer
 from examples.flax_llama.tokens import Tokens, write_tokens
@@ -262,18 +263,77 @@ def test_a_new_process_goes_on_from_every_position_bit_for_bit(sources):
     assert json.loads(result.stdout) == expected
 
 
-@pytest.mark.parametrize("packing", [True, False])
+ROWS = [{"packing": True}, {"packing": False}, {"attend_across": False}]
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_iterator_goes_back_to_every_position(sources, kind, packing):
-    opened = open_data(**sources[kind] | {"packing": packing})
+def test_an_iterator_goes_back_to_every_position(sources, kind, rows):
+    opened = open_data(**sources[kind] | rows)
     states, batches = [], []
     for _ in range(EPOCH + 3):
-        states.append(opened.train.get_state())
-        batches.append(next(opened.train)["tokens"])
+        states.append(json.loads(json.dumps(opened.train.get_state())))
+        batches.append(next(opened.train))
     for step in range(0, len(states), 7):
         opened.train.set_state(states[step])
-        np.testing.assert_array_equal(next(opened.train)["tokens"], batches[step])
+        batch = next(opened.train)
+        assert batch.keys() == batches[step].keys()
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, batches[step][name])
     opened.train.close()
+
+
+def check_apart(rows, masks, segments):
+    """Segments go up by one after each end, and no target is in another one than what is before."""
+    ended = np.cumsum(rows == TOKENIZER.eos_id, axis=1)
+    expected = 1 + np.pad(ended, ((0, 0), (1, 0)))[:, :-1]
+    np.testing.assert_array_equal(segments[:, 1:][masks], expected[:, 1:][masks])
+    np.testing.assert_array_equal(segments[:, :-1][masks], expected[:, 1:][masks])
+    assert segments.dtype == np.int32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_apart_are_numbered_and_their_first_tokens_are_no_targets(sources, kind):
+    opened = open_data(**sources[kind] | {"attend_across": False})
+    batches = take(opened.train, EPOCH)
+    opened.train.close()
+    rows, masks, segments = (
+        np.concatenate([batch[name] for batch in batches])
+        for name in ("tokens", "mask", "segments")
+    )
+    check_apart(rows, masks, segments)
+    # All others are.
+    np.testing.assert_array_equal(masks, rows[:, :-1] != TOKENIZER.eos_id)
+    assert (segments.max(axis=1) > 1).mean() > 0.5
+    valid = opened.valid
+    check_apart(valid.rows, valid.mask, valid.segments)
+    documents = TOKENIZER.encode_documents(VALID_TEXTS)
+    targets = np.concatenate([ids[1:] for ids in documents])
+    np.testing.assert_array_equal(valid.rows[:, 1:][valid.mask], targets)
+    some = open_data(**sources[kind] | {"attend_across": False, "eval_tokens": 30}).valid
+    np.testing.assert_array_equal(some.rows[:, 1:][some.mask], targets[:30])
+
+
+def test_documents_without_an_end_are_apart_too():
+    parts = [np.arange(size) for size in (3, 0, 1, 9, 4)]
+    tokens = Tokens.join(parts, num_bytes=17)
+    rows = TokenRows(tokens, seq=5, packing=True, attend_across=False)
+    found = [rows[index] for index in range(len(rows))]
+    assert [row["tokens"].tolist() for row in found] == [
+        [0, 1, 2, 0, 0, 1],
+        [1, 2, 3, 4, 5, 6],
+        [6, 7, 8, 0, 1, 2],
+    ]
+    assert [row["segments"].tolist() for row in found] == [
+        [1, 1, 1, 3, 4, 4],
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 2, 2, 2],
+    ]
+    assert [row["mask"].tolist() for row in found] == [
+        [True, True, False, False, True],
+        [True] * 5,
+        [True, True, False, True, True],
+    ]
 
 
 @pytest.mark.parametrize("packing", [True, False])

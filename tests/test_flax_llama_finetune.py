@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from unittest import mock
 
 import chat_models
 import jax
@@ -13,12 +14,13 @@ from safetensors.numpy import load_file, save_file
 from examples.flax_llama.adapters import lora_of, without_lora
 from examples.flax_llama.architecture import Architecture
 from examples.flax_llama.config import Config, LlamaConfig, UsageError
+from examples.flax_llama.data import open_data
 from examples.flax_llama.export_hf import export_hf
 from examples.flax_llama.finetune import Settings, finetune, from_command_line
 from examples.flax_llama.loading import load_params
 from examples.flax_llama.model import is_quantized
 from examples.flax_llama.pretrained import open_model
-from examples.flax_llama.step import initial_params
+from examples.flax_llama.step import has_segments, initial_params
 from examples.flax_llama.tokenizer import load_tokenizer
 from examples.flax_llama.train import open_dataset
 from examples.hf.configuration import config_of
@@ -62,8 +64,12 @@ def settings(directory, *words):
 
 @pytest.fixture(scope="module")
 def tuned(directory):
+    """The settings, what came of them, and how often the data was read and tokenized."""
     given = settings(directory, "--out", str(directory / "run"), "--epochs", "2.5", "--lr", "0.02")
-    return given, finetune(given)
+    opened = mock.Mock(wraps=open_data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("examples.flax_llama.train.open_data", opened)
+        return given, finetune(given), opened.call_count
 
 
 def params_of(path):
@@ -77,7 +83,8 @@ def of_model(path):
 
 @pytest.mark.long("the program that a user runs, with all that it compiles")
 def test_a_model_learns_to_answer(directory, tuned):
-    given, found = tuned
+    given, found, opened = tuned
+    assert opened == 1
     data = open_dataset(given.resolve().__class__(**vars(given) | {"data_format": "chat"}))
     data.train.close()
     assert len(found.result.train) == math.ceil(2.5 * data.rows / 4)
@@ -144,12 +151,15 @@ def test_lora_over_a_model_in_8_bits(directory):
 def test_the_learning_rate_is_one_of_fine_tuning(directory, words, lr):
     from examples.flax_llama.finetune import in_steps
 
-    assert in_steps(settings(directory, *words)).resolve().lr == pytest.approx(lr)
+    given, data = in_steps(settings(directory, *words))
+    assert given.resolve().lr == pytest.approx(lr)
+    data.train.close()
 
 
 def test_what_nobody_says_is_that_of_fine_tuning_and_of_the_model(directory):
     given = settings(directory)
     assert isinstance(given, Settings)
+    assert (given.attend_across, has_segments(given)) == (False, True)
     assert (given.weights_only, given.data_format, given.warmup) == (True, "auto", 0.03)
     config = given.resolve()
     assert (config.hidden, config.vocab_size, config.tokenizer) == (
@@ -163,6 +173,7 @@ def test_what_nobody_says_is_that_of_fine_tuning_and_of_the_model(directory):
     [
         (["--epochs", "2", "--steps", "3"], "epochs=2.0 and steps=3 say how long to train"),
         (["--epochs", "0"], "epochs=0.0: expected a positive number"),
+        (["--samples", "0"], "sample_tokens=8 has no effect without samples"),
         (["--samples", "9"], "samples=9 of sample_tokens=8: expected 0 to 8"),
         (["--seq", "129", "--steps", "1"], "seq=129: expected at most 128, the positions"),
         (["--no-weights-only", "--steps", "1"], "is a model, which has no state of an optimizer"),
@@ -173,6 +184,25 @@ def test_what_cannot_work_is_told_before_anything_is_written(directory, tmp_path
     with pytest.raises(UsageError, match=message):
         finetune(settings(directory, "--out", str(tmp_path / "out"), *words))
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("words", [["--epochs", "nan"], ["--samples", "5"]])
+def test_what_has_no_effect_on_a_run_that_goes_on_is_refused(tmp_path, words):
+    name = words[0].removeprefix("--")
+    given = from_command_line(["--resume", "--out", str(tmp_path), *words])
+    with pytest.raises(UsageError, match=rf"^{name}=\S+ has no effect with resume=True, only wi"):
+        finetune(given)
+
+
+def test_a_few_chats_have_none_to_validate_on(directory, tmp_path):
+    lines = (directory / "chats.jsonl").read_text().splitlines(keepends=True)[:19]
+    (tmp_path / "few.jsonl").write_text("".join(lines))
+    message = (
+        r"only 0 tokens to validate on: name other conversations, to train with valid_data=PATH, "
+        r"to evaluate with data=PATH\. Of files that are trained on, one in twenty is kept to val"
+    )
+    with pytest.raises(UsageError, match=message):
+        finetune(settings(directory, "--data", str(tmp_path / "few.jsonl"), "--steps", "1"))
 
 
 def test_text_of_unknown_length_has_no_epochs(directory, tmp_path):

@@ -153,17 +153,51 @@ def test_a_sentencepiece_model_ends_documents_as_its_directory_says(tmp_path, se
         (["</s>"], {"eos_token": "<x>"}, "lacks its own eos_token '<x>' and has </s>"),
         (["<fin>"], {"eos_token": "<x>"}, "lacks its own eos_token '<x>' and has no token"),
         (["</s>", "<eos>"], {"eos_token": "<eos>"}, ""),
+        (["</s>"], {"eos_token_id": [99]}, "lacks its own eos_token_id 99 and has </s>: docum"),
+        (["</s>"], {"eos_token_id": [99, 4]}, ""),
+        (
+            ["<fin>"],
+            {"eos_token": "<x>", "eos_token_id": 4},
+            "lacks its own eos_token '<x>' and has <fin>: documents end in <fin>",
+        ),
     ],
 )
 def test_an_end_that_nobody_knows_is_told_once(tmp_path, capsys, special, files, said):
     word_tokenizer(*special).save(str(tmp_path / "tokenizer.json"))
-    if files:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(files))
+    for name in ("tokenizer_config.json", "generation_config.json") if files else ():
+        (tmp_path / name).write_text(json.dumps(files))
     for _ in range(2):
         document_end.tell_of_end(load_tokenizer(tmp_path), str(tmp_path))
     told = capsys.readouterr().err.splitlines()
     assert len(told) == bool(said)
     assert all(said in line and "--eos-token says which it is" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"add_bos_token": "false"}, "expected true or false as add_bos_token, got 'false'"),
+        ({"add_bos_token": True, "bos_token": "<x>"}, "lacks its own bos_token '<x>'"),
+    ],
+)
+def test_what_cannot_begin_texts_is_refused(two_ends, config, message):
+    (two_ends / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=message):
+        _ = load_tokenizer(two_ends).start_ids
+
+
+@pytest.mark.parametrize(
+    ("template", "eos_token", "said"),
+    [(True, "<x>", True), (True, None, False), (False, None, True), (False, "</s>", False)],
+)
+def test_of_answers_an_end_is_told_that_they_need_or_that_is_named(
+    tmp_path, capsys, template, eos_token, said
+):
+    word_tokenizer("</s>", "<eos>").save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": eos_token, "chat_template": "a" if template else None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    document_end.tell_of_end(load_tokenizer(tmp_path), str(tmp_path), of_answers=True)
+    assert bool(capsys.readouterr().err) is said
 
 
 @pytest.mark.parametrize(("name", "right"), [("<fin>", 5), ("[CLS]", 3), ("none", None)])

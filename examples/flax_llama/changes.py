@@ -87,7 +87,7 @@ RULES: dict[str, Rule] = {
     ),
     **rules(
         Kind.NEVER,
-        "loss_on",
+        *("loss_on", "attend_across"),
         note=f"losses before and after would be of other tokens; {WEIGHTS}",
     ),
     **rules(

@@ -18,7 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from examples.flax_llama.conversations import Message
-from examples.flax_llama.fields import BadLine
+from examples.flax_llama.fields import BadLine, check_characters
 from examples.flax_llama.usage import UsageError, first_line
 
 # From the first character to the last one of the area; the first two are around what is generated.
@@ -144,7 +144,9 @@ class ChatTemplate:
         # A template is a program, which may fail in any way.
         except Exception as error:
             raise BadLine(f"the chat template refuses it: {first_line(error)}") from error
-        return unmarked(marked, {short: name for name, short in stand_ins.items()})
+        found = unmarked(marked, {short: name for name, short in stand_ins.items()})
+        check_characters(found.text)
+        return found
 
 
 def in_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -99,6 +99,8 @@ class Config:
     # Fill every row with tokens, or with whole conversations; --no-packing has one document per
     # row, cut or padded, as the reference implementation does.
     packing: bool = True
+    # Of text: attend also to documents before in a row, as in pre-training; not finetune's default.
+    attend_across: bool = True
     # Tokens per sequence, at least 2.
     seq: int = 256
     # Validation tokens per evaluation; by default all there are, of files and of Hugging Face data
@@ -382,9 +384,11 @@ class Config:
           UsageError: the model's vocabulary is smaller than the tokenizer's.
         """
         if self.vocab_size is not None and self.vocab_size < vocab_size:
+            own = f"tokenizer={self.tokenizer!r}" if self.tokenizer else "the default tokenizer"
             raise UsageError(
                 f"vocab_size={self.vocab_size} is smaller than the {vocab_size} tokens of "
-                f"tokenizer={self.tokenizer!r}: raise it, or leave it out for the tokenizer's."
+                f"{own}: raise it, leave it out for the tokenizer's, or name the model's own with "
+                "tokenizer=PATH."
             )
         same = (*DIMENSIONS, "dtype", "param_dtype")
         return LlamaConfig(

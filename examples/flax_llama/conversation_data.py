@@ -220,7 +220,7 @@ def read_valid_conversations(
     """
     tokenized, first = encoder.tokenize(conversations, num_tokens or DEFAULT_TOKENS)
     targets = int(tokenized.counts.sum())
-    check_enough(targets, num_tokens)
+    check_enough(targets, num_tokens, "conversations")
     source = ConversationRows(tokenized, seq=seq, packing=packing)
     rows = [source[index] for index in range(len(source))]
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -7,13 +7,22 @@ messages, as OpenAI and Hugging Face have them (role, content) or as ShareGPT do
 import dataclasses
 from typing import Any
 
-from examples.flax_llama.fields import BadLine, check_characters, names_of, shown, value_at
+from examples.flax_llama.fields import (
+    BadLine,
+    check_characters,
+    names_of,
+    objects_at,
+    shown,
+    value_at,
+)
 
 FORMATS = ("text", "prompt", "chat", "auto")
 # Names of the fields of a prompt and of its response, of which an example has one pair.
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"))
 # What Alpaca's instructions are about, below them.
 INPUT = "input"
+# What a template may show: descriptions beside the messages, and what a message calls.
+TOOLS, CALLS = "tools", "tool_calls"
 MESSAGES = ("messages", "conversations")
 SYSTEM = ("system", "developer")
 ROLES = (*SYSTEM, "user", "assistant", "tool")
@@ -79,8 +88,7 @@ def conversation_of(example: Any, where: str, data_format: str, fields: Fields) 
         prompt, response = prompt_and_response(example, fields)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         return Conversation(messages, where)
-    tools = example.get("tools") if isinstance(example, dict) else None
-    return Conversation(messages_of(example, fields), where, tools or None)
+    return Conversation(messages_of(example, fields), where, objects_at(example, TOOLS) or None)
 
 
 def prompt_and_response(example: Any, fields: Fields) -> tuple[str, str]:
@@ -94,7 +102,9 @@ def prompt_and_response(example: Any, fields: Fields) -> tuple[str, str]:
         if not (isinstance(prompt, str) and isinstance(response, str)):
             continue
         more = value_at(example, INPUT) if names == PAIRS[-1] else None
-        if isinstance(more, str) and more:
+        if not isinstance(more, str | None):
+            raise BadLine(f"expected a string as '{INPUT}', or none, got {str(more)[:40]}")
+        if more:
             prompt = f"{prompt}\n\n{more}"
         check_characters(prompt + response)
         if not response.strip():
@@ -146,11 +156,13 @@ def message_of(value: Any, number: int) -> Message:
         raise BadLine(
             f"{what}: the role {message['role']!r} is not known, expected one of {', '.join(known)}"
         )
-    content = message.get("content", "" if message.get("tool_calls") else None)
+    if CALLS in message:
+        message[CALLS] = objects_at(message, CALLS)
+    content = message.get("content", "" if message.get(CALLS) else None)
     if not isinstance(content, str):
         raise BadLine(f"{what}, of the {role}: expected a string as its content, got {content!r}")
     check_characters(content)
-    if role == "assistant" and not (content.strip() or message.get("tool_calls")):
+    if role == "assistant" and not (content.strip() or message.get(CALLS)):
         raise BadLine(f"{what}, of the {role}: an empty response")
     return message | {"role": role}
 

@@ -68,7 +68,7 @@ class Data:
 
     tokenizer: Tokenizer
     # Endless {"tokens": int32 (rows of this host, seq + 1), "mask": bool (rows, seq)}, where the
-    # mask has the targets that count; of several conversations in a row also "segments", int32
+    # mask has the targets that count; of conversations or documents apart also "segments", int32
     # (rows, seq + 1), see `packing`. `get_state` is the position, which can be written as JSON,
     # and `set_state` goes to it.
     train: grain.DatasetIterator[Row]
@@ -101,6 +101,7 @@ class Batches:
     batch: int
     seq: int
     packing: bool
+    attend_across: bool
     seed: int
     process_index: int
     process_count: int
@@ -108,6 +109,10 @@ class Batches:
     @property
     def rows(self) -> dict[str, Any]:
         return {"seq": self.seq, "packing": self.packing}
+
+    @property
+    def text_rows(self) -> dict[str, Any]:
+        return {**self.rows, "attend_across": self.attend_across}
 
     @property
     def host(self) -> dict[str, int]:
@@ -136,6 +141,7 @@ def open_data(
     batch: int,
     seq: int,
     packing: bool = True,
+    attend_across: bool = True,
     seed: int = 0,
     eval_tokens: int | None = None,
     reading: Reading | None = None,
@@ -158,6 +164,7 @@ def open_data(
       batch: rows of a batch, on all hosts together.
       seq: targets of a row.
       packing: all documents are one text, cut into rows; else a document is a row.
+      attend_across: packed, a document attends to those before it in its row.
       seed: of the order.
       eval_tokens: tokens to validate on; by default all there are, of files and of the hub about
         the first million.
@@ -180,7 +187,7 @@ def open_data(
         name, config, *_ = [*data.removeprefix("hf:").split(":"), ""]
         valid_data = f"hf:{name}:{config}:validation"
     open_them = open_text if reading.data_format == "text" else open_conversations
-    batches = Batches(batch, seq, packing, seed, process_index, process_count)
+    batches = Batches(batch, seq, packing, attend_across, seed, process_index, process_count)
     tokens = Spec(tokenizer, eos_token)
     return open_them(data, valid_data, tokens, eval_tokens, reading, batches)
 
@@ -214,7 +221,6 @@ def open_text(
         held_out = encode_groups(texts(train, held_out=True), encoder, eval_tokens)
     if valid_data is not None:
         held_out = open_groups(valid_data, encoder, eval_tokens, reading)
-
     if isinstance(train, Tokens) and tokenizer.eos_token is not None:
         check_end(tokenizer.eos_token, encoder, data)
     context = [] if encoder.eos_id is None else [encoder.eos_id]
@@ -223,7 +229,7 @@ def open_text(
         dataset = token_batches(train, **dataclasses.asdict(batches))
         context = context or train.ids[-1:]
         tokens, documents = train.ids, len(train.ends)
-        rows = len(TokenRows(train, **batches.rows))
+        rows = len(TokenRows(train, **batches.text_rows))
     else:
         held = {"skip_held_out": valid_data is None, "seed": batches.seed}
 
@@ -232,8 +238,8 @@ def open_text(
 
         host = batches.process_index, batches.process_count
         own = batches.batch // batches.process_count
-        dataset = stream_batches(groups, encoder, batch=own, **batches.rows, host=host)
-    valid = read_valid(held_out, context, num_tokens=eval_tokens, **batches.rows)
+        dataset = stream_batches(groups, encoder, batch=own, **batches.text_rows, host=host)
+    valid = read_valid(held_out, context, num_tokens=eval_tokens, **batches.text_rows)
     return Data(encoder, iter(dataset), valid, tokens, documents, rows, reading)
 
 
@@ -249,6 +255,8 @@ def open_conversations(
     shards = open_conversation_shards(data, reading, valid_data=valid_data)
     own_valid = valid_data is None
     encoder = tokenizer.open(shards, skip_held_out=own_valid)
+    if tokenizer.eos_token is None:
+        tell_of_end(encoder, tokenizer.of_text, of_answers=True)
     to_tokens = encoder_of(encoder, reading, batches.seq)
     train, _ = to_tokens.tokenize(texts(shards, held_out=False if own_valid else None))
     source = ConversationRows(train, seed=batches.seed, **batches.rows)
@@ -289,6 +297,7 @@ def token_batches(
     batch: int,
     seq: int,
     packing: bool = True,
+    attend_across: bool = True,
     seed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -297,7 +306,7 @@ def token_batches(
 
     The hosts share the rows of each batch: together they are the same for any number of them.
     """
-    rows = TokenRows(tokens, seq=seq, packing=packing)
+    rows = TokenRows(tokens, seq=seq, packing=packing, attend_across=attend_across)
     if len(rows) < batch:
         raise too_small(batch, seq, f"{len(tokens.ids)} tokens are {len(rows)} rows")
     host = {"process_index": process_index, "process_count": process_count}
@@ -339,6 +348,7 @@ def stream_batches(
     batch: int,
     seq: int,
     packing: bool = True,
+    attend_across: bool = True,
     host: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset[Row]:
     """Endless batches of streams of documents, made in a thread; see `interleaved`.
@@ -349,9 +359,10 @@ def stream_batches(
       batch: rows of this host.
       seq: targets of a row.
       packing: as of `open_data`.
+      attend_across: likewise.
       host: which one this is, and the number of hosts.
     """
-    context = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    context = [] if tokenizer.eos_id is None or not attend_across else [tokenizer.eos_id]
     tokens = rows = 0
     for text, _ in groups(*host).documents(epoch=0):
         (ids,) = tokenizer.encode_documents([text])
@@ -364,7 +375,8 @@ def stream_batches(
 
     def rows_of(stream: int, streams: int) -> grain.IterDataset[Row]:
         encoded = groups(stream, streams).map(tokenizer.encode_documents)
-        return Rows(encoded, seq=seq, packing=packing, context=context)
+        own = {"packing": packing, "attend_across": attend_across}
+        return Rows(encoded, seq=seq, **own, context=context)
 
     batches = InterleavedRows(rows_of, *host).batch(batch)
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH)

@@ -48,6 +48,18 @@ def configured_end(tokenizer: "Tokenizer") -> int | None:
     return next(numbers, None)
 
 
+def lacking_end(tokenizer: "Tokenizer") -> str | None:
+    """What the files beside a tokenizer call the end of a text and it has not, as they say it."""
+    config = tokenizer.config
+    if config is None:
+        return None
+    named = config.tokens.get("eos_token")
+    if named is not None:
+        return f"eos_token {named!r}" if tokenizer.id_of(named) is None else None
+    numbers = config.end_ids if configured_end(tokenizer) is None else []
+    return f"eos_token_id {numbers[0]}" if numbers else None
+
+
 def without_kept(tokenizer: "Tokenizer") -> int | None:
     """What is found in the directory of a run that says nothing of it."""
     return tokenizer.named("eos_token") if tokenizer.usual_end is None else tokenizer.usual_end
@@ -92,13 +104,19 @@ def id_of(tokenizer: "Tokenizer", name: str, setting: str) -> int:
     return found
 
 
-def tell_of_end(tokenizer: "Tokenizer", spec: str) -> None:
-    """Says, once, where nobody knows which token ends a document."""
-    config = tokenizer.config
-    if config and (config.keeps_end or configured_end(tokenizer) is not None):
+def tell_of_end(tokenizer: "Tokenizer", spec: str, *, of_answers: bool = False) -> None:
+    """Says, once, where nobody knows which token ends a document, or it is another than named.
+
+    A chat template ends answers by itself; what has neither that nor an end is refused elsewhere.
+    """
+    config, lacking = tokenizer.config, lacking_end(tokenizer)
+    has_template = config is not None and bool(config.templates)
+    if of_answers and (tokenizer.eos_id is None or (has_template and not lacking)):
         return
-    named = config.tokens.get("eos_token") if config else None
-    lacks = f" lacks its own eos_token {named!r} and" if named else ""
+    known = configured_end(tokenizer) is not None
+    if config and (config.keeps_end or (known and not lacking)):
+        return
+    lacks = f" lacks its own {lacking} and" if lacking else ""
     usual = [name for name in USUAL if tokenizer.id_of(name) is not None]
     hint = f'--eos-token says which it is, or "{NO_END}"'
     if tokenizer.eos_id is None:
@@ -106,8 +124,7 @@ def tell_of_end(tokenizer: "Tokenizer", spec: str) -> None:
             f"Note: tokenizer={spec}{lacks} has no token that is known to end a document: they "
             f"follow each other with nothing between them. {hint}."
         )
-    elif named or len(usual) > 1:
-        say_once(
-            f"Note: tokenizer={spec}{lacks} has {' and '.join(usual)}: documents end in "
-            f"{tokenizer.name_of(tokenizer.eos_id)}. {hint}."
-        )
+    elif lacking or len(usual) > 1:
+        end = tokenizer.name_of(tokenizer.eos_id)
+        has = end if known else " and ".join(usual)
+        say_once(f"Note: tokenizer={spec}{lacks} has {has}: documents end in {end}. {hint}.")

@@ -33,7 +33,8 @@ TITLES = (
 )
 HELD_OUT = 0.05
 # Where that is not enough.
-OTHER_TEXT = "name other text, to train with valid_data=PATH, to evaluate with data=PATH"
+BY_NAME = "to train with valid_data=PATH, to evaluate with data=PATH"
+OTHER_TEXT = f"name other text, {BY_NAME}"
 
 # Of a directory that the tokenize command made.
 META = "meta.json"

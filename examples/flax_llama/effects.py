@@ -7,6 +7,7 @@ may have been another one, may do nothing.
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from examples.flax_llama.adapters import RELORA, WITH_LORA
 from examples.flax_llama.config import DISTRIBUTED, Config
@@ -21,7 +22,7 @@ class Need:
     """What some settings need to have an effect."""
 
     names: tuple[str, ...]
-    met: Callable[[Config], bool]
+    met: Callable[[Any], bool]
     # The setting that decides it.
     decides: str
     # With which of its values they have one, in words.
@@ -120,7 +121,8 @@ NEEDS = (
         "data",
         "text in files and of the hub",
     ),
-    for_formats(("text_field",), "text"),
+    for_formats(("text_field", "attend_across"), "text"),
+    Need(("attend_across",), lambda config: config.packing, "packing", "packing=True"),
     for_formats(("prompt_field", "response_field"), "prompt"),
     for_formats(("messages_field",), "chat"),
     for_formats(("loss_on", "on_long"), "prompt", "chat"),
@@ -152,18 +154,21 @@ def has_effect(config: Config, name: str) -> bool:
     return all(need.met(config) for need in NEEDS if name in need.names)
 
 
-def check_effects(configs: Sequence[Config], default: Config) -> None:
+def check_effects(
+    configs: Sequence[Config], default: Config, needs: Sequence[Need] = NEEDS
+) -> None:
     """Refuses settings that were given and have no effect.
 
     Args:
       configs: as they were given, one or several that were given together; what has an effect in
         any of them is right.
       default: what they are where nothing is given.
+      needs: what settings need to have one.
 
     Raises:
       UsageError: names the settings, and what they are for.
     """
-    unmet = [need for need in NEEDS if not any(map(need.met, configs))]
+    unmet = [need for need in needs if not any(map(need.met, configs))]
     for need in unmet:
         alike = [other.names for other in unmet if other.what == need.what]
         names = [n for n in itertools.chain(*alike) if n not in configs[0].by_default]

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +124,10 @@ def valid_of_run(
     """
     config, kept = config_of(read_settings(run)["train"]), read_fingerprint(run)
     reading = reading or reading_of(config)
-    rows = {"seq": config.seq, "packing": config.packing, "reading": reading}
+    rows: dict[str, Any] = {"seq": config.seq, "packing": config.packing, "reading": reading}
     open_it = open_valid if reading.data_format == "text" else open_valid_conversations
+    if reading.data_format == "text":
+        rows["attend_across"] = config.attend_across
     with reading.told():
         if data is not None:
             other = {"num_tokens": tokens, "name": "data"}

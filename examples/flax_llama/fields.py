@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from examples.flax_llama.usage import parse_json
+
 LINES = "; of JSON files each line is read as an object of its own"
 
 
@@ -38,6 +40,26 @@ def string_at(example: Any, field: str) -> str:
             names_of(example, str),
         )
     check_characters(value)
+    return value
+
+
+def objects_at(example: Any, field: str) -> list[dict[str, Any]]:
+    """The objects of a field that may be missing, which tables keep as a text of JSON.
+
+    Raises:
+      BadLine: it has something else.
+    """
+    value = given = value_at(example, field)
+    if isinstance(given, str) and given:
+        try:
+            value = parse_json(given)
+        except ValueError:
+            value = given
+    value = [] if value is None or value == "" else value
+    if not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+        raise BadLine(
+            f"expected a list of objects as '{field}', or the JSON of one, got {str(given)[:40]}"
+        )
     return value
 
 

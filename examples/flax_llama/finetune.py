@@ -6,6 +6,7 @@ python -m examples.flax_llama.finetune --init-from SmolLM2-135M --optimizer lora
 python -m examples.flax_llama.finetune --out runs/chats --resume
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,6 +19,7 @@ from examples.flax_llama.command import program
 from examples.flax_llama.config import Config
 from examples.flax_llama.data import Data
 from examples.flax_llama.distributed import is_first, processes
+from examples.flax_llama.effects import Need, check_effects
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.generate import answer
 from examples.flax_llama.given import settings_given
@@ -58,11 +60,16 @@ class Settings(Config):
         return Config(**{name: getattr(self, name) for name in names})
 
 
+OF_SAMPLES = ("samples", "sample_tokens")
+NEEDS = (
+    Need(("epochs", *OF_SAMPLES), lambda own: not own.resume, "resume", "resume=False"),
+    Need(OF_SAMPLES[1:], lambda own: own.samples > 0, "samples", "samples"),
+)
 # What a fine-tuning begins with where nobody says otherwise; a batch and a length that fit into
 # little memory, and the warm-up and decay that are usual for it.
 DEFAULTS: dict[str, Any] = {
     **{"weights_only": True, "data_format": "auto", "batch": 16, "seq": 512, "clip": 1.0},
-    "warmup": 0.03,
+    **{"warmup": 0.03, "attend_across": False},
 }
 
 
@@ -88,6 +95,7 @@ def finetune(settings: Settings) -> Tuned:
       FloatingPointError: the loss or a gradient is not finite any more; no checkpoint has it.
       CheckpointError: a checkpoint, or another file of the run, could not be written.
     """
+    check_effects([settings], Settings(), NEEDS)
     if settings.init_from is None and not settings.resume:
         raise UsageError(
             "init_from=DIRECTORY is missing: a directory of Hugging Face, an imported model, or a "
@@ -98,7 +106,8 @@ def finetune(settings: Settings) -> Tuned:
             f"samples={settings.samples} of sample_tokens={settings.sample_tokens}: expected 0 to "
             "8, and at least 1 token."
         )
-    config = in_steps(settings).training()
+    settings, data = in_steps(settings)
+    config = settings.training()
     samples: list[dict[str, str]] = []
     make = functools.partial(sampled, count=settings.samples, tokens=settings.sample_tokens)
 
@@ -106,7 +115,9 @@ def finetune(settings: Settings) -> Tuned:
         samples.extend(make(model, data.tokenizer, data.valid))
 
     go_on = f"{RESUME}{config.out}"
-    result = train(config, go_on, before if settings.samples and not config.resume else None)
+    with contextlib.closing(data.train) if data else contextlib.nullcontext():
+        sampling = before if settings.samples and not config.resume else None
+        result = train(config, go_on, sampling, data)
     if samples:
         after = make(result.model, result.tokenizer, result.valid_data)
         samples = [a | {"after": b["before"]} for a, b in zip(samples, after, strict=True)]
@@ -115,14 +126,17 @@ def finetune(settings: Settings) -> Tuned:
     return Tuned(result, samples)
 
 
-def in_steps(settings: Settings) -> Settings:
+def in_steps(settings: Settings) -> tuple[Settings, Data | None]:
     """With the number of updates that so many epochs are, and the learning rate, if not given.
+
+    Returns:
+      The settings, and the data, where it was opened to know how long an epoch is.
 
     Raises:
       UsageError: both are given, or nobody knows how long an epoch is.
     """
     if settings.resume:
-        return settings
+        return settings, None
     resolved = recognised(settings.resolve())
     settings = dataclasses.replace(settings, data_format=resolved.data_format)
     if settings.lr is None and settings.optimizer != "lora":
@@ -133,18 +147,18 @@ def in_steps(settings: Settings) -> Settings:
                 f"epochs={settings.epochs} and steps={settings.steps} say how long to train: give "
                 "one of them."
             )
-        return settings
+        return settings, None
     epochs = 3.0 if settings.epochs is None else settings.epochs
     if not 0 < epochs < math.inf:
         raise UsageError(f"epochs={epochs}: expected a positive number.")
     data = open_dataset(resolved)
-    data.train.close()
     if data.rows is None:
+        data.train.close()
         raise UsageError(
             f"data={settings.data} is streamed, and nobody knows how much it is: give steps=N."
         )
     steps = max(1, math.ceil(epochs * data.rows / resolved.batch))
-    return dataclasses.replace(settings, steps=steps)
+    return dataclasses.replace(settings, steps=steps), data
 
 
 def sampled(
@@ -158,8 +172,10 @@ def sampled(
             shown = tokenizer.decode(prompt.ids)
             found.append({"prompt": shown, "reference": prompt.response, "before": text})
         return found
-    for row in valid.rows[:count]:
-        ids = row[: min(BEGINNING, len(row) // 2)]
+    for number, row in enumerate(valid.rows[:count]):
+        if valid.segments is not None:
+            row = row[valid.segments[number] == 1]
+        ids = row[: min(BEGINNING, -(-len(row) // 2))]
         text = answer(model, tokenizer, ids, frozenset(), tokens=tokens)
         rest = tokenizer.decode(row[len(ids) : len(ids) + tokens])
         found.append({"prompt": tokenizer.decode(ids), "reference": rest, "before": text})

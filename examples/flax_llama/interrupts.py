@@ -41,6 +41,11 @@ class Stop:
         return self.requested
 
 
+def never(step: int) -> bool:
+    """Where nothing asks a run to stop."""
+    return False
+
+
 class Answers:
     """What the signals of this program come to: the first one stops a run, any other one quits."""
 

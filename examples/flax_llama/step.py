@@ -142,8 +142,8 @@ def check_divides(config: Config) -> None:
 
 
 def has_segments(config: Config) -> bool:
-    """Whether the rows of a run are of several conversations each."""
-    return config.data_format != "text" and config.packing
+    """Whether the rows of a run are of several texts each, none of which attends to another one."""
+    return config.packing and (config.data_format != "text" or not config.attend_across)
 
 
 def put_batch(batch: dict[str, np.ndarray], accumulate: int, mesh: jax.sharding.Mesh) -> Batch:

@@ -104,12 +104,19 @@ class Tokenizer(ABC):
 
     @property
     def start_ids(self) -> list[int]:
-        """The tokens that a text begins with, as a model's directory says, or else its file."""
-        adds = None if self.config is None else self.config.adds_bos
-        if adds is None:
+        """The tokens that a text begins with, as a model's directory says, or else its file.
+
+        Raises:
+          UsageError: the tokenizer lacks the one that is named.
+        """
+        config = self.config
+        if config is None or config.adds_bos is None:
             return self._own_start()
-        bos = self.named("bos_token")
-        return [bos] if adds and bos is not None else []
+        if not config.adds_bos or (name := config.tokens.get("bos_token")) is None:
+            return []
+        if (bos := self.id_of(name)) is None:
+            raise UsageError(f"{config.directory}: the tokenizer lacks its own bos_token {name!r}.")
+        return [bos]
 
     def named(self, purpose: str) -> int | None:
         """The special token that a model's directory has for a purpose, such as `eos_token`."""

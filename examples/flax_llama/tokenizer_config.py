@@ -23,6 +23,8 @@ OF_MODEL = ("generation_config.json", "config.json", "hf_config.json")
 END_FILE, END = "document_end.json", "document_end"
 # Of other templates than the first, each in a file by its name.
 MORE_TEMPLATES = "additional_chat_templates"
+# What a text begins and ends with.
+ENDS = ("bos_token", "eos_token")
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 # A template may write the date into a prompt, and a run that goes on tomorrow is to have the same
 # tokens: where it is saved, it keeps the time at which it was read.
@@ -71,12 +73,20 @@ class TokenizerConfig:
 
     @property
     def tokens(self) -> dict[str, str]:
-        """The names of special tokens, by what they are for, such as `bos_token`."""
+        """The names of special tokens, by what they are for, such as `bos_token`.
+
+        Raises:
+          UsageError: that of a text's beginning or end is no name.
+        """
         found = {}
         for name, value in self.settings.items():
             token = value.get("content") if isinstance(value, dict) else value
             if name.endswith("_token") and isinstance(token, str):
                 found[name] = token
+            elif name in ENDS and value is not None:
+                raise UsageError(
+                    f"{self.directory}: expected the name of a token as its {name}, got {value!r}."
+                )
         return found
 
     @property
@@ -112,8 +122,17 @@ class TokenizerConfig:
 
     @property
     def adds_bos(self) -> bool | None:
-        """Whether texts begin with `bos_token`; None where nothing is said about it."""
-        return self.settings.get("add_bos_token")
+        """Whether texts begin with `bos_token`; None where nothing is said about it.
+
+        Raises:
+          UsageError: what is said is neither true nor false.
+        """
+        adds = self.settings.get("add_bos_token")
+        if not isinstance(adds, bool | None):
+            raise UsageError(
+                f"{self.directory / CONFIG}: expected true or false as add_bos_token, got {adds!r}."
+            )
+        return adds
 
     @property
     def templates(self) -> dict[str, str]:
@@ -128,13 +147,17 @@ class TokenizerConfig:
             return in_files
         if isinstance(own, str):
             return {DEFAULT: own}
-        try:
-            return {each["name"]: each["template"] for each in own}
-        except (KeyError, TypeError) as error:
-            raise UsageError(
-                f"{self.directory / CONFIG}: expected a text as its chat_template, or a list of "
-                "objects with name and template."
-            ) from error
+        found = {}
+        for each in own if isinstance(own, list) else [own]:
+            pair = each if isinstance(each, dict) else {}
+            name, template = pair.get("name"), pair.get("template")
+            if not (isinstance(name, str) and isinstance(template, str)):
+                raise UsageError(
+                    f"{self.directory / CONFIG}: expected a text as its chat_template, or a list "
+                    "of objects with name and template, which are texts."
+                )
+            found[name] = template
+        return found
 
     @property
     def now(self) -> datetime:

@@ -39,7 +39,7 @@ from examples.flax_llama.evaluate import Evaluation, make_evaluate
 from examples.flax_llama.flags import command_line
 from examples.flax_llama.given import settings_given
 from examples.flax_llama.initial import first_state
-from examples.flax_llama.interrupts import stopping
+from examples.flax_llama.interrupts import never, stopping
 from examples.flax_llama.memory import check_machine
 from examples.flax_llama.model import Llama, Params
 from examples.flax_llama.optimizers import make_optimizer
@@ -116,6 +116,7 @@ def train(
     config: Config,
     how_to_go_on: str | None = None,
     before: Callable[[Llama, Data], None] | None = None,
+    data: Data | None = None,
 ) -> Result:
     """Trains one model; writes only if `config.out` is given, a directory that is new or empty.
 
@@ -127,6 +128,7 @@ def train(
       config: the settings.
       how_to_go_on: the command that does, where the run is stopped; that of the run by default.
       before: is called before the first update of a run, with the model and the data.
+      data: that of a new run, where it is open already; it is closed.
 
     Raises:
       UsageError: a setting cannot work; nothing has been written.
@@ -146,7 +148,7 @@ def train(
         check_same_data(beginning.fingerprint.digests)
         check_divides(config)
         optimizer, mesh = make_optimizer(config), make_mesh(config.mesh)
-        dataset = open_dataset(own_tokenizer(config, beginning))
+        dataset = data or open_dataset(own_tokenizer(config, beginning))
         stack.callback(dataset.train.close)
         if not beginning.step:
             check_same_tokenizer(config, dataset.tokenizer)
@@ -283,7 +285,8 @@ def open_dataset(config: Config) -> Data:
     """This process' part of the data."""
     part, parts = part_of_data(make_mesh(config.mesh))
     names = ("data", "valid_data", "tokenizer", "eos_token", "batch", "seq", "packing", "seed")
-    given = {name: getattr(config, name) for name in (*names, "eval_tokens")}
+    more = ("attend_across", "eval_tokens")
+    given = {name: getattr(config, name) for name in (*names, *more)}
     reading = reading_of(config)
     with reading.told():
         return open_data(**given, reading=reading, process_index=part, process_count=parts)
@@ -371,10 +374,6 @@ def open_log(
         if start >= config.steps and log.valid:
             log.progress.say(scores(log.valid[-1]))
         yield stack.enter_context(log)
-
-
-def never(step: int) -> bool:
-    return False
 
 
 def from_command_line(args: Sequence[str] | None = None) -> Config:

@@ -10,7 +10,7 @@ import numpy as np
 from examples.flax_llama import documents
 from examples.flax_llama.reading import Reading
 from examples.flax_llama.responses import Prompt
-from examples.flax_llama.rows import padded_rows
+from examples.flax_llama.rows import apart, padded_rows
 from examples.flax_llama.tokenizer import Tokenizer
 from examples.flax_llama.tokens import Tokens, load_tokens
 from examples.flax_llama.usage import UsageError
@@ -34,7 +34,8 @@ class Valid:
     mask: np.ndarray
     # Bytes of UTF-8 per token that counts.
     bytes_per_token: float
-    # int32 (R, seq + 1): which conversation of its row a token is of; None where there is one.
+    # int32 (R, seq + 1): which conversation or document of its row a token is of, where it attends
+    # to that alone; else None.
     segments: np.ndarray | None = None
     # What samples can be made for, of conversations.
     prompts: tuple[Prompt, ...] = ()
@@ -78,6 +79,7 @@ def open_valid(
     *,
     seq: int,
     packing: bool = True,
+    attend_across: bool = True,
     num_tokens: int | None,
     reading: Reading | None = None,
     name: str = "valid_data",
@@ -88,7 +90,8 @@ def open_valid(
     """
     context = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     groups = open_groups(data, tokenizer, num_tokens, reading, name)
-    return read_valid(groups, context, seq=seq, packing=packing, num_tokens=num_tokens)
+    rows = {"seq": seq, "packing": packing, "attend_across": attend_across}
+    return read_valid(groups, context, num_tokens=num_tokens, **rows)
 
 
 def open_groups(
@@ -138,46 +141,71 @@ def read_valid(
     seq: int,
     packing: bool,
     num_tokens: int | None,
+    attend_across: bool = True,
 ) -> Valid:
     """The rows of the first `num_tokens` targets of some documents, of all by default.
 
     Args:
       groups: the documents, of which no more are read than it takes.
-      context: the token before the first one when packed; without one, that is no target.
+      context: the token before the first one when packed; without one, that is no target. None is
+        taken of documents that do not attend to each other.
       seq: targets of a row.
       packing: all documents are one text, a row's last token is the next one's first; else each
         document is a row, cut or padded.
       num_tokens: number of targets.
+      attend_across: packed, a document attends to those before it in its row; else its first token
+        is no target.
 
     Raises:
       UsageError: there are fewer targets, or none.
     """
     read: list[np.ndarray] = []
-    num_bytes, targets = 0.0, len(context) - 1 if packing else 0
+    is_one_text = packing and attend_across
+    num_bytes, targets = 0.0, len(context) - 1 if is_one_text else 0
+    most = None if packing else seq
     for new, size in groups:
         read += new
         num_bytes += size
-        targets += sum(len(ids) if packing else min(len(ids) - 1, seq) for ids in new)
+        targets += sum(len(ids) if is_one_text else len(ids[1:][:most]) for ids in new)
         if num_tokens is not None and targets >= num_tokens:
             break
     check_enough(targets, num_tokens)
-    if packing:
+    segments = None
+    if is_one_text:
         rows, mask = covering_rows(np.concatenate([np.array(context, np.int32), *read]), seq)
+    elif packing:
+        rows, mask = covering_rows(np.concatenate(read), seq)
+        numbers = np.repeat(np.arange(len(read)), [len(ids) for ids in read])
+        each = apart(covering_rows(numbers, seq)[0])
+        mask, segments = mask & each["mask"], each["segments"]
     else:
         rows, mask = padded_rows(read, seq)
-    valid = Valid(rows, mask, num_bytes / sum(map(len, read)))
+    valid = Valid(rows, mask, num_bytes / sum(map(len, read)), segments)
     return valid if num_tokens is None else first_targets(valid, num_tokens)
 
 
-def check_enough(targets: int, num_tokens: int | None) -> None:
-    """Raises UsageError where there are fewer targets than asked for, or none."""
-    if targets < (num_tokens or 1):
-        wanted = "" if num_tokens is None else f", of {num_tokens:,} asked for: ask for fewer"
-        raise UsageError(
-            f"There are only {max(targets, 0):,} tokens to validate on{wanted}, or "
-            f"{documents.OTHER_TEXT}. Of files that are trained on, one document in twenty is kept "
-            "to validate, where a text file counts as one for every 16 KiB."
-        )
+def check_enough(targets: int, num_tokens: int | None, what: str = "text") -> None:
+    """Raises UsageError where there are fewer targets than asked for, or none.
+
+    Args:
+      targets: how many there are.
+      num_tokens: how many were asked for, None for any.
+      what: "text", or "conversations".
+    """
+    if targets >= (num_tokens or 1):
+        return
+    asked = "" if num_tokens is None else f", of {num_tokens:,} asked for"
+    fewer = "ask for fewer, or " if num_tokens is not None and targets > 0 else ""
+    kept = (
+        "one document in twenty is kept to validate, where a text file counts as one for every "
+        "16 KiB"
+        if what == "text"
+        else "one in twenty is kept to validate"
+    )
+    raise UsageError(
+        f"There are only {max(targets, 0):,} tokens to validate on{asked}: {fewer}name other "
+        f"{what}, {documents.BY_NAME}. Of files that are trained on, {kept}."
+    )
 
 
 def first_targets(valid: Valid, num_tokens: int) -> Valid:

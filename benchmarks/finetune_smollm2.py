@@ -60,7 +60,7 @@ SEEDS = (0, 1, 2)
 # Their flags, and three learning rates, by factors of three; more where the best would be an end.
 METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "AdamW": (["--optimizer", "adamw"], (3e-5, 1e-4, 3e-4)),
-    "GaLore": (["--optimizer", "galore_adamw"], (3e-4, 1e-3, 3e-3)),
+    "GaLore": (["--optimizer", "galore_adamw"], (1e-4, 3e-4, 1e-3)),
     "tracked": (["--optimizer", "tracked_adamw"], (3e-5, 1e-4, 3e-4)),
     "LoRA": (
         ["--optimizer", "lora", "--rank", "8", "--lora-alpha", "16", "--lora-targets", "all"],

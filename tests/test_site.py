@@ -261,6 +261,34 @@ def test_links_between_files_become_links_between_pages():
     assert {"docs/leaves.md", "examples/flax_llama/README.md", "tests/test_parity.py"} <= {*found}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_notebook_becomes_a_page_with_all_that_it_printed_and_drew(path):
+    pages = hook("notebook_pages")
+    page, pictures = pages.as_markdown(path)
+    assert page.startswith("# ")
+    assert f"](../notebooks/{path.name})" not in page
+    assert f"]({path.name})" in page
+    cells = json.loads(path.read_text())["cells"]
+    drawn = [
+        output for cell in cells for output in cell.get("outputs", []) if "image/png" in str(output)
+    ]
+    assert re.findall(r"!\[.*?\]\((.*?)\)", page) == list(pictures)
+    assert len(pictures) == len(drawn) > 0
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert page.count("```python\n") == len(code)
+    # Of formulas no dollar is left.
+    assert "$" not in re.sub(r"^```.*?^```$|`[^`\n]*`", "", page, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_formulas_are_known_to_browsers_and_code_stays():
+    with_formulas = hook("notebook_pages").with_formulas
+    made = with_formulas("With $r/m$, `$x$` and\n\n$$\na = b\n$$\n")
+    assert re.search(
+        r"With <span><math .*?</math></span>, `\$x\$` and\n\n<math .*block.*</math>", made
+    )
+
+
 # What finds its way into the site.
 
 

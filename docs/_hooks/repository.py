@@ -7,6 +7,7 @@ calls the functions that begin with ``on_``.
 
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+# MkDocs loads each hook by its path.
+sys.path.append(str(Path(__file__).parent))
+from notebook_pages import as_markdown
+
 ROOT = Path(__file__).parents[2]
+NOTEBOOK = ".ipynb"
 # Code is left alone: in blocks, and between backticks.
 CODE = re.compile(r"(^```.*?^```\n|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
 # [text](target) and ![text](target), where the target is no URL and not on the page itself.
@@ -32,7 +38,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if name in files.src_uris or not (ROOT / target).is_file():
             continue  # where there is no such file, MkDocs says so
         files.append(File.generated(config, name, abs_src_path=str(ROOT / target)))
-        if target.endswith(".md"):
+        if target.endswith(NOTEBOOK):
+            text, pictures = as_markdown(ROOT / target)
+            files.append(File.generated(config, page_of(name), content=text))
+            for picture, content in pictures.items():
+                place = posixpath.join(posixpath.dirname(name), picture)
+                files.append(File.generated(config, place, content=content))
+            left += targets(target, text)
+        elif target.endswith(".md"):
             left += targets(target)
     return files
 
@@ -53,6 +66,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def changed(match: re.Match[str]) -> str:
         target = in_site(resolved(here, match[2]))
+        # A notebook's own page leads to the notebook, and all others to that page.
+        if target.endswith(NOTEBOOK) and page.file.src_uri != page_of(target):
+            target = page_of(target)
         return f"{match[1]}{posixpath.relpath(target, start)}{match[3] or ''}"
 
     parts = CODE.split(markdown)
@@ -60,15 +76,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(parts)
 
 
-def targets(page: str) -> list[str]:
+def targets(page: str, text: str | None = None) -> list[str]:
     """The files that a page links to; all are paths in the repository."""
-    prose = "".join(CODE.split((ROOT / page).read_text())[::2])
+    prose = "".join(CODE.split((ROOT / page).read_text() if text is None else text)[::2])
     return [resolved(page, match[2]) for match in LINK.finditer(prose)]
 
 
 def resolved(here: str, link: str) -> str:
     """The path in the repository of what a file of the repository links to."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(here), link))
+
+
+def page_of(notebook: str) -> str:
+    """The page of a notebook, in the site's sources."""
+    return f"{notebook.removesuffix(NOTEBOOK)}.md"
 
 
 def in_site(path: str) -> str:

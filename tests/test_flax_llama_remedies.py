@@ -188,6 +188,15 @@ LARGE = [
 ]
 
 
+def test_each_change_is_named_once():
+    words = "--preset llama-3.1-8b --optimizer q_galore_adamw --layerwise --projector rows"
+    asked = plan.from_command_line([*words.split(), "--device", "rtx4060ti_16gb", "--batch", "1"])
+    one = plan.question_of(asked.run, plan.chosen_device(asked.device, asked.memory))
+    flags = [change.flags for change in remedies.advice(one)]
+    assert "--tables factored" in flags
+    assert len(flags) == len(set(flags))
+
+
 @pytest.mark.parametrize("words", LARGE)
 def test_a_published_recipe_is_made_to_fit_a_small_card(words):
     asked = plan.from_command_line(words.split())

@@ -334,12 +334,17 @@ def advice(question: Question) -> list[Change]:
     is what trains the same, and what needs least. All of it needs less: it is the single changes
     that do, and the combination that departs least.
     """
-    found = [c for c in working(question, single_changes(question)) if helps(question, c)]
+    # The same flags may be a change in two ways: once, as they depart least.
+    found: dict[str, Change] = {}
+    for change in working(question, single_changes(question)):
+        other = found.get(change.flags)
+        if helps(question, change) and (other is None or change.departure < other.departure):
+            found[change.flags] = change
     whole = least_departure(question, Fit.SURE)
     if whole is None and question.fit() is Fit.NOT:
         whole = least_departure(question, Fit.SURE, Fit.CLOSE)
-    if whole is not None and whole.flags not in {change.flags for change in found}:
-        found.append(whole)
+    if whole is not None:
+        found.setdefault(whole.flags, whole)
     order = list(Fit)
 
     def place(change: Change) -> tuple[int, Departure, int]:
@@ -350,7 +355,7 @@ def advice(question: Question) -> list[Change]:
             departure = Departure(int(not change.same))
         return order.index(fit), departure, need.total
 
-    return sorted(found, key=place)
+    return sorted(found.values(), key=place)
 
 
 def helps(question: Question, change: Change) -> bool:

@@ -18,6 +18,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 FIGURES = ROOT / "benchmarks" / "results" / "memory_7b.json"
 MEASURED = ROOT / "benchmarks" / "results" / "gpu" / "memory.json"
 PICTURE = FIGURES.with_suffix(".png")
+# Some of the rows, for the start page, what they are called there, and their picture.
+FIRST = {
+    "7b AdamW h100_80gb": "LLaMA-7B, AdamW",
+    "7b 8-bit GaLore power_iteration rtx4090_24gb": "LLaMA-7B, 8-bit GaLore",
+    "7b Q-GaLore power_iteration rtx4060ti_16gb": "LLaMA-7B, Q-GaLore",
+    "7b fewest GaLore rank 256 1x256 rtx4070_12gb": "LLaMA-7B, rank 256, all in 8 bits",
+    "llama-3.1-8b fewest GaLore rank 256 16x256 rtx4080_16gb": "Llama-3.1-8B, the same",
+}
+FIRST_PICTURE = FIGURES.with_name("memory_start.png")
 PAGE = ROOT / "docs" / "will-it-fit.md"
 START = "<!-- made by python -m benchmarks.memory_table -->\n"
 END = "<!-- end of the memory table -->\n"
@@ -99,21 +108,27 @@ def replaced(text: str, table: str, comments: tuple[str, str] = (START, END)) ->
 
 
 def bars(record: dict[str, Any]) -> list[Bar]:
-    """One for each line of the table: the estimate's parts, and XLA's peak."""
+    """One for each line of the table."""
     return [
-        Bar(
-            f"{model(row)}, {row['method'].replace('`', '')}\n{DEVICES[row['device']].description}",
-            {k: v for k, v in row["estimate"].items() if k not in ("total", "moment")},
-            row["xla"]["peak"] if "xla" in row else None,
-        )
+        bar(row, f"{model(row)}, {row['method'].replace('`', '')}")
         for name, row in record["rows"].items()
         if " svd " not in name
     ]
 
 
+def bar(row: dict[str, Any], name: str) -> Bar:
+    """The estimate's parts, and XLA's peak."""
+    parts = {k: v for k, v in row["estimate"].items() if k not in ("total", "moment")}
+    peak = row["xla"]["peak"] if "xla" in row else None
+    return Bar(f"{name}\n{DEVICES[row['device']].description}", parts, peak)
+
+
 def main() -> None:
     record = json.loads(FIGURES.read_text())
-    draw(bars(record), [DEVICES["rtx4060ti_16gb"], DEVICES["rtx4090_24gb"]], PICTURE)
+    cards = [DEVICES["rtx4060ti_16gb"], DEVICES["rtx4090_24gb"]]
+    draw(bars(record), cards, PICTURE)
+    first = [bar(record["rows"][name], called) for name, called in FIRST.items()]
+    draw(first, cards, FIRST_PICTURE)
     PAGE.write_text(replaced(PAGE.read_text(), current()))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import PyTree
 
@@ -48,7 +49,10 @@ class Use(enum.Enum):
 
 
 def use_of_rows(
-    function: Callable[..., PyTree], *args: PyTree, rows: Sequence[bool]
+    function: Callable[..., PyTree],
+    *args: PyTree,
+    rows: Sequence[bool],
+    twice: Sequence[PyTree] | None = None,
 ) -> PyTree[Use]:
     """Returns for each output what it has to do with the rows of the arguments.
 
@@ -56,6 +60,10 @@ def use_of_rows(
       function: a function from trees of arrays to a tree of arrays; it is traced, never run.
       *args: its arguments, or ``jax.ShapeDtypeStruct`` in their place.
       rows: for each of ``jax.tree.leaves(args)``, whether its leading axis is one of rows.
+      twice: the arguments for twice as many rows, if these count together: inside of the function,
+        the same numbers may then be rows of another length, as blocks of codes are that straddle
+        two rows. That such rows are of the same numbers, and of no others, shows in that there are
+        twice as many of them; where anything else of the function is another, nothing is by rows.
 
     Returns:
       A tree like the function's result, whose leaves are `Use`. What is not known to work by rows,
@@ -65,7 +73,38 @@ def use_of_rows(
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     inputs = zip(closed.jaxpr.invars, rows, strict=True)
     uses = [Use.ROWS if x else _use_of_constant(v) for v, x in inputs]
-    return jax.tree.unflatten(jax.tree.structure(shapes), _uses_of_outputs(closed.jaxpr, uses))
+    together = twice is not None
+    if together and not _doubles(closed.jaxpr, jax.make_jaxpr(function)(*twice).jaxpr):
+        uses = [Use.ALL] * len(uses)
+    found = _uses_of_outputs(closed.jaxpr, uses, together)
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def _doubles(one: Jaxpr, other: Jaxpr) -> bool:
+    """Whether another function is the same but for leading axes that are twice as long."""
+
+    def alike(mine: Var | Literal, theirs: Var | Literal) -> bool:
+        if isinstance(mine, Literal) and isinstance(theirs, Literal):
+            return bool(np.array_equal(mine.val, theirs.val, equal_nan=True))
+        (shape,), (longer,) = _shapes([mine]), _shapes([theirs])
+        doubled = (2 * shape[0], *shape[1:]) if shape else ()
+        return longer in (shape, doubled)
+
+    def equal(mine: JaxprEqn, theirs: JaxprEqn) -> bool:
+        variables = ([*equation.invars, *equation.outvars] for equation in (mine, theirs))
+        inside = (_functions(equation) for equation in (mine, theirs))
+        return (
+            mine.primitive is theirs.primitive
+            and _all(alike, *variables)
+            and _all(_doubles, *inside)
+        )
+
+    return _all(equal, one.eqns, other.eqns) and _all(alike, one.outvars, other.outvars)
+
+
+def _all(holds: Callable[[Fact, Fact], bool], some: Sequence[Fact], others: Sequence[Fact]) -> bool:
+    """Whether something is true of each of some and the one at its place among others."""
+    return len(some) == len(others) and all(map(holds, some, others))
 
 
 def by_element(jaxpr: Jaxpr) -> list[bool]:
@@ -115,12 +154,22 @@ def _interpreted(
     return [read(v) for v in jaxpr.outvars]
 
 
+def _functions(equation: JaxprEqn) -> list[Jaxpr]:
+    """Returns the functions among the parameters of an equation."""
+    found = []
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, ClosedJaxpr | Jaxpr):
+                found.append(each.jaxpr if isinstance(each, ClosedJaxpr) else each)
+    return found
+
+
 def _called_once(equation: JaxprEqn) -> Jaxpr | None:
     """Returns the function that an equation applies once to its operands as they are, or None."""
     called = [p for p in equation.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
     if len(called) != 1 or equation.primitive.name in ("scan", "while", "pallas_call"):
         return None
-    jaxpr = called[0].jaxpr if isinstance(called[0], ClosedJaxpr) else called[0]
+    (jaxpr,) = _functions(equation)
     # A reduction, for one, has the function of two numbers that it applies again and again.
     return jaxpr if _shapes(jaxpr.invars) == _shapes(equation.invars) else None
 
@@ -145,8 +194,11 @@ def _inputs_of_equation(equation: JaxprEqn, inputs: list[Inputs]) -> list[Inputs
     return [frozenset().union(*inputs)] * len(equation.outvars)
 
 
-def _uses_of_outputs(jaxpr: Jaxpr, inputs: Sequence[Use]) -> list[Use]:
-    return _interpreted(jaxpr, inputs, _uses_of_equation, _use_of_constant)
+def _uses_of_outputs(jaxpr: Jaxpr, inputs: Sequence[Use], together: bool) -> list[Use]:
+    def of_equation(equation: JaxprEqn, uses: list[Use]) -> list[Use]:
+        return _uses_of_equation(equation, uses, together)
+
+    return _interpreted(jaxpr, inputs, of_equation, _use_of_constant)
 
 
 def _use_of_constant(variable: Var | Literal) -> Use:
@@ -172,18 +224,20 @@ _REDUCTIONS = frozenset(
 )
 
 
-def _uses_of_equation(equation: JaxprEqn, uses: list[Use]) -> list[Use]:
+def _uses_of_equation(equation: JaxprEqn, uses: list[Use], together: bool) -> list[Use]:
     if Use.ALL in uses:
         return [Use.ALL] * len(equation.outvars)
     if "branches" in equation.params and uses[0] is Use.SAME:  # as where the platform decides
-        branches = [_uses_of_outputs(b.jaxpr, uses[1:]) for b in equation.params["branches"]]
+        branches = [
+            _uses_of_outputs(b.jaxpr, uses[1:], together) for b in equation.params["branches"]
+        ]
         alike = [set(outputs) for outputs in zip(*branches, strict=True)]
         return [use.pop() if len(use) == 1 else Use.ALL for use in alike]
     jaxpr = _called_once(equation)
     if jaxpr is not None:
-        return _uses_of_outputs(jaxpr, uses)
+        return _uses_of_outputs(jaxpr, uses, together)
     if Use.ROWS in uses:
-        by_rows = _keeps_rows(equation, [x is Use.ROWS for x in uses])
+        by_rows = _keeps_rows(equation, [x is Use.ROWS for x in uses], together)
         return [Use.ROWS if by_rows else Use.ALL] * len(equation.outvars)
     name = equation.primitive.name
     spreads = name == "broadcast_in_dim" and 0 not in equation.params["broadcast_dimensions"]
@@ -192,8 +246,11 @@ def _uses_of_equation(equation: JaxprEqn, uses: list[Use]) -> list[Use]:
     return [_use_of_constant(v) for v in equation.outvars]
 
 
-def _keeps_rows(equation: JaxprEqn, has_rows: list[bool]) -> bool:
-    """Whether each row of the results depends on the same row of the operands only."""
+def _keeps_rows(equation: JaxprEqn, has_rows: list[bool], together: bool) -> bool:
+    """Whether each row of the results depends on the same row of the operands only.
+
+    Where rows count ``together``, those of the results may have another length.
+    """
     name, params = equation.primitive.name, equation.params
     (shape, *_), shapes = _shapes(equation.outvars), _shapes(equation.invars)
     operand = shapes[0]
@@ -206,7 +263,7 @@ def _keeps_rows(equation: JaxprEqn, has_rows: list[bool]) -> bool:
     if name == "broadcast_in_dim":
         return params["broadcast_dimensions"][:1] == (0,) and shape[0] == operand[0]
     if name == "reshape":
-        return params["dimensions"] is None and shape[:1] == operand[:1]
+        return params["dimensions"] is None and (together or shape[:1] == operand[:1])
     if name == "squeeze":
         return 0 not in params["dimensions"]
     if name == "transpose":

@@ -420,20 +420,25 @@ def test_a_stack_in_bfloat16_is_rounded_at_random_a_layer_at_a_time():
     assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-2)
 
 
-def test_large_leaves_are_updated_in_slices_of_their_rows():
+@pytest.mark.parametrize(
+    ("block_size", "sliced"),
+    [(4, 2), (64, 2), (96, 1)],
+    ids=["blocks in rows", "two rows in a block", "a block in two slices"],
+)
+def test_large_leaves_are_updated_in_slices_of_their_rows(block_size, sliced):
     """Of 128 rows, too, from which on codes of a TPU have a layout of their own."""
-    params, tokens = model.init(jnp.float32, d=32, f=32, v=400), model.batches(4)
-    in_8_bit = galore_optax.adamw_8bit(0.01, block_size=4, min_size=100)
+    params, tokens = model.init(jnp.float32, d=32, f=32, v=800), model.batches(4)
+    in_8_bit = galore_optax.adamw_8bit(0.01, block_size=block_size, min_size=100)
     tx = model.partition(embed=in_8_bit, head=optax.adamw(0.01), rest=optax.sgd(0.1))
     state, results, whiles = jax.jit(tx.init)(params), [], []
-    for size in (None, 4096):
+    for size in (None, 8192):
         step = layerwise_step(tx, slice_size=size)
         results.append(train(step, params, state, tokens)[0])
         text = step.lower(params, state, tokens[0], jax.random.key(0)).as_text()
         whiles.append(text.count("stablehlo.while"))
     assert_close(results[1], results[0], tolerance=1e-6)
-    # Of the embedding and of the head.
-    assert whiles[1] == whiles[0] + 2
+    # Of the embedding, if it can, and of the head.
+    assert whiles[1] == whiles[0] + sliced
 
 
 def test_no_slices_where_random_numbers_would_be_the_same_for_all_of_them():

@@ -111,6 +111,38 @@ def test_a_row_changes_nothing_but_itself(name):
             assert use is ALL or np.array_equal(a, b)
 
 
+# Of what cuts numbers otherwise: whether it is of each slice of some rows, for any of them.
+TOGETHER = {
+    "blocks": (
+        lambda x: x / jnp.repeat(jnp.abs(x.reshape(-1, 8)).max(1), 8).reshape(x.shape),
+        True,
+    ),
+    "blocks, spread": (
+        lambda x: (x.reshape(-1, 8) / jnp.abs(x.reshape(-1, 8)).max(1)[:, None]).reshape(x.shape),
+        True,
+    ),
+    "flat": (lambda x: x.reshape(-1) * 2, True),
+    "columns for rows": (lambda x: x.reshape(x.shape[1], x.shape[0]).reshape(x.shape), False),
+    "one block": (lambda x: (x.reshape(1, -1) / x.reshape(1, -1).max(1)[:, None]).ravel(), False),
+    "a share": (lambda x: x / x.shape[0], False),
+    "all": (lambda x: x - x.reshape(-1).max(), False),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_rows_that_count_together_may_be_cut_otherwise(name):
+    function, by_slices = TOGETHER[name]
+    x = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
+    some, twice = (jax.ShapeDtypeStruct((n, 12), jnp.float32) for n in (4, 8))
+    found = use_of_rows(function, some, rows=[True], twice=(twice,))
+    assert (found is ROWS) is by_slices
+    parts = np.concatenate([function(x[:4]), function(x[4:])])
+    if by_slices:
+        np.testing.assert_array_equal(parts, function(x))
+    # Rows alone, which no other axis may be made of.
+    assert use_of_rows(function, some, rows=[True]) is ALL or name == "a share"
+
+
 def test_rows_of_several_arguments_are_the_same():
     both = use_of_rows(jnp.add, jnp.ones((3, 2)), jnp.ones((3, 2)), rows=[True, True])
     outer = use_of_rows(lambda a, b: a[:, None] + b, jnp.ones(3), jnp.ones(3), rows=[True, True])

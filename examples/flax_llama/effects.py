@@ -109,6 +109,7 @@ NEEDS = (
         "layerwise",
         "layerwise=True",
     ),
+    Need(("clip_by",), lambda config: bool(config.clip), "clip", "clip above 0"),
     Need(
         ("stochastic_rounding",),
         lambda config: config.param_dtype == "bfloat16",

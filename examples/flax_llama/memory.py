@@ -11,6 +11,7 @@ H heads, V vocabulary, L layers.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -197,8 +198,9 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     layer = shape.layer_matrices * (p if K == 1 else p + 4)
     held_back = 1 if config.clip and config.clip_by == "global" else 0
     dense = shape.vocab_size * shape.hidden
-    # Codes whose blocks are of single rows are updated some rows at a time.
-    whole = 0 if shape.hidden % CODES == 0 else update_of_embedding(config, shape)
+    # Codes are updated some rows at a time, as many as blocks are whole of.
+    rows = CODES // math.gcd(shape.hidden, CODES)
+    whole = 0 if shape.vocab_size % rows == 0 else update_of_embedding(config, shape)
     return {
         "head": head_by_vocabulary(config, shape, inputs),
         "embedding": (0, 0, whole),

@@ -150,7 +150,7 @@ def clippings(config: Config) -> list[Remedy]:
     if not config.clip:
         return [Remedy({"clip": 1.0}, Departure(CLEAR))]
     norms = [Remedy({"clip_by": norm}, Departure(MILD)) for norm in ("layer", "global")]
-    return [*norms, Remedy({"clip": 0.0}, Departure(CLEAR))]
+    return [*norms, Remedy({"clip": 0.0, "clip_by": "global"}, Departure(CLEAR))]
 
 
 class Tried(NamedTuple):

@@ -155,9 +155,7 @@ class Division:
         if slices == 1:
             return None
         rows = self.shapes[i].shape[0] // slices
-        leaf = jax.ShapeDtypeStruct((rows, *self.shapes[i].shape[1:]), self.shapes[i].dtype)
-        params = self.treedef.unflatten(unit.leaves([leaf] * len(self.shapes)))
-        state = self._init(params)
+        params, state = self._of_rows(unit, i, rows)
         leaves, treedef = jax.tree.flatten(state)
         if len(leaves) != len(unit.positions):
             return None
@@ -165,17 +163,30 @@ class Division:
         for position, part in zip(unit.positions, leaves, strict=True):
             whole = self.state_shapes[position]
             stacked.append(whole != part.shape)
-            if stacked[-1] and whole != (rows * slices, *part.shape[1:]):
+            # Codes that go on from row to row have no axis of rows, but one that is in slices too.
+            if stacked[-1] and whole != (slices * part.shape[0], *part.shape[1:]):
                 return None
-        is_row = [True, *stacked, True]
+        twice_params, twice_state = self._of_rows(unit, i, 2 * rows)
         try:
-            uses = use_of_rows(self._tx.update, params, state, params, rows=is_row)
+            uses = use_of_rows(
+                self._tx.update,
+                *(params, state, params),
+                rows=[True, *stacked, True],
+                twice=(twice_params, twice_state, twice_params),
+            )
         except (TypeError, ValueError):  # such as for an array of the leaf's size inside of it
             return None
         wanted = [Use.ROWS, *(Use.ROWS if x else Use.SAME for x in stacked)]
         if jax.tree.leaves(uses) != wanted:
             return None
         return Unit(unit.chosen, unit.positions, tuple(stacked), treedef, slices)
+
+    def _of_rows(self, unit: Unit, i: int, rows: int) -> tuple[Params, State]:
+        """Returns what there is of a unit of one leaf that has so many rows: shapes."""
+        shape = self.shapes[i]
+        leaf = jax.ShapeDtypeStruct((rows, *shape.shape[1:]), shape.dtype)
+        params = self.treedef.unflatten(unit.leaves([leaf] * len(self.shapes)))
+        return params, self._init(params)
 
     def divide(self, leaves: Sequence[Leaf]) -> tuple[dict[str, Params], Params]:
         """Returns the parameters without the blocks, and the blocks."""

@@ -86,7 +86,7 @@ class Updater:
         # computed.
         early = self.settings.offloads(MOMENTS)
         params = [
-            jax.tree.map(lambda x: _cut(x, late, 1), stack)
+            jax.tree.map(lambda x: _cut(x, late, self.division.layers), stack)
             if is_quantized(stack) and not self.settings.offloads(WEIGHTS)
             else jax.tree.map(lambda x: x[None], own)
             for stack, own in zip(stacks.leaves, params, strict=True)
@@ -94,7 +94,7 @@ class Updater:
         excerpt = self.division.excerpt(late, late, self.complete)
         call = _Call(gradients, params, factor, excerpt, self._key(late))
         place = layer if early else late
-        return self._in_place(self.division.layer, call, old, stacks, place, 1)
+        return self._in_place(self.division.layer, call, old, stacks, place, self.division.layers)
 
     def outside(
         self,
@@ -110,13 +110,13 @@ class Updater:
         excerpt, key = self.division.excerpt(None, turn, self.complete), self._key(turn)
         if unit.slices == 1:
             return self._update(unit, _Call(gradients, leaves, factor, excerpt, key), old)
-        size = leaves[place].shape[0] // unit.slices
+        count = unit.slices
 
         def body(i: Int[Array, ""], new: Updated) -> Updated:
-            own, params = jax.tree.map(lambda x: _cut(x, i, size), (gradients, new.leaves))
+            own, params = jax.tree.map(lambda x: _cut(x, i, count), (gradients, new.leaves))
             own_key = None if key is None else jax.random.fold_in(key, i)
             call = _Call(own, params, factor, excerpt, own_key)
-            return self._in_place(unit, call, old, new, i, size)
+            return self._in_place(unit, call, old, new, i, count)
 
         first = Updated(leaves, old, jnp.zeros([], self.dtype))
         return jax.lax.fori_loop(0, unit.slices, body, first)
@@ -128,12 +128,12 @@ class Updater:
         old: list[Array],
         stacks: Updated,
         i: Int[Array, ""],
-        size: int,
+        count: int,
     ) -> Updated:
-        """Updates the i-th slice of stacks, ``size`` of their leading entries, within them."""
+        """Updates the i-th of ``count`` slices of stacks within them."""
         # All slices get the old value of what they share, such as a step counter.
         own = [
-            _cut(stack, i, size) if is_stacked else shared
+            _cut(stack, i, count) if is_stacked else shared
             for stack, shared, is_stacked in zip(stacks.state, old, unit.stacked, strict=True)
         ]
         new = self._update(unit, call, own)
@@ -167,8 +167,9 @@ class Updater:
         return None if self.key is None else jax.random.fold_in(self.key, turn)
 
 
-def _cut(stack: Array, i: Int[Array, ""], size: int) -> Array:
-    """Returns the i-th slice of a stack, of ``size`` entries of its leading axis."""
+def _cut(stack: Array, i: Int[Array, ""], count: int) -> Array:
+    """Returns the i-th of so many slices of a stack along its leading axis."""
+    size = stack.shape[0] // count
     return row_major(to_device(jax.lax.dynamic_slice_in_dim(stack, i * size, size)))
 
 

@@ -27,25 +27,35 @@ def of_a_third(loss, x, head, *others):
     return gradients(lambda x, head: loss(x, head, *others) / 3, x, head)
 
 
+def of_a_table(x, head, *others):
+    """The same of a head that lies as an embedding does."""
+    return cross_entropy_by_vocabulary(x, head.T, *others, 0)
+
+
+LOSSES = [cross_entropy_by_vocabulary, of_a_table]
+
+
+@pytest.mark.parametrize("by_vocabulary", LOSSES, ids=["kernel", "embedding"])
 @pytest.mark.parametrize("chunk", [1, 7, 60, 100, V])
 @pytest.mark.parametrize("scale", [1, 1000])  # of logits; exponentials of a thousand overflow
-def test_loss_and_gradients_are_those_of_plain_logits(monkeypatch, chunk, scale):
+def test_loss_and_gradients_are_those_of_plain_logits(monkeypatch, chunk, scale, by_vocabulary):
     monkeypatch.setattr(loss_by_vocabulary, "vocabulary_chunk", lambda *_: chunk)
     x, head, *others = padded()
-    loss, found = of_a_third(cross_entropy_by_vocabulary, x, scale * head, *others)
+    loss, found = of_a_third(by_vocabulary, x, scale * head, *others)
     expected, expected_gradients = of_a_third(plain, x, scale * head, *others)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    without = jax.jit(lambda *a: cross_entropy_by_vocabulary(*a) / 3)(x, scale * head, *others)
+    without = jax.jit(lambda *a: by_vocabulary(*a) / 3)(x, scale * head, *others)
     np.testing.assert_allclose(without, expected, rtol=1e-6)
     for a, b in zip(found, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("by_vocabulary", LOSSES, ids=["kernel", "embedding"])
 @pytest.mark.parametrize("head_dtype", ["float32", "bfloat16"])
-def test_sums_of_bfloat16_are_float32(monkeypatch, head_dtype):
+def test_sums_of_bfloat16_are_float32(monkeypatch, head_dtype, by_vocabulary):
     monkeypatch.setattr(loss_by_vocabulary, "vocabulary_chunk", lambda *_: 9)
     x, head, *others = padded(jnp.bfloat16)
-    loss, (dx, dhead) = of_a_third(cross_entropy_by_vocabulary, x, head.astype(head_dtype), *others)
+    loss, (dx, dhead) = of_a_third(by_vocabulary, x, head.astype(head_dtype), *others)
     wide = x.astype(jnp.float32), head.astype(jnp.float32)
     expected, (expected_dx, expected_dhead) = of_a_third(plain, *wide, *others)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)

@@ -64,8 +64,12 @@ def make_layerwise(
             labels_BxS = batch["tokens"][:, 1:]
             weights_BxS = batch["mask"] * batch["weight"]
             # On several devices the head may be divided by its vocabulary.
-            loss = cross_entropy_by_vocabulary if alone else cross_entropy_sum
-            return loss(x_BxSxD, head_of(params), labels_BxS, weights_BxS)
+            if not alone:
+                return cross_entropy_sum(x_BxSxD, head_of(params), labels_BxS, weights_BxS)
+            tied = shape.architecture.tied
+            head = params["embed"]["embedding"] if tied else head_of(params)
+            axis = 0 if tied else 1
+            return cross_entropy_by_vocabulary(x_BxSxD, head, labels_BxS, weights_BxS, axis)
 
         # The mean over micro-batches of these is the mean over all targets, however they lie.
         weight = micro_batches / jnp.maximum(batch.mask_KxBxS.sum(), 1)

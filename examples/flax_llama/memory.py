@@ -199,11 +199,13 @@ def step_layerwise(config: Config, shape: LlamaConfig) -> dict[str, Moment]:
     held_back = 1 if config.clip and config.clip_by == "global" else 0
     dense = shape.vocab_size * shape.hidden
     # Codes are updated some rows at a time, as many as blocks are whole of.
-    rows = CODES // math.gcd(shape.hidden, CODES)
+    rows, tied = CODES // math.gcd(shape.hidden, CODES), shape.architecture.tied
     whole = 0 if shape.vocab_size % rows == 0 else update_of_embedding(config, shape)
     return {
         "head": head_by_vocabulary(config, shape, inputs),
-        "embedding": (0, 0, whole),
+        # Where it is the head too, the gradients of both are added up slice by slice, or as a whole
+        # if the sum is kept.
+        "embedding": ((3 if held_back or whole else 2) * p * dense * tied, 0, whole),
         # Of the layer, and with clipping by the global norm of the embedding, since it has been
         # measured before any layer is updated.
         "block": (layer + held_back * p * dense, inputs, block(config, shape) + fetched),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from galore_optax._layerwise.settings import Leaf
+from galore_optax._layerwise.settings import Gradient, Leaf
 from galore_optax._types import DType, Updates
 from galore_optax._view import moment_dtype
 
@@ -14,6 +14,11 @@ from galore_optax._view import moment_dtype
 def norm_dtype(leaves: Sequence[Leaf]) -> DType:
     """Returns the dtype in which the norms of these leaves' gradients and the loss are computed."""
     return moment_dtype(jnp.result_type(*(leaf.dtype for leaf in leaves)))
+
+
+def summed(gradient: Gradient) -> Array:
+    """Returns a gradient as one array."""
+    return gradient[0] + gradient[1] if isinstance(gradient, tuple) else gradient
 
 
 def squared_norm(arrays: Updates, dtype: DType) -> Float[Array, ""]:

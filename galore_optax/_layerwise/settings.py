@@ -14,6 +14,8 @@ from galore_optax._storage import resolve_storage
 from galore_optax._types import Params, Transformation
 
 Batch: TypeAlias = PyTree
+Gradient: TypeAlias = Array | tuple[Array, Array]
+"""Of a leaf: one array, or two that are added up where they are used."""
 Leaf: TypeAlias = PyTree
 """An array, a `QuantizedArray`, or None for a leaf that has no part in what is done."""
 

@@ -1,16 +1,17 @@
 """Goes forward through all layers and back, and updates each unit when its gradient is there."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from galore_optax._layerwise.division import Unit, select
-from galore_optax._layerwise.norms import clip_factor, norm_dtype, squared_norm
+from galore_optax._layerwise.norms import clip_factor, norm_dtype, squared_norm, summed
 from galore_optax._layerwise.passes import Gradients, Passes
 from galore_optax._layerwise.plan import Plan, union
-from galore_optax._layerwise.settings import Activations, Batch, Leaf
+from galore_optax._layerwise.settings import Activations, Batch, Gradient, Leaf
 from galore_optax._layerwise.updating import Updated, Updater
 
 Metrics: TypeAlias = dict[str, Float[Array, ""]]
@@ -64,10 +65,12 @@ class Sweep:
         (loss, of_head), dx = self._passes.head(self.leaves, plan.of_head, x, self.batch)
         before = select(union(plan.before, len(self.leaves)), of_head)
         square = self._square(before)
-        after = factor = None
+        after: Sequence[Gradient | None] | None = None
+        factor = None
         if settings.clips_by("global"):
             first_dx, of_layers = self._measure(inputs, x, dx)
-            after = self._embed(of_head, first_dx)
+            # It waits until the layers are updated, which takes less as one array.
+            after = _whole(self._embed(of_head, first_dx))
             factor = self._clip_factor(square + of_layers + self._square(after))
 
         new = Trained(self.leaves, self.state, self._zero)
@@ -83,12 +86,15 @@ class Sweep:
         }
         return new.leaves, new.state, metrics
 
-    def _embed(self, of_head: Gradients, dx: Activations) -> Gradients:
-        """Returns the gradient of what the embedding uses, with the head's part in it."""
+    def _embed(self, of_head: Gradients, dx: Activations) -> list[Gradient | None]:
+        """Returns the gradient of what the embedding uses, beside the head's part of it.
+
+        The two are added up where they are used: of a table in slices, never as a whole.
+        """
         chosen = union(self.plan.after, len(self.leaves))
         of_embed = self._passes.embed(self.leaves, chosen, dx, self.batch)
         pairs = zip(of_embed, select(chosen, of_head), strict=True)
-        return [a if b is None else a + b for a, b in pairs]
+        return [a if a is None or b is None else (a, b) for a, b in pairs]
 
     def _measure(
         self, inputs: PyTree, x: Activations, dx: Activations
@@ -144,7 +150,7 @@ class Sweep:
         self,
         trained: Trained,
         units: list[Unit],
-        gradients: Gradients,
+        gradients: Sequence[Gradient | None],
         factor: Float[Array, ""] | None,
     ) -> Trained:
         """Updates leaves outside of the blocks."""
@@ -171,8 +177,12 @@ class Sweep:
         """A norm that is zero, in the dtype in which norms are computed."""
         return jnp.zeros([], norm_dtype(self.leaves))
 
-    def _square(self, gradients: Gradients) -> Float[Array, ""]:
-        return squared_norm(gradients, self._zero.dtype)
+    def _square(self, gradients: Sequence[Gradient | None]) -> Float[Array, ""]:
+        return squared_norm(_whole(gradients), self._zero.dtype)
 
     def _clip_factor(self, square: Float[Array, ""]) -> Float[Array, ""]:
         return clip_factor(square, self.plan.settings.clip_norm)
+
+
+def _whole(gradients: Sequence[Gradient | None]) -> list[Array | None]:
+    return [None if gradient is None else summed(gradient) for gradient in gradients]

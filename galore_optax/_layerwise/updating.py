@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from galore_optax._excerpt import Excerpt
 from galore_optax._layerwise.division import Division, Unit
-from galore_optax._layerwise.norms import squared_norm
+from galore_optax._layerwise.norms import squared_norm, summed
 from galore_optax._layerwise.row_major import row_major
-from galore_optax._layerwise.settings import MOMENTS, WEIGHTS, Leaf, Settings
+from galore_optax._layerwise.settings import MOMENTS, WEIGHTS, Gradient, Leaf, Settings
 from galore_optax._layerwise.spaces import is_on_host, to_device, to_host
 from galore_optax._quantized import is_quantized
 from galore_optax._quantized_params import apply_updates
@@ -29,7 +29,7 @@ class Updated(NamedTuple):
 class _Call(NamedTuple):
     """What the update of a unit needs beside the unit's state."""
 
-    gradients: list[Array | None]
+    gradients: list[Gradient | None]
     leaves: list[Leaf]  # the parameters.
     factor: Float[Array, ""] | None  # the factor that clips the gradients, or None.
     excerpt: Excerpt
@@ -100,7 +100,7 @@ class Updater:
         self,
         unit: Unit,
         leaves: list[Leaf],
-        gradients: list[Array | None],
+        gradients: list[Gradient | None],
         factor: Float[Array, ""] | None,
         old: list[Array],
     ) -> Updated:
@@ -150,9 +150,10 @@ class Updater:
         """Returns the unit after its update."""
         leaves = call.leaves
 
-        def scaled(gradient: Array, leaf: Leaf) -> Array:
-            gradient = gradient if call.factor is None else gradient * call.factor
-            return gradient.astype(leaf.dtype)
+        def scaled(gradient: Gradient, leaf: Leaf) -> Array:
+            whole = summed(gradient)
+            whole = whole if call.factor is None else whole * call.factor
+            return whole.astype(leaf.dtype)
 
         pairs = zip(call.gradients, leaves, strict=True)
         gradients = [None if g is None else scaled(g, leaf) for g, leaf in pairs]

@@ -1,6 +1,7 @@
 """Seconds of an update of fine-tuning, by method, on a machine that does nothing else.
 
-    python -m benchmarks.finetune_time --minilm MiniLM-L6 --sst2 SST-2 --smollm2 SmolLM2
+    python -m benchmarks.finetune_time --minilm MiniLM-L6 --sst2 SST-2
+    python -m benchmarks.finetune_time --smollm2 SmolLM2
 
 Each method trains on the same texts in the same order: MiniLM-L6 on the first of SST-2, and
 SmolLM2-135M on the problems of benchmarks/finetune_smollm2. All methods take turns, twice, so that
@@ -76,16 +77,24 @@ def in_turns(methods: dict[str, Callable[[], Seconds]]) -> dict[str, dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minilm", type=Path, required=True, help="directory of Hugging Face")
-    parser.add_argument("--sst2", type=Path, required=True, help="directory with train.txt, ...")
-    parser.add_argument("--smollm2", type=Path, required=True, help="directory of Hugging Face")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
+    parser.add_argument("--minilm", type=Path, help="directory of Hugging Face")
+    parser.add_argument("--sst2", type=Path, help="directory with train.txt, dev.txt and test.txt")
+    parser.add_argument("--smollm2", type=Path, help="directory of Hugging Face")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON file, whose other part stays")
     args = parser.parse_args()
-    result: dict[str, Any] = {"benchmark": "finetune_time", "machine": machine()}
+    if (args.minilm is None) is not (args.sst2 is None):
+        parser.error("--minilm and --sst2 go together")
+    result: dict[str, Any] = {"benchmark": "finetune_time"}
+    if args.out.exists():
+        result = json.loads(args.out.read_text())
     with tempfile.TemporaryDirectory() as directory:
-        data = finetune_smollm2.write_data(Path(directory))
-        result["minilm"] = in_turns(minilm(args.minilm, args.sst2))
-        result["smollm2"] = in_turns(smollm2(args.smollm2, data))
+        if args.minilm is not None:
+            times = in_turns(minilm(args.minilm, args.sst2))
+            result["minilm"] = {"machine": machine(), "methods": times}
+        if args.smollm2 is not None:
+            data = finetune_smollm2.write_data(Path(directory))
+            times = in_turns(smollm2(args.smollm2, data))
+            result["smollm2"] = {"machine": machine(), "methods": times}
     write_whole(args.out, json.dumps(result, indent=1) + "\n")
 
 

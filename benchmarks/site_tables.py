@@ -6,14 +6,12 @@ Each stands between two comments that name it. What is measured is in benchmarks
 """
 
 import json
-import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.quality.report import plus_minus
-from benchmarks.quality.statistics import estimate
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,17 +40,8 @@ ON_GPU = {
     "`galore_adamw`": "galore power_iteration",
     "`galore_adamw_8bit`": "galore power_iteration, 8-bit",
 }
-# Table 2 of arXiv 2403.03507: perplexity, and weights with optimizer state in bfloat16, by the name
-# that each method has in examples/flax_llama.
-TABLE_2 = {
-    "adamw": ("full rank", "34.06 (0.36 GB)", "25.08 (0.76)", "18.80 (2.06)", "15.56 (7.80)"),
-    "galore_adamw": ("GaLore", "34.88 (0.24 GB)", "25.36 (0.52)", "18.95 (1.22)", "15.64 (4.38)"),
-    "low_rank": ("low rank", "78.18 (0.26 GB)", "45.51 (0.54)", "37.41 (1.08)", "142.53 (3.57)"),
-    "lora": ("LoRA", "34.99 (0.36 GB)", "33.92 (0.80)", "25.58 (1.76)", "19.21 (6.17)"),
-    "relora": ("ReLoRA", "37.04 (0.36 GB)", "29.37 (0.80)", "29.08 (1.76)", "18.33 (6.17)"),
-}
 # Names of what is no preset of the library.
-ONLY_THERE = {"adamw": "AdamW", "AdamW": "AdamW", "lora": "LoRA", "LoRA": "LoRA"}
+ONLY_THERE = {"adamw": "AdamW", "lora": "LoRA"}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -216,7 +205,7 @@ def small(name: str) -> Callable[[], str]:
 
 def encoders() -> str:
     """MiniLM fine-tuned on SST-2 by several methods, each at its best learning rate."""
-    times = read("finetune_time")["minilm"]
+    times = read("finetune_time")["minilm"]["methods"]
     rows = []
     for row in read("finetune_sst2/results")["methods"]:
         name, _, rank = row["method"].partition(":")
@@ -240,47 +229,6 @@ def encoders() -> str:
     return markdown([*head, "state, MB", "update, MB", "seconds"], rows)
 
 
-def smollm2() -> str:
-    """SmolLM2 fine-tuned on sums by several methods, each at its best learning rate."""
-    result, times = read("finetune_smollm2"), read("finetune_time")["smollm2"]
-    [before] = [x["result"] for x in result["runs"] if x["run"]["method"] not in times]
-    rows = [["as it was", "", "", f"{100 * before['accuracy']:.1f}", "", "", ""]]
-    for name, time in times.items():
-        runs = [x for x in result["runs"] if x["run"]["method"] == name]
-        swept = [x for x in runs if x["run"]["seed"] == 0]
-        lr = min(swept, key=lambda x: x["result"]["valid_loss"])["run"]["lr"]
-        best = [x["result"] for x in runs if x["run"]["lr"] == lr]
-        rows.append(
-            [
-                ONLY_THERE.get(name, {"GaLore": "`galore_adamw`"}.get(name, f"`{name}_adamw`")),
-                f"{lr:g}",
-                plus_minus(estimate([x["valid_loss"] for x in best]), 3),
-                plus_minus(estimate([100 * x["accuracy"] for x in best]), 1),
-                f"{best[0]['state_bytes'] / 1e6:,.1f}",
-                f"{best[0]['update_bytes'] / 1e9:,.2f}",
-                f"{time['others']:.1f}",
-            ]
-        )
-    head = ["", "learning rate", "loss", "right answers, %"]
-    return markdown([*head, "state, MB", "update, GB", "seconds"], rows)
-
-
-def table_2() -> str:
-    """Table 2 of GaLore's paper, with the demo's model as one more column."""
-    result = read("table2/results")
-    runs = {run["name"]: run for run in result["runs"]}
-    rows = []
-    for name, (title, *published) in TABLE_2.items():
-        best = result["best"][name]
-        losses = estimate([runs[run]["scores"]["valid_loss"] for run in best["runs"]])
-        mean = math.exp(losses["mean"])
-        scores = runs[best["runs"][0]]["scores"]
-        held = sum(scores[f"{part}_bytes"] for part in ("parameter", "projector", "moment"))
-        here = f"{mean:.1f} ± {mean * losses['error']:.1f} ({held / 1e6:.1f} MB)"
-        rows.append([title, here, *published])
-    return markdown(["", "9m, here", "60m", "130m", "350m", "1b"], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "projectors": projectors,
     "optimizers": optimizers,
@@ -293,8 +241,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "experts": small("experts"),
     "bytes": bytes_of_steps,
     "encoders": encoders,
-    "table_2": table_2,
-    "smollm2": smollm2,
 }
 
 

@@ -80,7 +80,8 @@ def layerwise(
         nothing.
       slice_size: the number of elements of a leaf outside of the blocks to update at a time, so
         that nothing else has the size of an embedding; where ``tx`` treats each row of the leaf by
-        itself. None updates whole leaves, as is best where their rows are sharded.
+        itself, or those together that share a block of codes. None updates whole leaves, as is best
+        where their rows are sharded.
       round_bfloat16: whether to round bfloat16 leaves at random; see `galore_optax.apply_updates`.
 
       inputs_dtype: what the inputs of the layers are kept in from the forward pass to the backward

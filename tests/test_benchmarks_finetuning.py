@@ -123,7 +123,7 @@ def test_a_method_on_sums_is_one_too_and_stops_in_time(size, monkeypatch):
     assert row["complete"]
     assert len(made) == len(row["runs"]) == 5
     told = stage.describe("SmolLM2 GaLore", row)
-    assert told == "51.0 % right of 3 seeds at lr 0.001, 1.00 s an update"
+    assert told == "51.0 % right of 3 seeds at lr 0.0003, 1.00 s an update"
 
 
 @pytest.mark.parametrize("name", ["SmolLM2 LoRA", "MiniLM adamw"])

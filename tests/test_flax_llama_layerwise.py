@@ -172,6 +172,7 @@ def test_clipping_by_layer_bounds_the_update_of_each(text):
     [
         ({"layerwise": True, "on_nan": "skip"}, "on_nan='skip' looks at the whole gradient"),
         ({"clip_by": "leaf"}, "clip_by='leaf': expected one of global, layer"),
+        ({"clip_by": "layer", "clip": 0.0}, "clip_by='layer' clips nothing at clip=0"),
     ],
 )
 def test_settings_that_exclude_each_other(settings, message):

@@ -587,6 +587,8 @@ def test_a_plan_without_settings_is_of_the_run_without_settings():
         "--accumulate",
         "4",
         "--layerwise",
+        "--clip",
+        "1",
         "--clip-by",
         "layer",
         "--data",

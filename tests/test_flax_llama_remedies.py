@@ -72,7 +72,7 @@ def lattice(asked):
     config = asked.resolve()
     how = [(config.layerwise, config.remat, None), (False, True, None)]
     how += [(True, config.remat, inputs) for inputs in (None, "int8")]
-    clips = [(config.clip, config.clip_by), (1.0, "global"), (1.0, "layer"), (0.0, config.clip_by)]
+    clips = [(config.clip, config.clip_by), (1.0, "global"), (1.0, "layer"), (0.0, "global")]
     if config.clip == 0:
         clips = clips[:2]
     ranks = [config.rank >> n for n in range(config.rank.bit_length())]

@@ -109,7 +109,8 @@ NEEDS = (
         "layerwise",
         "layerwise=True",
     ),
-    Need(("clip_by",), lambda config: bool(config.clip), "clip", "clip above 0"),
+    # Where none is given, it is the preset's.
+    Need(("clip_by",), lambda config: config.clip != 0, "clip", "clip above 0"),
     Need(
         ("stochastic_rounding",),
         lambda config: config.param_dtype == "bfloat16",

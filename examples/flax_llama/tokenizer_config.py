@@ -84,8 +84,10 @@ class TokenizerConfig:
             if name.endswith("_token") and isinstance(token, str):
                 found[name] = token
             elif name in ENDS and value is not None:
+                file = CONFIG if self._json(CONFIG).get(name) is not None else SPECIAL
                 raise UsageError(
-                    f"{self.directory}: expected the name of a token as its {name}, got {value!r}."
+                    f"{self.directory / file}: expected the name of a token as {name}, got "
+                    f"{value!r}."
                 )
         return found
 

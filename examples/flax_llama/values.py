@@ -85,6 +85,11 @@ def check_values(config: "Config") -> None:
             f"batch={config.batch} does not divide into accumulate={config.accumulate} "
             "micro-batches: choose a multiple."
         )
+    if config.clip_by != "global" and not config.clip:
+        raise UsageError(
+            f"clip_by={config.clip_by!r} clips nothing at clip=0: name the largest norm, or leave "
+            "it out."
+        )
     if config.layers % config.inputs_every:
         raise UsageError(
             f"inputs_every={config.inputs_every} does not divide the layers, {config.layers}."

@@ -303,7 +303,7 @@ def test_a_saved_tokenizer_has_its_template_and_its_day(tmp_path):
                 5,
             )
         ),
-        ({"tokenizer_config.json": '{"eos_token": 5}'}, "name of a token as its eos_token, got 5"),
+        ({"tokenizer_config.json": '{"eos_token": 5}'}, "name of a token as eos_token, got 5"),
         (
             {"tokenizer_config.json": '{"chat_template_now": "soon"}'},
             "chat_template_now is no time",

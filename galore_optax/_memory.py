@@ -18,7 +18,6 @@ from galore_optax._codecs import CODECS
 from galore_optax._errors import check_transformation
 from galore_optax._given_specs import checked_mesh
 from galore_optax._layerwise.places import hosted
-from galore_optax._layerwise.settings import checked_offload
 from galore_optax._memory_report import DeviceBytes, HostBytes, LeafGroup, MemoryReport
 from galore_optax._mesh_axes import names_of
 from galore_optax._parts import parts
@@ -77,7 +76,7 @@ def memory_report(
     check_transformation("tx", tx)
     if specs is None and mesh is not None:
         raise ValueError("memory_report needs specs to say what a device of the mesh has")
-    hosts = hosted(tx, params, offload, blocks) if checked_offload(offload) else None
+    hosts = hosted(tx, params, offload, blocks) if offload else None
     inspection = Inspection()
     state = _Sizes.of(tx, params, inspection)
     without = _Sizes.of(tx, params, Inspection(without_galore=True))
@@ -125,7 +124,7 @@ def _on_host(tx: optax.GradientTransformation, params: Params, hosts: _Hosts) ->
     """Returns the bytes of all that lies in the machine's memory."""
     state = jax.eval_shape(lambda p: tx.init(p), _unsharded(params))
     sizes = (map(_bytes, jax.tree.leaves(tree)) for tree in (params, state))
-    return HostBytes(*(_sum(size, host) for size, host in zip(sizes, hosts, strict=True)))
+    return HostBytes(*map(_sum, sizes, hosts))
 
 
 def _sum(sizes: Iterable[int], chosen: Iterable[bool]) -> int:
@@ -157,12 +156,13 @@ def _of_device(
             axes = itertools.chain.from_iterable(map(names_of, spec))
             yield _bytes(x) // math.prod(sizes[axis] for axis in axes)
 
-    own, on_host = [], []
-    parts_of_it = (list(nbytes(params, of_params)), list(nbytes(state, of_state)))
-    for part, host in zip(parts_of_it, hosts or ((), ()), strict=True):
-        on_host.append(_sum(part, host) if hosts else 0)
-        own.append(sum(part) - on_host[-1])
-    return DeviceBytes(found.size, *own, on_host=HostBytes(*on_host) if hosts else None)
+    parts_of_params = list(nbytes(params, of_params))
+    parts_of_state = list(nbytes(state, of_state))
+    if hosts is None:
+        return DeviceBytes(found.size, sum(parts_of_params), sum(parts_of_state))
+    there = HostBytes(_sum(parts_of_params, hosts[0]), _sum(parts_of_state, hosts[1]))
+    own = sum(parts_of_params) - there.parameters, sum(parts_of_state) - there.state
+    return DeviceBytes(found.size, *own, on_host=there)
 
 
 # Its state is the parameters, which lie by the same rules where they are in codes.

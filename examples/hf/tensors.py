@@ -16,7 +16,6 @@ FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # The dtypes that weights are taken from; what is in fewer bits has scales beside it.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
 # Numbers that are looked at at once, so that this takes no memory.
 PART = 2**20
 

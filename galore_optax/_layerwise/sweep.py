@@ -89,7 +89,8 @@ class Sweep:
     def _embed(self, of_head: Gradients, dx: Activations) -> list[Gradient | None]:
         """Returns the gradient of what the embedding uses, beside the head's part of it.
 
-        The two are added up where they are used: of a table in slices, never as a whole.
+        The two are added up where they are used: of a table slice by slice, so that the sum takes
+        no memory of its own.
         """
         chosen = union(self.plan.after, len(self.leaves))
         of_embed = self._passes.embed(self.leaves, chosen, dx, self.batch)

@@ -109,8 +109,6 @@ NEEDS = (
         "layerwise",
         "layerwise=True",
     ),
-    # Where none is given, it is the preset's.
-    Need(("clip_by",), lambda config: config.clip != 0, "clip", "clip above 0"),
     Need(
         ("stochastic_rounding",),
         lambda config: config.param_dtype == "bfloat16",
